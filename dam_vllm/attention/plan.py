@@ -1,0 +1,129 @@
+"""The plan: a batch's selections as virtual sequences over virtual pages.
+
+A paged cache [blocks, kv_heads, page, ...] seen as [blocks * kv_heads, 1, page, ...] has one
+*virtual page* for each (block, KV head), with id block * kv_heads + head. Each (KV head, tile)
+becomes a *virtual sequence* whose block table lists only the pages that were selected, the
+tile's own pages last, so that a stock causal paged kernel computes exact attention over them.
+Virtual sequences run head by head: queries must lie as [kv_heads, tokens, group, head_size].
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from dam_vllm.attention.select import PageSelector
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """A batch's queries cut at tile boundaries of their absolute position.
+
+    Attributes:
+        request: int64 [n], row of the batch.
+        index: int64 [n], absolute tile index.
+        row: int64 [n], first query row in the batch.
+        stop: int64 [n], position after the tile's last query in this batch.
+        tokens: query rows in the batch.
+    """
+
+    request: torch.Tensor
+    index: torch.Tensor
+    row: torch.Tensor
+    stop: torch.Tensor
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Virtual sequences of a batch; n = kv_heads * tiles of them a layer.
+
+    Attributes:
+        block_table: int32 [layers, n, width], virtual page ids; after a sequence's end, 0.
+        seq_lens: int32 [layers, n], virtual lengths in tokens.
+        query_start_loc: int32 [n + 1], rows of the head-by-head queries.
+    """
+
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+    query_start_loc: torch.Tensor
+
+
+def cut_tiles(query_start_loc: torch.Tensor, seq_lens: torch.Tensor, tile: int) -> Tiles:
+    """Cuts each request's queries of this step into tiles.
+
+    Args:
+        query_start_loc: int32 [requests + 1], first query row of each request.
+        seq_lens: int32 [requests], tokens of each request up to its last query.
+        tile: tokens a tile.
+
+    Returns:
+        The tiles, request by request, in order of position.
+    """
+    starts = query_start_loc.long()
+    stop = seq_lens.long()
+    start = stop - starts.diff()
+    first = start // tile
+    counts = (stop + tile - 1) // tile - first
+    request = torch.repeat_interleave(counts)
+    offset = torch.arange(len(request)) - (counts.cumsum(0) - counts)[request]
+    index = first[request] + offset
+    row = starts[request] + (index * tile - start[request]).clamp_min(0)
+    return Tiles(
+        request=request,
+        index=index,
+        row=row,
+        stop=torch.minimum((index + 1) * tile, stop[request]),
+        tokens=int(starts[-1]),
+    )
+
+
+def build_plan(selector: PageSelector, tiles: Tiles, block_table: torch.Tensor) -> Plan:
+    """Turns the selections of all layers and heads into virtual sequences.
+
+    Args:
+        selector: the worker's page tables.
+        tiles: the batch's tiles.
+        block_table: int32 [requests, blocks] of vLLM's cache.
+
+    Returns:
+        The plan.
+    """
+    last = tiles.stop - 1
+    last_page = last // selector.page
+    pages = int(last_page.max()) + 1
+    selected = selector.select(tiles.index, pages)
+    selected &= torch.arange(pages) <= last_page[:, None]
+    shape = (selector.layers, selector.heads * len(last))
+    counts = selected.sum(-1, dtype=torch.int32).view(shape)
+    ids = block_table[tiles.request, :pages] * selector.heads
+    ids = torch.arange(selector.heads, dtype=ids.dtype)[:, None, None] + ids
+    table = _compact(selected.view(*shape, pages), counts, ids.view(shape[1], pages))
+    tail = (last - last_page * selector.page + 1).repeat(selector.heads)
+    rows = torch.arange(selector.heads)[:, None] * tiles.tokens + tiles.row
+    return Plan(
+        block_table=table,
+        seq_lens=((counts - 1) * selector.page + tail).int(),
+        query_start_loc=torch.cat(
+            [rows.flatten(), torch.tensor([selector.heads * tiles.tokens])]
+        ).int(),
+    )
+
+
+def _compact(selected: torch.Tensor, counts: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Moves the selected ids to the front of each row.
+
+    Args:
+        selected: bool [layers, n, pages].
+        counts: int32 [layers, n], selected pages of each row.
+        ids: int32 [n, pages], ids of all pages, the same for every layer.
+
+    Returns:
+        int32 [layers, n, counts.max()].
+    """
+    layer, row, page = selected.nonzero(as_tuple=True)
+    width = int(counts.max())
+    table = torch.zeros((*counts.shape, width), dtype=torch.int32)
+    flat = counts.flatten()
+    position = torch.arange(len(page)) - torch.repeat_interleave(flat.cumsum(0) - flat, flat)
+    table[layer, row, position] = ids[row, page]
+    return table

@@ -1,0 +1,1 @@
+"""Trains the demo model from nothing, on data made here."""

@@ -1,0 +1,1 @@
+"""The only room that imports vLLM: backend, metadata, kernels on its cache."""
