@@ -30,10 +30,10 @@ def make_keys(rng: Random, kind: str, count: int) -> list[str]:
     if kind == "pair":
         return _pairs(rng, ADJECTIVES, NOUNS, count)
     if kind == "invented":
-        words = [_invented(rng) for _ in range(256)]
-        return _pairs(rng, words[:128], words[128:], min(count, 8000)) + _distinct(
-            rng, _invented, max(0, count - 8000)
-        )
+        if rng.random() < 0.5:
+            return _distinct(rng, _invented, count)
+        words = list(dict.fromkeys(_invented(rng) for _ in range(600)))[:512]
+        return _pairs(rng, words[:256], words[256:], count)
     return _distinct(rng, _identifier if kind == "identifier" else _number, count)
 
 

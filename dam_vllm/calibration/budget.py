@@ -1,0 +1,116 @@
+"""How long the maps may be, and how many layers are captured at once, within memory."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dam_vllm.calibration.errors import CalibrationError
+from dam_vllm.calibration.windows import TokenisedTexts, count_full
+
+MAP_BYTES = 4
+STEP = 64
+"""A chosen PCL is a multiple of it where it is not shorter."""
+SCRATCH = 2
+"""One-layer maps that amplifying and matching a layer need beside the captured ones."""
+WELL_FILLED = 8
+"""Whole windows that the texts must give for a PCL, so that a row's mean is of several texts."""
+
+
+@dataclass(frozen=True)
+class ChosenLength:
+    """Attributes: the PCL in tokens, and what bounds it, in words for the user."""
+
+    pcl: int
+    reason: str
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on a device (main memory for "cpu")."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise CalibrationError("free memory is unknown here: give --memory-gib")
+
+
+def choose_pcl(
+    asked: int | None,
+    texts: TokenisedTexts,
+    windows: int,
+    heads: int,
+    max_length: int | None,
+    memory: int,
+) -> ChosenLength:
+    """Chooses the PCL: the longest that full attention can be captured for (paper, Stage 1).
+
+    Args:
+        asked: PCL that the user wants, or None for the longest.
+        texts: the tokenised texts.
+        windows: calibration windows wanted.
+        heads: query heads of a layer.
+        max_length: longest position of the model, if it has one.
+        memory: bytes that the maps may take.
+
+    Returns:
+        The PCL and why it is not longer.
+
+    Raises:
+        CalibrationError: if `asked` is more than the texts, the model or memory allow, or no
+            PCL is possible.
+    """
+    by_memory = int((memory / ((1 + SCRATCH) * heads * MAP_BYTES)) ** 0.5)
+    bounds = {
+        f"memory ({memory / 2**30:.1f} GiB, see --memory-gib)": by_memory,
+        "the texts' lengths (--data)": _by_texts(texts, windows),
+    }
+    if max_length is not None:
+        bounds["the model's positions (max_position_embeddings)"] = max_length
+    if asked is not None:
+        longest = len(texts.prefix) + max(map(len, texts.calibration))
+        bounds["the texts' lengths (--data)"] = longest
+        reason, bound = min(bounds.items(), key=lambda item: item[1])
+        if asked > bound:
+            raise CalibrationError(f"pcl is {asked}, must be at most {bound} for {reason}")
+        return ChosenLength(asked, "as asked")
+    reason, bound = min(bounds.items(), key=lambda item: item[1])
+    if bound < 2:
+        raise CalibrationError(f"no Pattern Capture Length is possible for {reason}")
+    return ChosenLength(bound // STEP * STEP if bound >= STEP else bound, reason)
+
+
+def layer_groups(layers: list[int], heads: int, pcl: int, memory: int) -> list[list[int]]:
+    """Cuts the layers to capture into groups whose maps fit in memory together."""
+    size = max(1, memory // (heads * pcl * pcl * MAP_BYTES) - SCRATCH)
+    return [layers[start : start + size] for start in range(0, len(layers), size)]
+
+
+def check_disk(folder: Path, layers: int, group: int, heads: int, pcl: int) -> None:
+    """Refuses to start where the checkpoint would not fit on disk.
+
+    Raises:
+        CalibrationError: naming what is needed and what is free.
+    """
+    needed = (layers + group) * heads * pcl * pcl * MAP_BYTES
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise CalibrationError(
+            f"--output: the checkpoint needs {needed / 2**30:.1f} GiB, {folder} has "
+            f"{free / 2**30:.1f} GiB free; a smaller --pcl needs less"
+        )
+
+
+def _by_texts(texts: TokenisedTexts, windows: int) -> int:
+    """The longest window of which the texts give enough whole ones."""
+    prefix, documents = len(texts.prefix), texts.calibration
+    wanted = min(windows, WELL_FILLED)
+    low, high = prefix + 1, prefix + max(map(len, documents))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if count_full(documents, prefix, middle) >= wanted:
+            low = middle
+        else:
+            high = middle - 1
+    return low

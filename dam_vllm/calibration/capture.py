@@ -1,0 +1,177 @@
+"""Attention with its weights shown to an observer, through transformers' attention interface.
+
+The function below stands beside "sdpa" and "flash_attention_2" under the name IMPLEMENTATION,
+so no model's code is touched. It computes what eager attention computes, but in blocks of
+queries, so that no whole [heads, queries, keys] tensor of weights exists.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from dam_vllm.calibration.errors import CalibrationError
+
+IMPLEMENTATION = "dam_capture"
+BLOCK_BYTES = 2**26
+UNSUPPORTED = ("s_aux", "position_bias")
+
+Observer = Callable[[int, int, torch.Tensor], None]
+"""Called with (layer, first row, float32 weights [batch, heads, rows, keys])."""
+
+
+class _Finished(Exception):  # noqa: N818 - leaves a forward pass early
+    """The last observed layer has been seen."""
+
+
+@dataclass
+class _Capture:
+    layers: frozenset[int]
+    observe: Observer
+    seen: set[int] = field(default_factory=set)
+
+
+_active: ContextVar[_Capture | None] = ContextVar("dam_capture", default=None)
+
+
+def register() -> None:
+    """Makes IMPLEMENTATION known to transformers."""
+    AttentionInterface.register(IMPLEMENTATION, capture_attention)
+    AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+
+
+def observe_forward(
+    model: torch.nn.Module, ids: torch.Tensor, layers: list[int], observe: Observer
+) -> None:
+    """Runs a model up to the last observed layer.
+
+    Windows of a batch are padded on the right and no padding mask is passed: attention is
+    causal, so what follows a window changes nothing before it.
+
+    Args:
+        model: a decoder loaded with `attn_implementation=IMPLEMENTATION`.
+        ids: int64 [batch, tokens] on the model's device.
+        layers: global indices of the layers to observe, ascending, not empty.
+        observe: called for every block of queries of these layers.
+
+    Raises:
+        CalibrationError: if a layer never calls transformers' attention interface.
+    """
+    capture = _Capture(frozenset(layers), observe)
+    with _capturing(capture), torch.inference_mode():
+        try:
+            model(input_ids=ids, use_cache=False)
+        except _Finished:
+            return
+    missing = sorted(capture.layers - capture.seen)
+    raise CalibrationError(
+        f"model type {model.config.model_type!r} does not use transformers' attention interface "
+        f"in layers {missing}, so its attention cannot be captured"
+    )
+
+
+@contextmanager
+def _capturing(capture: _Capture) -> Iterator[None]:
+    token = _active.set(capture)
+    try:
+        yield
+    finally:
+        _active.reset(token)
+
+
+def capture_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Eager attention in blocks of queries (transformers' attention interface).
+
+    Args:
+        module: the attention layer; its `layer_idx` tells whether it is observed.
+        query: [batch, heads, queries, head size].
+        key: [batch, KV heads, keys, head size].
+        value: [batch, KV heads, keys, value size].
+        attention_mask: bool (True is seen) or additive [batch, 1 or heads, queries, keys], or
+            None for causal attention.
+        scaling: factor of the scores, or None for 1 / sqrt(head size).
+        softcap: bound of the scores by tanh, or None.
+        **kwargs: what else models pass; dropout is none at evaluation.
+
+    Returns:
+        [batch, queries, heads, value size], and None for the weights.
+
+    Raises:
+        CalibrationError: for attention that eager attention with these arguments is not.
+    """
+    for name in UNSUPPORTED:
+        if kwargs.get(name) is not None:
+            raise CalibrationError(f"attention with {name!r} (layer {module.layer_idx})")
+    capture = _active.get()
+    observed = capture is not None and module.layer_idx in capture.layers
+    if not observed and softcap is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    output = query.new_empty(*query.shape[:3], value.shape[-1])
+    for start, stop in _blocks(query, key):
+        keys = stop if attention_mask is None else key.shape[2]
+        mask = None if attention_mask is None else attention_mask[:, :, start:stop, :keys]
+        weights = _weights(query[:, :, start:stop], key[:, :, :keys], mask, start, scale, softcap)
+        if observed:
+            capture.observe(module.layer_idx, start, weights)
+        output[:, :, start:stop] = _grouped(weights.to(query.dtype), value[:, :, :keys])
+    if observed:
+        capture.seen.add(module.layer_idx)
+        if module.layer_idx == max(capture.layers) and capture.seen == capture.layers:
+            raise _Finished
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _blocks(query: torch.Tensor, key: torch.Tensor) -> Iterator[tuple[int, int]]:
+    """Query ranges whose float32 scores take about BLOCK_BYTES."""
+    batch, heads, queries, _ = query.shape
+    rows = max(1, BLOCK_BYTES // (4 * batch * heads * key.shape[2]))
+    for start in range(0, queries, rows):
+        yield start, min(start + rows, queries)
+
+
+def _weights(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    mask: torch.Tensor | None,
+    start: int,
+    scale: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Attention weights of a block, float32 [batch, heads, rows, keys]."""
+    scores = _grouped(query, key.transpose(2, 3)).mul_(scale)
+    if softcap is not None:
+        scores = scores.div_(softcap).tanh_().mul_(softcap)
+    if mask is None:
+        future = torch.ones(scores.shape[2], scores.shape[3], dtype=torch.bool, device=key.device)
+        scores.masked_fill_(future.triu(start + 1), float("-inf"))
+    elif mask.dtype == torch.bool:
+        scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)
+    else:
+        scores = scores + mask
+    return torch.softmax(scores, dim=-1, dtype=torch.float32)
+
+
+def _grouped(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """left [batch, heads, rows, n] times right [batch, KV heads, n, m], KV heads not copied."""
+    batch, heads, rows, inner = left.shape
+    kv_heads = right.shape[1]
+    grouped = left.reshape(batch, kv_heads, heads // kv_heads * rows, inner)
+    return (grouped @ right).view(batch, heads, rows, right.shape[-1])

@@ -1,0 +1,123 @@
+"""The checkpoint folder of an unfinished calibration: maps in safetensors, state in JSON."""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from dam_vllm.calibration.errors import CalibrationError
+from dam_vllm.calibration.mean_maps import MapSums
+
+STATE = "state.json"
+GROUP = "group.safetensors"
+MAP = "maps"
+
+
+class Checkpoint:
+    """Folder with the mean maps of finished layers and the sums of the group in work.
+
+    Every file is written beside itself and renamed, so that a crash leaves the former one.
+
+    Attributes:
+        folder: where it lies.
+        chosen: what the first run chose (PCL, groups), reused by the next.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+        """Opens the folder, or prepares one.
+
+        Args:
+            folder: the folder; made when the choice is stored.
+            settings: all that decides the result, JSON values.
+
+        Raises:
+            CalibrationError: if the folder holds a checkpoint of other settings, or none that
+                can be read.
+        """
+        self.folder = folder
+        self.chosen: dict[str, Any] | None = None
+        text = json.dumps(settings, sort_keys=True)
+        self._hash = hashlib.sha256(text.encode()).hexdigest()
+        state = folder / STATE
+        if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not state.exists())):
+            raise CalibrationError(f"{folder} is in the way and no checkpoint: remove it")
+        if state.exists():
+            self._open(state)
+
+    def _open(self, state: Path) -> None:
+        try:
+            found = json.loads(state.read_text(encoding="utf-8"))
+            stored, chosen = found["settings"], found["chosen"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CalibrationError(
+                f"checkpoint {self.folder} is damaged ({error}): remove it to start anew"
+            ) from error
+        if stored != self._hash:
+            raise CalibrationError(
+                f"checkpoint {self.folder} was made with other settings, model or texts: go on "
+                "with those, or remove the folder to start anew"
+            )
+        self.chosen = chosen
+
+    def choose(self, chosen: dict[str, Any]) -> None:
+        """Stores what the first run chose."""
+        self.chosen = chosen
+        self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = self.folder / (STATE + ".tmp")
+        temporary.write_text(
+            json.dumps({"settings": self._hash, "chosen": chosen}), encoding="utf-8"
+        )
+        os.replace(temporary, self.folder / STATE)
+
+    def has_layer(self, layer: int) -> bool:
+        """Whether a layer's mean map is stored."""
+        return self._layer(layer).exists()
+
+    def save_layer(self, layer: int, mean: torch.Tensor) -> None:
+        """Stores a finished layer's mean map, float32 [heads, pcl, pcl]."""
+        self._write(self._layer(layer), mean, {})
+
+    def load_layer(self, layer: int) -> torch.Tensor:
+        """Reads a finished layer's mean map."""
+        return self._read(self._layer(layer))[0]
+
+    def save_group(self, sums: MapSums, batches: int) -> None:
+        """Stores the sums of the group in work after some batches."""
+        metadata = {"layers": json.dumps(sums.layers), "batches": str(batches)}
+        self._write(self.folder / GROUP, sums.sums, metadata)
+
+    def load_group(self, layers: list[int]) -> tuple[torch.Tensor, int] | None:
+        """Reads the sums of a group and the batches they hold, if it is the one in work."""
+        if not (self.folder / GROUP).exists():
+            return None
+        sums, metadata = self._read(self.folder / GROUP)
+        if json.loads(metadata["layers"]) != layers:
+            return None
+        return sums, int(metadata["batches"])
+
+    def remove(self) -> None:
+        """Removes the folder."""
+        shutil.rmtree(self.folder)
+
+    def _layer(self, layer: int) -> Path:
+        return self.folder / f"layer-{layer:04}.safetensors"
+
+    def _write(self, path: Path, maps: torch.Tensor, metadata: dict[str, str]) -> None:
+        temporary = path.with_suffix(".tmp")
+        save_file({MAP: maps.cpu().contiguous()}, temporary, metadata=metadata)
+        os.replace(temporary, path)
+
+    def _read(self, path: Path) -> tuple[torch.Tensor, dict[str, str]]:
+        try:
+            with safe_open(path, framework="pt") as file:
+                return file.get_tensor(MAP), file.metadata() or {}
+        except (SafetensorError, OSError) as error:
+            raise CalibrationError(
+                f"checkpoint file {path} is damaged ({error}): remove {self.folder}"
+            ) from error

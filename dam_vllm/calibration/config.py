@@ -1,0 +1,126 @@
+"""The settings of a calibration: YAML file and command-line options."""
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dam_vllm.calibration.errors import CalibrationError
+
+AmplificationName = Literal[
+    "box-cox", "sqrt", "log", "yeo-johnson", "z-score", "min-max", "average", "sum", "arcsinh"
+]
+
+
+class Amplification(BaseModel):
+    """How mean attention is amplified before the threshold (paper, Stage 1 and appendix).
+
+    Attributes:
+        name: the function, see `dam_vllm.calibration.amplify`.
+        lambda_: exponent of Box-Cox and Yeo-Johnson ("lambda" in YAML).
+        epsilon: smallest mean attention that is told apart from none.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    name: AmplificationName = "box-cox"
+    lambda_: float = Field(default=0.5, alias="lambda", ge=-2, le=2)
+    epsilon: float = Field(default=1e-8, gt=0, le=1e-2)
+
+
+class CalibrationConfig(BaseModel):
+    """Settings of a calibration, independent of the model; the defaults are the paper's.
+
+    Attributes:
+        pcl: Pattern Capture Length in tokens, or None for the longest that memory, the model
+            and the texts allow.
+        amplification: how mean attention is amplified.
+        tau: threshold of the true mask, on the amplified scale.
+        mu: share of a pattern's cells that must be in the true mask for it to be kept.
+        min_support: cells that a pattern needs to be considered, or None for pcl / 8.
+        texts: largest number of windows, held-out ones included.
+        window: tokens of a held-out window, or None for the PCL; a longer one measures the
+            extended mask too.
+        held_out: share of the texts on which coverage is measured instead.
+        batch_size: windows a forward pass.
+        seed: of the choice and the split of texts.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    pcl: int | None = Field(default=None, ge=16)
+    amplification: Amplification = Amplification()
+    tau: float = 0.3
+    mu: float = Field(default=0.8, gt=0, le=1)
+    min_support: int | None = Field(default=None, ge=1)
+    texts: int = Field(default=256, ge=1)
+    window: int | None = Field(default=None, ge=16)
+    held_out: float = Field(default=0.1, ge=0, le=0.5)
+    batch_size: int = Field(default=1, ge=1)
+    seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _lengths_fit(self) -> Self:
+        if self.pcl is not None:
+            if self.window is not None and self.window < self.pcl:
+                raise ValueError(f"window is {self.window}, must be at least pcl ({self.pcl})")
+            if self.min_support is not None and self.min_support > self.pcl:
+                raise ValueError(
+                    f"min_support is {self.min_support}, must be at most pcl ({self.pcl})"
+                )
+        if self.held_out and self.texts < 2:
+            raise ValueError("texts is 1, must be at least 2 where held_out is not 0")
+        return self
+
+
+def load_config(path: str | Path | None, overrides: dict[str, Any]) -> CalibrationConfig:
+    """Reads a YAML file and lays options over it.
+
+    Args:
+        path: the file, or None for the defaults.
+        overrides: values by field name; None means not given.
+
+    Returns:
+        The validated settings.
+
+    Raises:
+        CalibrationError: if the file cannot be read, or for an unknown key or a value that is
+            not allowed.
+    """
+    values = _read(Path(path)) if path is not None else {}
+    values |= {key: value for key, value in overrides.items() if value is not None}
+    try:
+        return CalibrationConfig.model_validate(values)
+    except ValidationError as error:
+        source = f"{path}: " if path is not None else ""
+        problems = "; ".join(_explain(item) for item in error.errors())
+        raise CalibrationError(source + problems) from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise CalibrationError(f"--config is {str(path)!r}, must be a YAML file that exists")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise CalibrationError(f"--config {path} is no YAML file: {error}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise CalibrationError(
+            f"--config {path} holds a {type(values).__name__}, must hold keys and values"
+        )
+    return values
+
+
+def _explain(item: Any) -> str:
+    path = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        nested = len(item["loc"]) > 1
+        fields = (Amplification if nested else CalibrationConfig).model_fields
+        allowed = ", ".join(field.alias or name for name, field in fields.items())
+        return f"unknown key {path!r} (value {item['input']!r}); allowed are {allowed}"
+    if not path:
+        return str(item["msg"]).removeprefix("Value error, ")
+    return f"{path} is {item['input']!r}: {item['msg']}"

@@ -1,0 +1,9 @@
+"""What calibration raises."""
+
+
+class CalibrationError(ValueError):
+    """An input that cannot be honoured; the message names it, its value and what is allowed."""
+
+
+class CalibrationStopped(Exception):  # noqa: N818 - the user's wish, no error
+    """Calibration was asked to stop; its state lies in the checkpoint folder."""

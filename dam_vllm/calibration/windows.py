@@ -1,0 +1,112 @@
+"""Token windows from documents: tokenised, split into calibration and held-out, cut."""
+
+import hashlib
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+import numpy as np
+import torch
+
+from dam_vllm.calibration.errors import CalibrationError
+
+
+@dataclass(frozen=True)
+class TokenisedTexts:
+    """Documents as token ids without special tokens.
+
+    Attributes:
+        prefix: special tokens that the tokenizer starts a text with, such as BOS.
+        calibration: documents to capture attention on.
+        held_out: documents to measure coverage on; none is a calibration document.
+    """
+
+    prefix: list[int]
+    calibration: list[list[int]]
+    held_out: list[list[int]]
+
+    def digest(self) -> str:
+        """Identity of the texts and their split, hexadecimal."""
+        parts = (str((self.prefix, part)).encode() for part in (self.calibration, self.held_out))
+        return hashlib.sha256(b"|".join(parts)).hexdigest()[:16]
+
+
+def tokenise(
+    documents: list[str], tokenizer: Any, held_out: float, seed: int
+) -> TokenisedTexts:
+    """Tokenises and splits documents.
+
+    A single document is cut in two, its end held out.
+
+    Args:
+        documents: different texts.
+        tokenizer: of the model (transformers).
+        held_out: share of the documents, or of the single document, to hold out.
+        seed: of their order and the split.
+
+    Returns:
+        The tokenised texts.
+    """
+    prefix = special_prefix(tokenizer)
+    tokens = [
+        tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+        for document in documents
+    ]
+    Random(seed).shuffle(tokens)
+    if not held_out:
+        return TokenisedTexts(prefix, tokens, [])
+    if len(tokens) == 1:
+        cut = round(len(tokens[0]) * (1 - held_out))
+        return TokenisedTexts(prefix, [tokens[0][:cut]], [tokens[0][cut:]])
+    count = max(1, round(len(tokens) * held_out))
+    return TokenisedTexts(prefix, tokens[count:], tokens[:count])
+
+
+def special_prefix(tokenizer: Any) -> list[int]:
+    """The special tokens before a text's own, for example [BOS]."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    for start in range(len(full) - len(plain) + 1):
+        if full[start : start + len(plain)] == plain:
+            return full[:start]
+    raise CalibrationError(f"tokenizer {type(tokenizer).__name__} does not keep a text's tokens")
+
+
+def count_full(documents: list[list[int]], prefix: int, length: int) -> int:
+    """How many whole windows of `length` tokens, `prefix` included, the documents give."""
+    return sum(len(document) // (length - prefix) for document in documents)
+
+
+def cut(documents: list[list[int]], prefix: list[int], length: int, limit: int) -> list[list[int]]:
+    """Cuts documents into windows.
+
+    Longer windows come first. A document's last piece is kept if it is at least a quarter of a
+    window, or all there is.
+
+    Args:
+        documents: token ids without special tokens.
+        prefix: put before each window, which so starts as the tokenizer starts a text.
+        length: tokens of a whole window, prefix included.
+        limit: largest number of windows.
+
+    Returns:
+        At most `limit` windows, longest first.
+    """
+    size = length - len(prefix)
+    pieces = [
+        document[start : start + size]
+        for document in documents
+        for start in range(0, len(document), size)
+        if start == 0 or len(document) - start >= size // 4
+    ]
+    pieces.sort(key=len, reverse=True)
+    return [prefix + piece for piece in pieces[:limit]]
+
+
+def pad(windows: list[list[int]]) -> tuple[torch.Tensor, list[int]]:
+    """Pads a batch on the right: int64 [batch, longest], and the true lengths."""
+    lengths = [len(window) for window in windows]
+    ids = np.zeros((len(windows), max(lengths)), dtype=np.int64)
+    for row, window in enumerate(windows):
+        ids[row, : len(window)] = window
+    return torch.from_numpy(ids), lengths

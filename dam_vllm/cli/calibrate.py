@@ -1,0 +1,161 @@
+"""`dam-vllm calibrate`: texts and a model in, a mask file out."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+
+    from dam_vllm.calibration.pipeline import Job
+
+
+def calibrate(
+    model: Annotated[str, typer.Argument(help="Folder or Hugging Face Hub id of the model.")],
+    data: Annotated[
+        str,
+        typer.Option(
+            help="Texts: a text file, a folder of .txt, .md and .py files, a .jsonl file, or the "
+            "name of a data set on the Hub."
+        ),
+    ],
+    output: Annotated[Path, typer.Option(help="Mask file to write (.safetensors).")],
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file of settings; the options below go before it.")
+    ] = None,
+    field: Annotated[str, typer.Option(help="Key of the text in JSONL and data sets.")] = "text",
+    pcl: Annotated[
+        int | None,
+        typer.Option(
+            help="Pattern Capture Length in tokens [default: the longest that memory, model "
+            "and texts allow]."
+        ),
+    ] = None,
+    texts: Annotated[int | None, typer.Option(help="Largest number of windows.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Windows a forward pass.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the choice and split of texts.")] = None,
+    memory_gib: Annotated[
+        float | None,
+        typer.Option(help="Memory for attention maps, in GiB [default: half of what is free]."),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda or cuda:N [default: cuda where there is one].")
+    ] = None,
+    dtype: Annotated[
+        str,
+        typer.Option(help="auto (float32 on a CPU, else the model's), float32, bfloat16, float16."),
+    ] = "auto",
+    revision: Annotated[str | None, typer.Option(help="Hub revision of the model.")] = None,
+) -> None:
+    """Calibrates a model's masks on texts (DAM, Stage 1) and writes a mask file.
+
+    Ctrl-C saves what is done; the same command goes on from there.
+    """
+    from transformers.utils import logging
+
+    from dam_vllm.calibration.config import load_config
+    from dam_vllm.calibration.errors import CalibrationStopped
+    from dam_vllm.calibration.model import ModelSource
+    from dam_vllm.calibration.pipeline import Job
+
+    logging.disable_progress_bar()
+    overrides = {"pcl": pcl, "texts": texts, "batch_size": batch_size, "seed": seed}
+    try:
+        _check(memory_gib, dtype, output)
+        job = Job(
+            source=ModelSource(model, revision, _device(device), dtype),
+            data=data,
+            field=field,
+            config=load_config(config, overrides),
+            output=output,
+            memory_gib=memory_gib,
+        )
+        _run(job)
+    except CalibrationStopped:
+        typer.echo(
+            f"Stopped; what is done lies in {job.checkpoint}. The same command goes on from there.",
+            err=True,
+        )
+        raise typer.Exit(130) from None
+    except (ValueError, OSError) as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+def _check(memory_gib: float | None, dtype: str, output: Path) -> None:
+    from dam_vllm.calibration.model import DTYPES
+
+    if memory_gib is not None and memory_gib <= 0:
+        raise ValueError(f"--memory-gib is {memory_gib}, must be more than 0")
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ValueError(f"--dtype is {dtype!r}, must be one of auto, {', '.join(DTYPES)}")
+    if output.is_dir():
+        raise ValueError(f"--output is {str(output)!r}, a folder; must be a file")
+
+
+def _device(name: str | None) -> "torch.device":
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"--device is {name!r}, must be cpu, cuda or cuda:N as this machine has: {reason}"
+        ) from error
+    return device
+
+
+def _run(job: "Job") -> None:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from dam_vllm.calibration.pipeline import Reporter, calibrate
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("calibrating"),
+        BarColumn(),
+        TextColumn("{task.percentage:.0f}%"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bar, _stop_flag() as stopped:
+        task = bar.add_task("", total=None)
+        masks = calibrate(
+            job,
+            Reporter(
+                say=bar.console.print,
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
+                stop=lambda: bool(stopped),
+            ),
+        )
+    kept = f"{masks.columns.sum()} columns and {masks.diagonals.sum()} diagonals kept"
+    typer.echo(f"Wrote {job.output}: PCL {masks.pcl}, {kept}")
+
+
+@contextmanager
+def _stop_flag() -> Iterator[list[int]]:
+    """A list that the first Ctrl-C or SIGTERM fills; a second one ends the program at once."""
+    received: list[int] = []
+    former = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def handle(number: int, frame: object) -> None:
+        received.append(number)
+        typer.echo("Stopping after this batch ...", err=True)
+        for each, handler in former.items():
+            signal.signal(each, handler)
+
+    for number in former:
+        signal.signal(number, handle)
+    try:
+        yield received
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)

@@ -1,0 +1,100 @@
+"""`kernel: naive`: serves by the float32 oracle, request by request. Slow, for debugging."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dam_vllm.attention.naive import exact_mask, masked_attention, page_mask
+from dam_vllm.engine.admission import Serving
+from dam_vllm.engine.heads import Shard
+
+FP8_DTYPES = {
+    "fp8": torch.float8_e4m3fn,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
+
+
+@dataclass(frozen=True)
+class NaiveBatch:
+    """What the oracle needs of a layer.
+
+    Attributes:
+        serving: options and masks.
+        layer: global layer index.
+        shard: KV heads of this rank.
+    """
+
+    serving: Serving
+    layer: int
+    shard: Shard
+
+    def mask(self, start: int, stop: int, page: int) -> torch.Tensor:
+        """Mask of one request's queries, bool [local heads, stop - start, stop]."""
+        masks, options = self.serving.masks, self.serving.options
+        if options.granularity == "token":
+            whole = exact_mask(masks, self.layer, start, stop, options.dense_below)
+        else:
+            whole = page_mask(masks, self.layer, start, stop, page, options.dense_below)
+        group = masks.heads // masks.kv_heads
+        return torch.from_numpy(whole[self.shard.start * group : self.shard.stop * group])
+
+
+def serve_naive(
+    impl: Any,
+    layer: Any,
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    metadata: Any,
+    output: torch.Tensor,
+) -> None:
+    """Computes a layer's attention from the paged cache by the oracle.
+
+    Args:
+        impl: the attention implementation, for scale, soft-capping and cache dtype.
+        layer: the attention layer, for its name and scales.
+        query: [tokens, heads, head_size].
+        kv_cache: [blocks, kv_heads, page, 2 * head_size], plain layout.
+        metadata: the step's metadata.
+        output: [tokens, heads, head_size] or flat; written.
+    """
+    batch: NaiveBatch = metadata.naive[layer.layer_name]
+    page = kv_cache.shape[2]
+    starts = metadata.query_start_loc.tolist()
+    rows = output.view(query.shape)
+    for request, stop in enumerate(metadata.seq_lens.tolist()):
+        first, last = starts[request : request + 2]
+        table = metadata.block_table[request, : -(-stop // page)].long()
+        keys, values = read_pages(kv_cache[table], impl.kv_cache_dtype)
+        rows[first:last] = masked_attention(
+            query[first:last],
+            keys[:stop] * layer._k_scale_float if impl.is_fp8_kv_cache else keys[:stop],
+            values[:stop] * layer._v_scale_float if impl.is_fp8_kv_cache else values[:stop],
+            batch.mask(stop - (last - first), stop, page),
+            impl.scale,
+            impl.logits_soft_cap,
+        ).to(rows.dtype)
+
+
+def read_pages(pages: torch.Tensor, cache_dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of pages in order.
+
+    In the kernels' plain layout ("vec") a page holds keys channel by channel, [head_size,
+    page], then values token by token, [page, head_size].
+
+    Args:
+        pages: [pages, kv_heads, page, 2 * head_size].
+        cache_dtype: vLLM's name of the cache's dtype.
+
+    Returns:
+        Two tensors, each float32 [pages * page, kv_heads, head_size]; fp8 is not yet scaled.
+    """
+    count, kv_heads, page, width = pages.shape
+    flat = pages.reshape(count, kv_heads, 2, page * width // 2)
+    if cache_dtype in FP8_DTYPES:
+        flat = flat.view(FP8_DTYPES[cache_dtype])
+    keys = flat[:, :, 0].float().view(count, kv_heads, width // 2, page).permute(0, 3, 1, 2)
+    values = flat[:, :, 1].float().view(count, kv_heads, page, width // 2).permute(0, 2, 1, 3)
+    shape = (count * page, kv_heads, width // 2)
+    return keys.reshape(shape), values.reshape(shape)

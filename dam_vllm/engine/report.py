@@ -1,0 +1,52 @@
+"""The table that serving logs at start: which masks, how dense, which layers are not masked."""
+
+import functools
+
+import numpy as np
+
+from dam_vllm.engine.admission import Serving, logger
+from dam_vllm.masks.mask_set import HeadMode
+from dam_vllm.masks.pages import density
+
+REASONS = {"sliding": "left to vLLM: sliding window", "other": "left to vLLM: no plain attention"}
+
+
+@functools.lru_cache(maxsize=1)
+def _seen() -> set[str]:
+    return set()
+
+
+def log_masks(serving: Serving, page: int, length: int) -> None:
+    """Logs one table, once a process.
+
+    Args:
+        serving: what is served.
+        page: tokens a page.
+        length: the model's length in tokens, at which density is told.
+    """
+    key = str(serving.file)
+    if key not in _seen():
+        _seen().add(key)
+        logger.info("\n".join(describe(serving, page, length)))
+
+
+def describe(serving: Serving, page: int, length: int) -> list[str]:
+    """Lines of the table."""
+    masks, options = serving.masks, serving.options
+    _, kv_density = density(masks, [length], page, options.dense_below)
+    full = np.array([kind == "full" for kind in masks.header.layer_types])
+    lines = [
+        f"DAM masks {serving.file}: {masks.header.kind}, PCL {masks.pcl}, page {page}, "
+        f"dense below {options.dense_below}, kernel {options.kernel}; density at {length} "
+        f"tokens {kv_density[0][full].mean() if full.any() else 1.0:.3f}",
+        "layer  density  KV heads",
+    ]
+    for layer, kind in enumerate(masks.header.layer_types):
+        note = REASONS.get(kind) or _modes(masks.modes[layer])
+        lines.append(f"{layer:5d}  {kv_density[0, layer].mean():7.3f}  {note}")
+    return lines
+
+
+def _modes(modes: np.ndarray) -> str:
+    counts = [(mode.name.lower(), int((modes == mode).sum())) for mode in HeadMode]
+    return ", ".join(f"{count} {name}" for name, count in counts if count)

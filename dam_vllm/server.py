@@ -1,0 +1,115 @@
+"""Starts `vllm serve` as a child process, for the demo, the benchmarks and the tests."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+
+class ServerError(RuntimeError):
+    """The server ended before it was ready; the message holds the end of its log."""
+
+
+class Server:
+    """A running `vllm serve`, as a context manager.
+
+    Args:
+        model: folder or Hub id.
+        arguments: further command-line arguments.
+        environment: variables added to this process's own.
+        timeout: seconds until it must be ready.
+
+    Attributes:
+        url: base of the OpenAI-compatible API, ending in "/v1".
+        log: path of the server's output.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        arguments: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+        timeout: float = 300.0,
+    ) -> None:
+        self.model, self.timeout = str(model), timeout
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}/v1"
+        command = Path(sys.executable).parent / "vllm"
+        self._command = [str(command), "serve", self.model, "--host", "127.0.0.1"]
+        self._command += ["--port", str(self.port), *arguments]
+        self._environment = {**os.environ, **(environment or {})}
+        handle, name = tempfile.mkstemp(prefix="dam-vllm-serve-", suffix=".log")
+        os.close(handle)
+        self.log = Path(name)
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        with self.log.open("wb") as log:
+            self._process = subprocess.Popen(
+                self._command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env=self._environment,
+                start_new_session=True,
+            )
+        try:
+            self._wait()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def output(self) -> str:
+        """What the server has printed so far."""
+        return self.log.read_text(errors="replace")
+
+    def stop(self) -> None:
+        """Stops the server and every process it started."""
+        if self._process is None:
+            return
+        for sign, patience in ((signal.SIGINT, 20.0), (signal.SIGKILL, 10.0)):
+            try:
+                os.killpg(self._process.pid, sign)
+                self._process.wait(patience)
+            except (ProcessLookupError, subprocess.TimeoutExpired):
+                continue
+        self._process = None
+
+    def _wait(self) -> None:
+        assert self._process is not None
+        end = time.monotonic() + self.timeout
+        health = f"http://127.0.0.1:{self.port}/health"
+        while time.monotonic() < end:
+            if self._process.poll() is not None:
+                raise ServerError(f"vllm serve ended at start:\n{self.output()[-6000:]}")
+            try:
+                with urllib.request.urlopen(health, timeout=5):
+                    return
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.5)
+        raise ServerError(f"vllm serve not ready in {self.timeout:.0f} s:\n{self.output()[-6000:]}")
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that nobody uses now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
