@@ -1,0 +1,46 @@
+"""Joins the commands of `dam-vllm`; each keeps its heavy imports to itself."""
+
+import sys
+
+import typer
+
+from dam_vllm import __version__
+from dam_vllm.cli import masks
+from dam_vllm.cli.bench import app as bench
+from dam_vllm.cli.calibrate import calibrate
+from dam_vllm.cli.demo import demo
+from dam_vllm.cli.inspect import inspect
+
+app = typer.Typer(
+    help="Calibrated sparse attention (DAM) for vLLM.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+app.command()(calibrate)
+app.command()(inspect)
+app.add_typer(masks.app, name="masks")
+app.add_typer(bench, name="bench")
+app.command()(demo)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True),
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point; a bad value ends with one line and exit code 2, not with a traceback."""
+    try:
+        app()
+    except ValueError as error:
+        typer.echo(f"Error: {error}", err=True)
+        sys.exit(2)

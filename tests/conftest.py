@@ -1,0 +1,52 @@
+"""Fixtures that all layers of the suite share."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from dam_vllm.masks.fingerprint import Fingerprint
+from dam_vllm.masks.mask_set import Header, HeadMode, MaskSet, pack_lower
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """Fresh random numbers in every run; the seed is printed where a test fails."""
+    seed = int(np.random.SeedSequence().generate_state(1)[0])
+    print(f"seed {seed}")
+    return np.random.default_rng(seed)
+
+
+def random_mask_set(
+    rng: np.random.Generator,
+    layers: int = 2,
+    heads: int = 4,
+    kv_heads: int = 2,
+    pcl: int = 70,
+    share: float = 0.03,
+    dense: bool = False,
+    fingerprint: Fingerprint | None = None,
+) -> MaskSet:
+    """A mask set with random columns, diagonals and an unrelated random true mask."""
+    modes = np.full((layers, kv_heads), HeadMode.STATIC, dtype=np.uint8)
+    if dense:
+        modes[0, 0] = HeadMode.DENSE
+    return MaskSet(
+        columns=rng.random((layers, heads, pcl)) < share,
+        diagonals=rng.random((layers, heads, pcl)) < share,
+        true_bits=pack_lower(rng.random((layers, heads, pcl, pcl)) < share),
+        modes=modes,
+        header=Header(
+            kind="calibrated",
+            model="random",
+            fingerprint=fingerprint or Fingerprint(config="0"),
+            layer_types=["full"] * layers,
+            pcl=pcl,
+        ),
+    )
+
+
+@pytest.fixture
+def random_masks(rng: np.random.Generator) -> Callable[..., MaskSet]:
+    """Makes random mask sets from the test's own random numbers."""
+    return lambda **kwargs: random_mask_set(rng, **kwargs)

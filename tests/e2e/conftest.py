@@ -1,0 +1,151 @@
+"""Real servers: one at a time, each asked once a session and stopped."""
+
+import concurrent.futures
+import functools
+import json
+import os
+import random
+from dataclasses import dataclass
+
+import httpx
+import numpy as np
+import openai
+import pytest
+
+from dam_vllm.demo import model_dir
+from dam_vllm.masks.baselines import dense
+from dam_vllm.masks.file import save_mask_set
+from dam_vllm.masks.fingerprint import fingerprint
+from dam_vllm.server import Server
+from tests.conftest import random_mask_set
+
+PAGE = 32
+LENGTHS = (3001, 1537, 777, 150, 1999)
+NEW_TOKENS = 48
+COMMON = (
+    f"--block-size={PAGE}",
+    "--max-model-len=4096",
+    "--max-num-seqs=8",
+    "--no-enable-log-requests",
+)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A server's configuration; hashable, so that each is started once.
+
+    Attributes:
+        masks: "random", "dense", or None for the stock backend.
+        options: further options of the backend, as JSON.
+        chunk: most tokens of a step.
+        prefix_caching: whether prompts found in the cache are reused.
+        eager: no torch.compile.
+        pages: size of the cache, in pages.
+        tensor_parallel: ranks.
+    """
+
+    masks: str | None = "random"
+    options: str = '{"dense_below": 0}'
+    chunk: int = 8192
+    prefix_caching: bool = False
+    eager: bool = True
+    pages: int = 2000
+    tensor_parallel: int = 1
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a server answered: token ids and log-probabilities, alone, then all at once."""
+
+    alone: list[tuple[list[str], list[float]]]
+    together: list[tuple[list[str], list[float]]]
+    metrics: str
+    log: str
+
+    def metric(self, name: str) -> float:
+        """Sum of a Prometheus metric."""
+        lines = (line for line in self.metrics.splitlines() if line.startswith(name))
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
+
+
+@pytest.fixture(scope="session")
+def seed():
+    """One seed a session for prompts and masks; printed where a test fails."""
+    return random.SystemRandom().randrange(2**31)
+
+
+@pytest.fixture(scope="session")
+def mask_files(tmp_path_factory, seed):
+    """Random bounded masks and dense ones for the demo model."""
+    folder = tmp_path_factory.mktemp("masks")
+    model = str(model_dir())
+    rng = np.random.default_rng(seed)
+    masks = random_mask_set(
+        rng, 4, 8, 4, pcl=333, share=0.006, dense=True, fingerprint=fingerprint(model)
+    )
+    files = {"random": folder / "random.safetensors", "dense": folder / "dense.safetensors"}
+    save_mask_set(masks, files["random"])
+    save_mask_set(dense(model), files["dense"])
+    return files
+
+
+@pytest.fixture(scope="session")
+def prompts(seed):
+    rng = random.Random(seed)
+    return [[1, *(rng.randrange(300, 2300) for _ in range(length - 1))] for length in LENGTHS]
+
+
+@pytest.fixture(scope="session")
+def answers(mask_files, prompts, seed):
+    """Function from a Setup to its Answers."""
+    print(f"seed {seed}")
+
+    @functools.cache
+    def ask(setup):
+        with Server(model_dir(), arguments(setup, mask_files), environment(setup)) as server:
+            client = openai.OpenAI(base_url=server.url, api_key="-", timeout=300)
+            alone = [complete(client, prompt) for prompt in prompts]
+            with concurrent.futures.ThreadPoolExecutor(len(prompts)) as pool:
+                together = list(pool.map(lambda prompt: complete(client, prompt), prompts))
+            metrics = httpx.get(server.url.removesuffix("/v1") + "/metrics").text
+            return Answers(alone, together, metrics, server.output())
+
+    return ask
+
+
+def arguments(setup, mask_files):
+    """Command line of `vllm serve`."""
+    result = [
+        *COMMON,
+        f"--max-num-batched-tokens={setup.chunk}",
+        f"--num-gpu-blocks-override={setup.pages}",
+        f"--tensor-parallel-size={setup.tensor_parallel}",
+        "--enable-prefix-caching" if setup.prefix_caching else "--no-enable-prefix-caching",
+    ]
+    if setup.eager:
+        result.append("--enforce-eager")
+    if setup.masks:
+        options = {"masks": str(mask_files[setup.masks])} | json.loads(setup.options)
+        result += ["--attention-backend=dam", "--additional-config", json.dumps({"dam": options})]
+    return result
+
+
+def environment(setup):
+    if setup.tensor_parallel == 1:
+        return {}
+    cores = sorted(os.sched_getaffinity(0))
+    ranks = [str(cores[rank % len(cores)]) for rank in range(setup.tensor_parallel)]
+    return {"VLLM_CPU_OMP_THREADS_BIND": "|".join(ranks)}
+
+
+def complete(client, prompt):
+    """Greedy completion of token ids: tokens and log-probabilities."""
+    choice = client.completions.create(
+        model=str(model_dir()),
+        prompt=prompt,
+        max_tokens=NEW_TOKENS,
+        temperature=0,
+        logprobs=1,
+        extra_body={"ignore_eos": True, "return_tokens_as_token_ids": True},
+    ).choices[0]
+    return choice.logprobs.tokens, choice.logprobs.token_logprobs

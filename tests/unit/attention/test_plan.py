@@ -1,0 +1,109 @@
+import numpy as np
+import pytest
+import torch
+
+from dam_vllm.attention.naive import masked_attention, page_mask
+from dam_vllm.attention.plan import build_plan, cut_tiles
+from dam_vllm.attention.select import PageSelector
+from dam_vllm.masks.pages import page_tables
+
+
+def selector_of(masks, page, dense_below=0):
+    tables = [page_tables(masks, layer, page) for layer in range(masks.layers)]
+    return PageSelector(tables, dense_below)
+
+
+@pytest.mark.parametrize("page", [16, 32, 48, 128])
+@pytest.mark.parametrize("dense_below", [0, 200])
+def test_selection_is_the_definition(random_masks, page, dense_below):
+    masks = random_masks(pcl=150, share=0.004, dense=True)
+    selector = selector_of(masks, page, dense_below)
+    tiles = torch.tensor([9, 0, 3, 1, 3])
+    pages = 10 * selector.own
+    selected = selector.select(tiles, pages)
+    group = masks.heads // masks.kv_heads
+    for layer in range(masks.layers):
+        for row, tile in enumerate(tiles.tolist()):
+            stop = (tile + 1) * selector.tile
+            mask = page_mask(masks, layer, tile * selector.tile, stop, page, dense_below)
+            expected = mask.any(axis=1).reshape(masks.heads, -1, page).any(axis=2)
+            found = selected[layer, :, row].repeat_interleave(group, 0).numpy()
+            np.testing.assert_array_equal(found[:, : stop // page], expected)
+            assert not found[:, stop // page :].any()
+
+
+def test_tiles_are_cut_at_absolute_positions():
+    starts, lens = torch.tensor([0, 1, 301, 305], dtype=torch.int32), torch.tensor([77, 300, 258])
+    tiles = cut_tiles(starts, lens, 128)
+    assert tiles.tokens == 305
+    assert tiles.request.tolist() == [0, 1, 1, 1, 2, 2]
+    assert tiles.index.tolist() == [0, 0, 1, 2, 1, 2]
+    assert tiles.row.tolist() == [0, 1, 129, 257, 301, 303]
+    assert tiles.stop.tolist() == [77, 128, 256, 300, 256, 258]
+
+
+class Batch:
+    """Random requests with a permuted paged cache; pages of nobody are poisoned."""
+
+    def __init__(self, rng, masks, page, requests):
+        torch.manual_seed(int(rng.integers(2**31)))
+        self.page, self.size = page, 24
+        self.requests = requests
+        self.queries = [torch.randn(new, masks.heads, self.size) for _, new in requests]
+        self.keys = [torch.randn(stop, masks.kv_heads, self.size) for stop, _ in requests]
+        self.values = [torch.randn(stop, masks.kv_heads, self.size) for stop, _ in requests]
+        counts = [-(-stop // page) for stop, _ in requests]
+        blocks = sum(counts) + 5
+        order = torch.from_numpy(rng.permutation(blocks))
+        self.cache = torch.full((blocks, masks.kv_heads, page, 2 * self.size), torch.nan)
+        self.block_table = torch.zeros(len(requests), max(counts), dtype=torch.int32)
+        for row, (stop, _) in enumerate(requests):
+            pages, order = order[: counts[row]], order[counts[row] :]
+            self.block_table[row, : counts[row]] = pages
+            token = torch.arange(stop)
+            both = torch.cat([self.keys[row], self.values[row]], dim=-1)
+            self.cache[pages[token // page], :, token % page] = both
+        self.starts = torch.tensor([0, *np.cumsum([new for _, new in requests])]).int()
+        self.lens = torch.tensor([stop for stop, _ in requests]).int()
+
+
+def run(plan, layer, batch, kv_heads):
+    """Runs a layer's virtual sequences one by one, as a paged kernel would."""
+    query = torch.cat(batch.queries)
+    tokens, heads, size = query.shape
+    grouped = query.view(tokens, kv_heads, heads // kv_heads, size)
+    by_head = grouped.transpose(0, 1).reshape(-1, heads // kv_heads, size)
+    pages = batch.cache.view(-1, 1, batch.page, 2 * size)
+    result = torch.full_like(by_head, torch.nan)
+    starts = plan.query_start_loc.tolist()
+    for row, length in enumerate(plan.seq_lens[layer].tolist()):
+        first, last = starts[row : row + 2]
+        table = plan.block_table[layer, row, : -(-length // batch.page)].long()
+        both = pages[table].permute(0, 2, 1, 3).reshape(-1, 1, 2 * size)[:length]
+        key, value = both.split(size, dim=-1)
+        new = last - first
+        mask = torch.ones(new, length, dtype=torch.bool).tril(length - new)
+        result[first:last] = masked_attention(
+            by_head[first:last], key, value, mask.expand(heads // kv_heads, -1, -1), 0.3
+        )
+    return result.view(kv_heads, tokens, -1, size).transpose(0, 1).reshape(tokens, heads, size)
+
+
+@pytest.mark.parametrize("page", [16, 32, 128])
+@pytest.mark.parametrize("dense_below", [0, 130])
+def test_plan_computes_masked_attention(rng, random_masks, page, dense_below):
+    """Chunks that start and end anywhere, single decode tokens, and short requests."""
+    masks = random_masks(layers=2, heads=6, kv_heads=3, pcl=150, share=0.01, dense=True)
+    batch = Batch(rng, masks, page, [(777, 411), (300, 1), (129, 129), (5, 5), (640, 2), (1, 1)])
+    tiles = cut_tiles(batch.starts, batch.lens, selector_of(masks, page).tile)
+    plan = build_plan(selector_of(masks, page, dense_below), tiles, batch.block_table)
+    assert plan.block_table.dtype == plan.seq_lens.dtype == torch.int32
+    for layer in range(masks.layers):
+        result = run(plan, layer, batch, masks.kv_heads)
+        for row, (stop, new) in enumerate(batch.requests):
+            mask = torch.from_numpy(page_mask(masks, layer, stop - new, stop, page, dense_below))
+            expected = masked_attention(
+                batch.queries[row], batch.keys[row], batch.values[row], mask, 0.3
+            )
+            found = result[batch.starts[row] : batch.starts[row + 1]]
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
