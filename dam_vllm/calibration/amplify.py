@@ -18,7 +18,7 @@ needed from all layers, a second one amplifies layer by layer.
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -48,18 +48,19 @@ class Statistics:
 
     @property
     def mean(self) -> float:
+        """Mean over all pairs."""
         return self.total / self.pairs
 
     @property
     def deviation(self) -> float:
+        """Standard deviation over all pairs."""
         return math.sqrt(max(0.0, self.squares / self.pairs - self.mean**2))
 
     def report(self) -> dict[str, float]:
         """What the mask file records."""
-        kept = asdict(self)
         return {
-            "minimum": kept["minimum"],
-            "maximum": kept["maximum"],
+            "minimum": self.minimum,
+            "maximum": self.maximum,
             "mean": self.mean,
             "deviation": self.deviation,
         }

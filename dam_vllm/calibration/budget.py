@@ -51,7 +51,7 @@ def choose_pcl(
         texts: the tokenised texts.
         windows: calibration windows wanted.
         heads: query heads of a layer.
-        max_length: longest position of the model, if it has one.
+        max_length: longest position of the model or of a window, if there is a bound.
         memory: bytes that the maps may take.
 
     Returns:
@@ -67,7 +67,7 @@ def choose_pcl(
         "the texts' lengths (--data)": _by_texts(texts, windows),
     }
     if max_length is not None:
-        bounds["the model's positions (max_position_embeddings)"] = max_length
+        bounds["the model's max_position_embeddings or the window asked for"] = max_length
     if asked is not None:
         longest = len(texts.prefix) + max(map(len, texts.calibration))
         bounds["the texts' lengths (--data)"] = longest

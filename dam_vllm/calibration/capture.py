@@ -46,9 +46,7 @@ def register() -> None:
     AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
 
 
-def observe_forward(
-    model: torch.nn.Module, ids: torch.Tensor, layers: list[int], observe: Observer
-) -> None:
+def observe_forward(model: Any, ids: torch.Tensor, layers: list[int], observe: Observer) -> None:
     """Runs a model up to the last observed layer.
 
     Windows of a batch are padded on the right and no padding mask is passed: attention is
@@ -86,7 +84,7 @@ def _capturing(capture: _Capture) -> Iterator[None]:
 
 
 def capture_attention(
-    module: torch.nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -116,10 +114,13 @@ def capture_attention(
     """
     for name in UNSUPPORTED:
         if kwargs.get(name) is not None:
-            raise CalibrationError(f"attention with {name!r} (layer {module.layer_idx})")
+            raise CalibrationError(
+                f"layer {module.layer_idx} has attention with {name!r}, which is not supported"
+            )
     capture = _active.get()
-    observed = capture is not None and module.layer_idx in capture.layers
-    if not observed and softcap is None:
+    if capture is not None and module.layer_idx not in capture.layers:
+        capture = None
+    if capture is None and softcap is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
@@ -129,10 +130,10 @@ def capture_attention(
         keys = stop if attention_mask is None else key.shape[2]
         mask = None if attention_mask is None else attention_mask[:, :, start:stop, :keys]
         weights = _weights(query[:, :, start:stop], key[:, :, :keys], mask, start, scale, softcap)
-        if observed:
+        if capture is not None:
             capture.observe(module.layer_idx, start, weights)
         output[:, :, start:stop] = _grouped(weights.to(query.dtype), value[:, :, :keys])
-    if observed:
+    if capture is not None:
         capture.seen.add(module.layer_idx)
         if module.layer_idx == max(capture.layers) and capture.seen == capture.layers:
             raise _Finished
@@ -170,7 +171,7 @@ def _weights(
 
 
 def _grouped(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """left [batch, heads, rows, n] times right [batch, KV heads, n, m], KV heads not copied."""
+    """Multiplies left [batch, heads, rows, n] by right [batch, KV heads, n, m]; copies no heads."""
     batch, heads, rows, inner = left.shape
     kv_heads = right.shape[1]
     grouped = left.reshape(batch, kv_heads, heads // kv_heads * rows, inner)

@@ -45,7 +45,9 @@ class Checkpoint:
         text = json.dumps(settings, sort_keys=True)
         self._hash = hashlib.sha256(text.encode()).hexdigest()
         state = folder / STATE
-        if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not state.exists())):
+        if folder.exists() and (
+            not folder.is_dir() or (any(folder.iterdir()) and not state.exists())
+        ):
             raise CalibrationError(f"{folder} is in the way and no checkpoint: remove it")
         if state.exists():
             self._open(state)

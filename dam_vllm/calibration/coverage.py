@@ -36,9 +36,9 @@ class Coverage:
             if last <= first:
                 continue
             mask = self._near(layer, first, last) if part == 0 else self._far(layer, first, last)
-            mask = torch.from_numpy(mask).to(weights.device)
+            allowed = torch.from_numpy(mask).to(weights.device)
             block = weights[:, :, first - start : last - start, :last]
-            kept = (block * mask).sum(dim=-1).double().cpu().numpy()
+            kept = (block * allowed).sum(dim=-1).double().cpu().numpy()
             for row, length in enumerate(self._lengths):
                 count = max(0, min(length, last) - first)
                 self._kept[part, layer] += kept[row, :, :count].sum(axis=-1)

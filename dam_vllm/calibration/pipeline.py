@@ -173,12 +173,14 @@ class _Run:
             raise CalibrationError(
                 f"window is {window}, must be at most the model's {shape.max_length} positions"
             )
+        if self.config.min_support is not None and self.config.min_support > length.pcl:
+            raise CalibrationError(
+                f"min_support is {self.config.min_support}, must be at most the PCL ({length.pcl})"
+            )
         layers = [index for index, kind in enumerate(shape.layer_types) if kind == "full"]
         groups = layer_groups(layers, shape.heads, length.pcl, memory)
         self.job.output.parent.mkdir(parents=True, exist_ok=True)
-        check_disk(
-            self.job.output.parent, len(layers), len(groups[0]), shape.heads, length.pcl
-        )
+        check_disk(self.job.output.parent, len(layers), len(groups[0]), shape.heads, length.pcl)
         checkpoint.choose({"pcl": length.pcl, "reason": length.reason, "groups": groups})
         assert checkpoint.chosen is not None
         return checkpoint.chosen

@@ -31,9 +31,7 @@ class TokenisedTexts:
         return hashlib.sha256(b"|".join(parts)).hexdigest()[:16]
 
 
-def tokenise(
-    documents: list[str], tokenizer: Any, held_out: float, seed: int
-) -> TokenisedTexts:
+def tokenise(documents: list[str], tokenizer: Any, held_out: float, seed: int) -> TokenisedTexts:
     """Tokenises and splits documents.
 
     A single document is cut in two, its end held out.

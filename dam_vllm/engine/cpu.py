@@ -211,7 +211,6 @@ class DamCPUImpl(CPUAttentionBackendImpl):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        admit(get_current_vllm_config())
         refused = {
             "ALiBi": self.alibi_slopes is not None,
             "attention sinks (learned per head)": self.sinks is not None,
@@ -223,6 +222,7 @@ class DamCPUImpl(CPUAttentionBackendImpl):
                     f"--attention-backend dam: this model has {feature}, which DAM does not "
                     f"serve; leave the option away"
                 )
+        admit(get_current_vllm_config())
 
     def forward(  # noqa: D102
         self,

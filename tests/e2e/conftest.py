@@ -21,7 +21,7 @@ from tests.conftest import random_mask_set
 
 PAGE = 32
 LENGTHS = (3001, 1537, 777, 150, 1999)
-NEW_TOKENS = 48
+NEW_TOKENS = 80
 COMMON = (
     f"--block-size={PAGE}",
     "--max-model-len=4096",
@@ -42,6 +42,8 @@ class Setup:
         eager: no torch.compile.
         pages: size of the cache, in pages.
         tensor_parallel: ranks.
+        dtype: of weights and activations.
+        cache_dtype: of the KV cache.
     """
 
     masks: str | None = "random"
@@ -51,6 +53,8 @@ class Setup:
     eager: bool = True
     pages: int = 2000
     tensor_parallel: int = 1
+    dtype: str = "bfloat16"
+    cache_dtype: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -118,8 +122,10 @@ def arguments(setup, mask_files):
     result = [
         *COMMON,
         f"--max-num-batched-tokens={setup.chunk}",
-        f"--num-gpu-blocks-override={setup.pages}",
+        f"--kv-cache-memory-bytes={setup.pages * page_bytes(setup)}",
         f"--tensor-parallel-size={setup.tensor_parallel}",
+        f"--dtype={setup.dtype}",
+        f"--kv-cache-dtype={setup.cache_dtype}",
         "--enable-prefix-caching" if setup.prefix_caching else "--no-enable-prefix-caching",
     ]
     if setup.eager:
@@ -128,6 +134,12 @@ def arguments(setup, mask_files):
         options = {"masks": str(mask_files[setup.masks])} | json.loads(setup.options)
         result += ["--attention-backend=dam", "--additional-config", json.dumps({"dam": options})]
     return result
+
+
+def page_bytes(setup):
+    """Bytes of a page of the demo model's cache: layers, KV heads, tokens, keys and values."""
+    width = {"bfloat16": 2, "float32": 4}[setup.dtype] if setup.cache_dtype == "auto" else 1
+    return 4 * 4 * PAGE * 2 * 32 * width
 
 
 def environment(setup):

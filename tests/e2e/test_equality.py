@@ -7,7 +7,8 @@ from tests.e2e.conftest import LENGTHS, NEW_TOKENS, Setup
 
 pytestmark = pytest.mark.e2e
 
-BF16_ROUNDING = 0.08
+BF16_ROUNDING, FP32_ROUNDING = 0.08, 2e-3
+NAIVE = '{"dense_below": 0, "kernel": "naive"}'
 
 
 def assert_same(first, second):
@@ -18,16 +19,23 @@ def assert_same(first, second):
         assert logprobs == other_logprobs
 
 
-def assert_close(first, second):
-    """Log-probabilities within rounding as long as the tokens agree; they may part at a tie."""
-    agreed = 0
+def distance(first, second):
+    """Largest difference of log-probabilities as far as the tokens agree, and their share."""
+    agreed, largest = 0, 0.0
     for (tokens, logprobs), (others, other_logprobs) in zip(first, second, strict=True):
         same = [a == b for a, b in zip(tokens, others, strict=True)]
         until = same.index(False) if False in same else len(same)
         agreed += until
         difference = np.abs(np.subtract(logprobs[: until + 1], other_logprobs[: until + 1]))
-        assert difference.max() < BF16_ROUNDING
-    assert agreed > 0.5 * len(first) * NEW_TOKENS
+        largest = max(largest, float(difference.max()))
+    return largest, agreed / len(first) / NEW_TOKENS
+
+
+def assert_close(first, second, rounding=BF16_ROUNDING):
+    """Equal within rounding as long as the tokens agree; they may part at a tie."""
+    largest, agreed = distance(first, second)
+    assert largest < rounding
+    assert agreed > 0.5
 
 
 def test_all_pages_equal_the_stock_backend(answers):
@@ -62,15 +70,23 @@ def test_prefix_cache(answers):
 
 
 def test_preemption(answers):
-    preempted = answers(Setup(pages=sum(LENGTHS) // 32 + 4))
+    """All prompts fit into the cache, what is generated does not."""
+    preempted = answers(Setup(pages=sum(-(-length // 32) for length in LENGTHS) + 8))
     assert preempted.metric("vllm:num_preemptions_total") > 0
     assert_same(preempted.together, answers(Setup()).alone)
 
 
 def test_naive_kernel(answers):
-    naive = answers(Setup(options='{"dense_below": 0, "kernel": "naive"}'))
-    assert_close(naive.alone, answers(Setup()).alone)
-    assert_close(naive.together, answers(Setup()).together)
+    fast = answers(Setup(dtype="float32"))
+    naive = answers(Setup(dtype="float32", options=NAIVE))
+    assert_close(naive.alone, fast.alone, FP32_ROUNDING)
+    assert_close(naive.together, fast.together, FP32_ROUNDING)
+
+
+def test_fp8_cache(answers):
+    fast, naive = answers(Setup(cache_dtype="fp8")), answers(Setup(cache_dtype="fp8", options=NAIVE))
+    assert_close(naive.alone, fast.alone)
+    assert fast.alone != answers(Setup()).alone
 
 
 def test_tensor_parallel(answers):
@@ -78,7 +94,11 @@ def test_tensor_parallel(answers):
 
 
 def test_compiled(answers):
-    assert_close(answers(Setup(eager=False)).alone, answers(Setup()).alone)
+    """Compiling rounds elsewhere; DAM moves by no more than twice what the stock one does."""
+    stock, _ = distance(answers(Setup(masks=None, eager=False)).alone,
+                        answers(Setup(masks=None)).alone)  # fmt: skip
+    compiled = answers(Setup(eager=False)).alone
+    assert_close(compiled, answers(Setup()).alone, max(BF16_ROUNDING, 2 * stock))
 
 
 def test_short_requests_run_dense(answers):

@@ -1,0 +1,71 @@
+"""The choice reaches every process, and without it nothing changes."""
+
+import multiprocessing
+import pickle
+
+import pytest
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture(autouse=True)
+def _registered():
+    from dam_vllm.plugin import register
+
+    register()
+    register()
+
+
+def selected(backend):
+    """Path of the backend that the CPU platform gives for a choice."""
+    import torch
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.selector import AttentionSelectorConfig
+
+    config = AttentionSelectorConfig(64, torch.bfloat16, "auto", 32)
+    return current_platform.get_attn_backend_cls(backend, config)
+
+
+def test_member_is_the_same_after_pickling():
+    from dam_vllm.engine.registration import member
+
+    assert pickle.loads(pickle.dumps(member())) is member()
+    assert member().name == "DAM"
+
+
+def child(payload, queue):
+    queue.put(pickle.loads(payload).get_path())
+
+
+def test_member_reaches_a_spawned_process():
+    """A spawned process unpickles the configuration before it loads plugins."""
+    from dam_vllm.engine.registration import BACKEND, member
+
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=child, args=(pickle.dumps(member()), queue))
+    process.start()
+    assert queue.get(timeout=120) == BACKEND
+    process.join()
+
+
+def test_choice_is_honoured_and_others_are_left_alone():
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    from dam_vllm.engine.registration import BACKEND, member
+
+    assert selected(member()) == BACKEND
+    stock = AttentionBackendEnum.CPU_ATTN.get_path()
+    assert selected(None) == selected(AttentionBackendEnum.CPU_ATTN) == stock
+
+
+def test_model_native_sparse_attention_is_refused():
+    import torch
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.selector import AttentionSelectorConfig
+
+    from dam_vllm.engine.registration import member
+
+    config = AttentionSelectorConfig(64, torch.bfloat16, "auto", 32, use_sparse=True)
+    with pytest.raises(ValueError, match="sparse attention of its own, which DAM does not serve"):
+        current_platform.get_attn_backend_cls(member(), config)

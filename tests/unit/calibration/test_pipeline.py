@@ -1,0 +1,136 @@
+import numpy as np
+import pytest
+import torch
+
+from dam_vllm.calibration import pipeline
+from dam_vllm.calibration.config import CalibrationConfig
+from dam_vllm.calibration.errors import CalibrationError, CalibrationStopped
+from dam_vllm.calibration.model import ModelSource
+from dam_vllm.calibration.pipeline import Job, Reporter, calibrate
+from dam_vllm.masks.file import load_mask_set
+from tests.unit.calibration.conftest import build, save_tokenizer
+
+CONFIG = CalibrationConfig(pcl=40, tau=0.1, texts=16, window=60, held_out=0.2, batch_size=3)
+ARRAYS = ("columns", "diagonals", "true_bits", "modes", "coverage", "coverage_extended")
+MAPS_GIB = 4 * 40 * 40 * 4 / 2**30  # of one layer
+
+
+@pytest.fixture
+def make(model_folder, texts_file, tmp_path):
+    def make(name="masks", config=CONFIG, memory=1.0, model=model_folder):
+        source = ModelSource(str(model), None, torch.device("cpu"), "auto")
+        return Job(
+            source, str(texts_file), "text", config, tmp_path / f"{name}.safetensors", memory
+        )
+
+    return make
+
+
+def same(left, right):
+    for name in ARRAYS:
+        np.testing.assert_array_equal(getattr(left, name), getattr(right, name), err_msg=name)
+
+
+def stop_after(batches):
+    calls = []
+
+    def stop():
+        calls.append(1)
+        return len(calls) == batches
+
+    return Reporter(stop=stop)
+
+
+def test_the_file_holds_what_was_made(make):
+    job = make()
+    masks = calibrate(job)
+    same(load_mask_set(job.output), masks)
+    assert not job.checkpoint.exists()
+    parameters = masks.header.parameters
+    assert (parameters["pcl"], parameters["min_support"], parameters["tau"]) == (40, 5, 0.1)
+    assert parameters["amplification"] == {"name": "box-cox", "lambda": 0.5, "epsilon": 1e-8}
+    assert masks.true_mask(0)[:, 0, 0].all()
+    assert ((masks.coverage > 0) & (masks.coverage <= 1.0001)).all()
+    assert np.isfinite(masks.coverage_extended).all()
+
+
+def test_group_by_group_equals_all_at_once(make):
+    progress, said = [], []
+    all_at_once = calibrate(make("all"))
+    reporter = Reporter(say=said.append, progress=lambda *work: progress.append(work))
+    grouped = calibrate(make("grouped", memory=3 * MAPS_GIB), reporter)
+    assert "3 group(s)" in said[0]
+    same(grouped, all_at_once)
+    done, total = zip(*progress, strict=True)
+    assert list(done) == sorted(done)
+    assert done[-1] == total[-1]
+
+
+@pytest.mark.parametrize("batches", [2, 7])
+def test_interrupt_and_resume_equals_an_uninterrupted_run(make, batches):
+    memory = 3 * MAPS_GIB  # a layer a group, five batches each: stops inside groups 0 and 1
+    whole = calibrate(make("whole", memory=memory))
+    job = make("stopped", memory=memory)
+    with pytest.raises(CalibrationStopped):
+        calibrate(job, stop_after(batches))
+    assert job.checkpoint.is_dir()
+    assert not job.output.exists()
+    progress = []
+    same(calibrate(job, Reporter(progress=lambda *work: progress.append(work))), whole)
+    assert len(progress) == 3 * 5 + 1 - batches
+    assert not job.checkpoint.exists()
+
+
+def test_a_checkpoint_every_few_batches_survives_a_crash(make, monkeypatch):
+    monkeypatch.setattr(pipeline, "CHECKPOINT_SECONDS", 0)
+    job, calls = make("crash"), []
+
+    def crash():
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError
+        return False
+
+    with pytest.raises(RuntimeError):
+        calibrate(job, Reporter(stop=crash))
+    progress = []
+    masks = calibrate(job, Reporter(progress=lambda *work: progress.append(work)))
+    assert len(progress) == 5 + 1 - 2
+    same(masks, calibrate(make("whole")))
+
+
+def test_a_checkpoint_of_other_settings_is_refused(make):
+    job = make()
+    with pytest.raises(CalibrationStopped):
+        calibrate(job, stop_after(1))
+    other = make(config=CONFIG.model_copy(update={"seed": 1}))
+    with pytest.raises(CalibrationError, match=r"masks.safetensors.partial was made with other"):
+        calibrate(other)
+    calibrate(job)
+
+
+def test_sliding_layers_are_left_out(make, tmp_path):
+    folder = tmp_path / "gemma"
+    build("gemma").save_pretrained(folder)
+    save_tokenizer(folder)
+    masks = calibrate(make(model=folder))
+    assert masks.header.layer_types == ["sliding", "full", "sliding", "full"]
+    assert not masks.columns[[0, 2]].any()
+    assert not masks.true_bits[[0, 2]].any()
+    assert np.isnan(masks.coverage[0]).all()
+    assert np.isfinite(masks.coverage[[1, 3]]).all()
+
+
+def test_a_model_of_sliding_layers_only_is_refused(make, tmp_path):
+    folder = tmp_path / "mistral"
+    build("sliding").save_pretrained(folder)
+    with pytest.raises(CalibrationError, match="has no full-attention layer"):
+        calibrate(make(model=folder))
+
+
+def test_the_pcl_is_chosen_and_told(make):
+    said = []
+    config = CONFIG.model_copy(update={"pcl": None})
+    masks = calibrate(make(config=config), Reporter(say=said.append))
+    assert 16 <= masks.pcl <= 60
+    assert said[0].startswith(f"PCL {masks.pcl} tokens (")
