@@ -94,7 +94,7 @@ def find_masks(options: DamOptions, model: str, revision: str | None = None) -> 
         found = _in_repository(model, revision)
         if found is None:
             raise OptionError(
-                f"no mask file: set --additional-config '{{\"{KEY}\": {{\"masks\": PATH}}}}' or "
+                f'no mask file: set --additional-config \'{{"{KEY}": {{"masks": PATH}}}}\' or '
                 f"{MASKS_VARIABLE}, or put {MASKS_IN_MODEL} beside the model's weights "
                 f"({model}); `dam-vllm calibrate` makes one"
             )

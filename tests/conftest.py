@@ -1,6 +1,10 @@
 """Fixtures that all layers of the suite share."""
 
+import os
 from collections.abc import Callable
+
+# Read when huggingface_hub is first imported: no test asks the network.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import numpy as np
 import pytest

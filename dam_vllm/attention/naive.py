@@ -64,7 +64,7 @@ def page_mask(
     for first in range(start // tile * tile, stop, tile):
         rows = slice(max(first, start) - start, min(first + tile, stop) - start)
         seen = allowed(masks, layer, first, first + tile).any(axis=1)
-        seen = seen.reshape(masks.kv_heads, group, -1, page).any(axis=(1, 3))
+        seen = np.asarray(seen.reshape(masks.kv_heads, group, -1, page).any(axis=(1, 3)))
         seen[:, [0, *range(first // page, (first + tile) // page)]] = True
         seen[masks.modes[layer] == HeadMode.DENSE] = True
         if first < dense_below:

@@ -174,9 +174,7 @@ class DamCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         starts = plan.query_start_loc
         return {
             name: VirtualBatch(table, lens, starts, self._schedule(starts, lens))
-            for name, table, lens in zip(
-                self.masked, plan.block_table, plan.seq_lens, strict=True
-            )
+            for name, table, lens in zip(self.masked, plan.block_table, plan.seq_lens, strict=True)
         }
 
     def _schedule(self, query_start_loc: torch.Tensor, seq_lens: torch.Tensor) -> torch.Tensor:
@@ -224,7 +222,7 @@ class DamCPUImpl(CPUAttentionBackendImpl):
                 )
         admit(get_current_vllm_config())
 
-    def forward(  # noqa: D102
+    def forward(
         self,
         layer: Any,
         query: torch.Tensor,

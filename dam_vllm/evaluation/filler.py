@@ -6,7 +6,7 @@ from dam_vllm.evaluation.words import ADJECTIVES, NOUNS, VERBS
 
 
 def sentence(rng: Random) -> str:
-    """Makes one random sentence, a whole line.
+    r"""Makes one random sentence, a whole line.
 
     Args:
         rng: Source of randomness.

@@ -43,8 +43,9 @@ def _pairs(rng: Random, count: int) -> list[str]:
 
 def _codes(rng: Random, count: int) -> list[str]:
     return _distinct(
-        lambda: rng.choice(CONSONANTS)
-        + "".join(rng.choices("0123456789abcdef", k=rng.randrange(4, 8))),
+        lambda: (
+            rng.choice(CONSONANTS) + "".join(rng.choices("0123456789abcdef", k=rng.randrange(4, 8)))
+        ),
         count,
     )
 

@@ -100,7 +100,9 @@ def _question(
         spare = max(1, (length - tokens) * len(records) // length)
         if len(records) - spare < 2:
             raise ValueError(f"tokens is {tokens}: too few for one {task} question")
-        kept = [index for index in range(len(records)) if index != asked][: len(records) - spare - 1]
+        kept = [index for index in range(len(records)) if index != asked][
+            : len(records) - spare - 1
+        ]
         order = sorted([*kept, asked])
         records = [records[index] for index in order]
         asked = order.index(asked)

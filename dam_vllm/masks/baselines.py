@@ -43,9 +43,7 @@ def streaming(model: str, sinks: int, window: int) -> MaskSet:
             raise ValueError(f"{name} is {value}, must be at least 1 token")
     index = np.arange(max(sinks, window))
     parameters = {"sinks": sinks, "window": window}
-    return _uniform(
-        model, "streaming", index < sinks, index < window, HeadMode.STATIC, parameters
-    )
+    return _uniform(model, "streaming", index < sinks, index < window, HeadMode.STATIC, parameters)
 
 
 def _uniform(

@@ -25,16 +25,15 @@ def allowed(masks: MaskSet, layer: int, start: int, stop: int) -> BoolArray:
     Returns:
         bool [heads, stop - start, stop], causal.
     """
-    pcl = masks.pcl
-    rows, keys = np.arange(start, stop)[:, None], np.arange(stop)[None]
-    distance = rows - keys
-    column = _lookup(masks.columns[layer], np.broadcast_to(keys, distance.shape))
-    diagonal = _lookup(masks.diagonals[layer], distance)
-    result = (column | diagonal) & (distance >= 0)
-    if start < pcl:
-        near = min(stop, pcl)
-        result[:, : near - start] = False
+    near = min(max(masks.pcl, start), stop)
+    result = np.zeros((masks.heads, stop - start, stop), dtype=bool)
+    if start < near:
         result[:, : near - start, :near] = masks.true_mask(layer)[:, start:near, :near]
+    if near < stop:
+        rows, keys = np.arange(near, stop)[:, None], np.arange(stop)[None]
+        column = _lookup(masks.columns[layer], keys)
+        diagonal = _lookup(masks.diagonals[layer], rows - keys)
+        result[:, near - start :] = (column | diagonal) & (keys <= rows)
     return result
 
 
@@ -51,6 +50,6 @@ def token_mask(masks: MaskSet, layer: int, start: int, stop: int) -> BoolArray:
 
 
 def _lookup(bits: BoolArray, index: np.ndarray) -> BoolArray:
-    """bits [heads, pcl] at index [...], False outside 0..pcl-1; bool [heads, ...]."""
+    """Bits [heads, pcl] at index [...], False outside 0..pcl-1; bool [heads, ...]."""
     inside = (index >= 0) & (index < bits.shape[-1])
     return np.asarray(bits[:, np.where(inside, index, 0)] & inside)

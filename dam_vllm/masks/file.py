@@ -78,7 +78,7 @@ def load_mask_set(path: str | Path) -> MaskSet:
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in file.keys()}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise MaskFileError(f"mask file {path} is damaged: {error}") from error
     if metadata.get("format") != FORMAT:

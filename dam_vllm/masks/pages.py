@@ -10,7 +10,7 @@ same for every tile, so two bit tables say everything; below it a table over (ti
 holds the true mask.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -27,7 +27,7 @@ def tile_size(page: int) -> int:
 
 @dataclass(frozen=True)
 class PageTables:
-    """Page-level masks of one layer; `heads` are KV heads (or query heads, see `page_tables`).
+    """Page-level masks of one layer; `heads` are KV heads, or query heads before they are joined.
 
     Attributes:
         page: tokens a page.
@@ -66,36 +66,45 @@ class PageTables:
         return np.where(distance > 0, far, distance > -own)
 
 
-def page_tables(masks: MaskSet, layer: int, page: int, per_query_head: bool = False) -> PageTables:
-    """Rounds one layer's masks up to pages.
+def page_tables(masks: MaskSet, layer: int, page: int) -> PageTables:
+    """Rounds one layer's masks up to pages and joins each KV head's query heads.
 
     Args:
         masks: the mask set.
         layer: global layer index.
         page: tokens a page.
-        per_query_head: keep query heads apart instead of joining each KV head's group.
 
     Returns:
-        Tables over KV heads, or over query heads.
+        Tables over KV heads.
     """
+    return _join(_head_tables(masks, layer, page), masks.heads // masks.kv_heads)
+
+
+def _head_tables(masks: MaskSet, layer: int, page: int) -> PageTables:
+    """Tables over query heads."""
     tile = tile_size(page)
-    group = 1 if per_query_head else masks.heads // masks.kv_heads
     near_tiles = -(-masks.pcl // tile)
     near_pages = near_tiles * tile // page
-    reach = near_tiles * tile
-    seen = allowed(masks, layer, 0, reach)
-    near = seen.reshape(masks.heads, near_tiles, tile, near_pages, page).any(axis=(2, 4))
-    columns = _pad(_any_run(masks.columns[layer], page), near_pages)
-    distances = _page_distances(masks.diagonals[layer], page, tile)
-    dense = masks.modes[layer] == HeadMode.DENSE
+    seen = allowed(masks, layer, 0, near_tiles * tile).reshape(
+        masks.heads, near_tiles, tile, near_pages, page
+    )
     return PageTables(
         page=page,
         tile=tile,
-        near=_join(near, group),
-        columns=_join(columns, group),
-        distances=_join(distances, group),
-        dense=np.repeat(dense, masks.heads // masks.kv_heads) if per_query_head else dense,
+        near=np.asarray(seen.any(axis=(2, 4))),
+        columns=_pad(_any_run(masks.columns[layer], page), near_pages),
+        distances=_page_distances(masks.diagonals[layer], page, tile),
+        dense=np.repeat(masks.modes[layer] == HeadMode.DENSE, masks.heads // masks.kv_heads),
     )
+
+
+def _join(tables: PageTables, group: int) -> PageTables:
+    """Or over the query heads of each group."""
+    joined = {
+        name: getattr(tables, name).reshape(-1, group, *getattr(tables, name).shape[1:]).any(axis=1)
+        for name in ("near", "columns", "distances", "dense")
+    }
+    return replace(tables, **joined)
 
 
 def density(
@@ -120,10 +129,11 @@ def density(
     kv_heads = np.ones((*shape, masks.kv_heads), dtype=np.float32)
     for layer, kind in enumerate(masks.header.layer_types):
         if kind == "full":
-            for result, per_query_head in ((heads, True), (kv_heads, False)):
-                tables = page_tables(masks, layer, page, per_query_head)
-                for row, length in enumerate(lengths):
-                    result[row, layer] = _density(tables, length, dense_below)
+            own = _head_tables(masks, layer, page)
+            joined = _join(own, masks.heads // masks.kv_heads)
+            for row, length in enumerate(lengths):
+                heads[row, layer] = _density(own, length, dense_below)
+                kv_heads[row, layer] = _density(joined, length, dense_below)
     return heads, kv_heads
 
 
@@ -145,11 +155,6 @@ def _any_run(bits: BoolArray, run: int) -> BoolArray:
 
 def _pad(bits: BoolArray, size: int) -> BoolArray:
     return np.pad(bits, [(0, 0)] * (bits.ndim - 1) + [(0, size - bits.shape[-1])])
-
-
-def _join(bits: BoolArray, group: int) -> BoolArray:
-    """Or over the query heads of each group; heads are the first axis."""
-    return np.asarray(bits.reshape(-1, group, *bits.shape[1:]).any(axis=1))
 
 
 def _page_distances(diagonals: BoolArray, page: int, tile: int) -> BoolArray:

@@ -84,7 +84,10 @@ def test_naive_kernel(answers):
 
 
 def test_fp8_cache(answers):
-    fast, naive = answers(Setup(cache_dtype="fp8")), answers(Setup(cache_dtype="fp8", options=NAIVE))
+    fast, naive = (
+        answers(Setup(cache_dtype="fp8")),
+        answers(Setup(cache_dtype="fp8", options=NAIVE)),
+    )
     assert_close(naive.alone, fast.alone)
     assert fast.alone != answers(Setup()).alone
 

@@ -55,7 +55,7 @@ class _Wiring:
         group = self.shape.heads // self.shape.kv_heads
         self._embedding()
         self._random_layers()
-        first, second, third = (layer.self_attn for layer in self.network.layers[:3])
+        first, second, third = (layer.self_attn for layer in self.network.stack()[:3])
         constant = math.sqrt(self.shape.width) * _CONSTANT
         constant /= math.sqrt(_CONSTANT**2 + _TOKEN_STD**2 * self.shape.width)
         for head, offset in enumerate(OFFSETS):
@@ -88,7 +88,7 @@ class _Wiring:
 
     def _random_layers(self) -> None:
         shape = self.shape
-        for layer in self.network.layers:
+        for layer in self.network.stack():
             attention, mlp = layer.self_attn, layer.mlp
             for projection in (attention.q_proj, attention.k_proj):
                 projection.weight.normal_(0, 0.02, generator=self.generator)

@@ -1,5 +1,7 @@
 """Muon: momentum whose matrix updates are orthogonalised (Jordan et al., 2024)."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -39,7 +41,7 @@ class Muon(torch.optim.Optimizer):
         lr: Learning rate; an update's singular values are about this size.
     """
 
-    def __init__(self, parameters: list[Tensor], lr: float) -> None:
+    def __init__(self, parameters: Sequence[Tensor], lr: float) -> None:
         by_shape: dict[torch.Size, list[Tensor]] = {}
         for parameter in parameters:
             by_shape.setdefault(parameter.shape, []).append(parameter)

@@ -113,6 +113,10 @@ class Network(nn.Module):
         self.layers = nn.ModuleList(Layer(self.shape) for _ in range(self.shape.layers))
         self.norm = Norm(self.shape)
 
+    def stack(self) -> list[Layer]:
+        """The layers, in order."""
+        return [layer for layer in self.layers if isinstance(layer, Layer)]
+
     def forward(self, ids: Tensor, positions: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Runs the decoder.
 
@@ -135,4 +139,3 @@ class Network(nn.Module):
     def logits(self, states: Tensor) -> Tensor:
         """Maps final states (..., width) to logits (..., vocabulary)."""
         return F.linear(states, self.embed_tokens.weight.to(states.dtype))
-

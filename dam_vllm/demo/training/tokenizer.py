@@ -1,73 +1,71 @@
-"""The demo model's tokenizer: byte-level BPE that cuts text in the same places everywhere.
+"""The demo model's tokenizer: byte-level BPE, digits in groups of at most two."""
 
-Words, groups of at most two digits and punctuation are cut apart before BPE, so a record's
-tokens do not depend on what stands beside it. Pieces of text may then be tokenised one by one.
-"""
-
-from collections.abc import Iterable, Iterator
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from dam_vllm.evaluation.wordings import WORDINGS
 from dam_vllm.evaluation.words import ADJECTIVES, NOUNS, VERBS
 
-VOCABULARY = 2560
-PAD, BOS, END, USER, ASSISTANT = SPECIAL_TOKENS = (
-    "<|pad|>",
-    "<|bos|>",
-    "<|end|>",
-    "<|user|>",
-    "<|assistant|>",
+VOCABULARY = 2304
+SPECIAL = ("<|pad|>", "<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>", "<|end|>")
+PAD, BOS, EOS, USER, ASSISTANT, END = range(len(SPECIAL))
+PIECES = r"\d{1,2}| ?[A-Za-z_]+| ?[^\sA-Za-z_\d]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SKIPPED = ("/test", "site-packages", "idlelib", "lib2to3", "/encodings/", "pydoc_data")
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
-PAD_ID, BOS_ID, END_ID, USER_ID, ASSISTANT_ID = range(len(SPECIAL_TOKENS))
-
-# Punctuation takes at most one newline along: a blank line after a record then leaves the
-# record's tokens as they are.
-_PIECE = r"\d{1,2}| ?[A-Za-z_]+| ?[^\sA-Za-z_\d]+\n?|\s*[\r\n]+|\s+(?!\S)|\s+"
-# More often than any piece of the corpus: these words become whole tokens.
-_OFTEN = 3000
 
 
-def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
-    """Trains the tokenizer.
+def library_sources() -> list[str]:
+    """Sources of the Python standard library on this machine, in a fixed order."""
+    root = Path(sysconfig.get_path("stdlib"))
+    files = sorted(file for file in root.rglob("*.py") if not any(s in str(file) for s in SKIPPED))
+    texts = (file.read_text(encoding="utf-8", errors="ignore") for file in files)
+    return [text for text in texts if text.isascii() and len(text) > 2000]
+
+
+def train_tokenizer(sources: list[str]) -> Tokenizer:
+    """Trains the tokenizer so that every listed word and two-digit number is one token.
 
     Args:
-        texts: Text for the part of the vocabulary that the questions' words leave free.
+        sources: texts for the rest of the vocabulary.
 
     Returns:
-        A tokenizer of ``VOCABULARY`` tokens which puts BOS before every text.
+        The tokenizer; it puts `<|bos|>` first.
     """
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_PIECE), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    split = pre_tokenizers.Split(Regex(PIECES), "isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
-        special_tokens=list(SPECIAL_TOKENS),
+        special_tokens=list(SPECIAL),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_with_words(texts), trainer)
+    tokenizer.train_from_iterator(_texts(sources), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", special_tokens=[(BOS, BOS_ID)]
+        single=f"{SPECIAL[BOS]} $A", special_tokens=[(SPECIAL[BOS], BOS)]
     )
     return tokenizer
 
 
-def _with_words(texts: Iterable[str]) -> Iterator[str]:
-    """Yields the questions' words, often enough to become tokens, and then the texts."""
-    for word in ADJECTIVES + NOUNS:
-        yield f" {word}\n{word}\n" * _OFTEN
+def _texts(sources: list[str]) -> Iterator[str]:
+    repeats = 3000
+    for word in ADJECTIVES:
+        yield f" {word}\n" * repeats + f'"{word}' * repeats
+    for word in NOUNS:
+        yield f"-{word}\n {word}\n" * repeats
     for word in VERBS:
-        yield f" {word}" * _OFTEN
-    for number in range(100):
-        yield f"{number:02d} " * _OFTEN
+        yield f" {word}" * repeats
+    yield from (f"{number:02d} " * repeats for number in range(100))
     for wordings in WORDINGS.values():
-        for wording in wordings.values():
-            template = wording.header + wording.record + wording.footer + wording.question
-            yield template.replace("{key}", "").replace("{value}", "") * (2 * _OFTEN)
-    yield from texts
+        for w in wordings.values():
+            yield (w.header + w.record * 2 + w.footer + w.question + w.reply) * repeats
+    yield from sources

@@ -70,12 +70,11 @@ def test_unused_settings_do_not_matter(model):
 
 def test_damaged_weights(model):
     (model / "model-0.safetensors").write_bytes(b"\xff" * 50)
-    with pytest.raises(FingerprintError, match="model-0.safetensors is no readable"):
+    with pytest.raises(FingerprintError, match=r"model-0\.safetensors is no readable"):
         fingerprint(str(model))
 
 
-def test_no_such_model(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_no_such_model():
     with pytest.raises(FingerprintError, match="'no/such' is neither a folder"):
         fingerprint("no/such")
 

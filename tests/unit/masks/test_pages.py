@@ -13,7 +13,9 @@ def pages_by_definition(masks, layer, length, page, dense_below=0):
     return mask.reshape(masks.heads, total // tile, tile, total // page, page).any(axis=(2, 4))
 
 
-@pytest.mark.parametrize(("page", "tile"), [(16, 128), (32, 128), (48, 144), (128, 128), (256, 256)])
+@pytest.mark.parametrize(
+    ("page", "tile"), [(16, 128), (32, 128), (48, 144), (128, 128), (256, 256)]
+)
 def test_tile_is_whole_pages(page, tile):
     assert tile_size(page) == tile
 
