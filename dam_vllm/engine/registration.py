@@ -22,7 +22,7 @@ def member() -> registry.AttentionBackendEnum:
         return known
     registry.register_backend(NAME, BACKEND)
     added = registry.AttentionBackendEnum[NAME]
-    added.__reduce_ex__ = lambda protocol: (member, ())  # type: ignore[method-assign]
+    added.__reduce_ex__ = lambda protocol: (member, ())
     return added
 
 

@@ -81,7 +81,7 @@ class Writer:
         before, after = wording.reply.format(key=key, value="\0").split("\0")
         if chat:
             self.add(question if first else "<|user|>\n" + question.lstrip("\n"))
-            self.add("<|end|>\n<|assistant|>\n")
+            self.add("<|end|>\n<|assistant|>\n", 0.0)
             self.add(before, REPLY)
             self.add(str(value), VALUE)
             self.add(after + "<|end|>", REPLY)

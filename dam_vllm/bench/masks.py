@@ -1,0 +1,56 @@
+"""Streaming masks of a wanted density, made in memory without a model."""
+
+import numpy as np
+
+from dam_vllm.masks.fingerprint import Fingerprint
+from dam_vllm.masks.mask_set import Header, HeadMode, MaskSet, pack_lower
+from dam_vllm.masks.pages import tile_size
+
+
+def window_pages(length: int, page: int, density: float) -> int:
+    """Finds the number of window pages before the tile that comes nearest to a density.
+
+    Args:
+        length: prompt length in tokens.
+        page: tokens a page.
+        density: pages read over pages of dense causal attention, between 0 and 1.
+
+    Returns:
+        Pages from 0 on; each tile reads the first page, these, and its own.
+    """
+    own = tile_size(page) // page
+    causal = (np.arange(-(-length // tile_size(page))) + 1) * own
+    pages = np.arange(causal[-1] - own + 1)
+    read = np.minimum(causal[None], own + 1 + pages[:, None]).sum(axis=1)
+    return int(np.abs(read / causal.sum() - density).argmin())
+
+
+def streaming_masks(kv_heads: int, pages: int, page: int, group: int = 1) -> MaskSet:
+    """One layer whose heads all read the first token and a window of whole pages.
+
+    Args:
+        kv_heads: KV heads.
+        pages: pages of the window before a tile's own.
+        page: tokens a page.
+        group: query heads a KV head; one is enough where all of a group are the same.
+
+    Returns:
+        The mask set, with a fingerprint that fits no model.
+    """
+    pcl = pages * page + 1
+    index = np.arange(pcl)
+    heads = kv_heads * group
+    return MaskSet(
+        columns=np.tile(index == 0, (1, heads, 1)),
+        diagonals=np.ones((1, heads, pcl), dtype=bool),
+        true_bits=np.tile(pack_lower(np.tri(pcl, dtype=bool)), (1, heads, 1)),
+        modes=np.full((1, kv_heads), HeadMode.STATIC, dtype=np.uint8),
+        header=Header(
+            kind="streaming",
+            model="benchmark",
+            fingerprint=Fingerprint(config="benchmark"),
+            layer_types=["full"],
+            pcl=pcl,
+            parameters={"sinks": 1, "window": pcl},
+        ),
+    )

@@ -1,0 +1,84 @@
+"""Rows to a table on the terminal and to a JSON file; a progress bar with the time left."""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+Row = dict[str, Any]
+
+
+def table(rows: Sequence[Row], title: str, caption: str) -> Table:
+    """A table with one column for each key of the rows; missing values are "-".
+
+    Args:
+        rows: flat rows; the column "bench" is left out, it is the title's.
+        title: what was measured.
+        caption: machine, targets and footnotes.
+
+    Returns:
+        The table.
+    """
+    names = list(dict.fromkeys(name for row in rows for name in row if name != "bench"))
+    result = Table(title=title, caption=caption, caption_justify="left")
+    for name in names:
+        text = all(isinstance(row.get(name, ""), str) for row in rows)
+        result.add_column(name.replace("_", " "), justify="left" if text else "right")
+    for row in rows:
+        result.add_row(*(cell(row.get(name)) for name in names))
+    return result
+
+
+def cell(value: object) -> str:
+    """A value to four significant digits."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value)
+
+
+def write_json(path: Path, machine: Row, rows: Sequence[Row]) -> None:
+    """Writes `{"machine": ..., "rows": [...]}`; a file already there is replaced whole.
+
+    Args:
+        path: the file; its folder is made if need be.
+        machine: what the rows were measured on.
+        rows: flat rows, each naming its benchmark under "bench".
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w") as file:
+            json.dump({"machine": machine, "rows": list(rows)}, file, indent=1)
+            file.write("\n")
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+@contextmanager
+def progress(console: Console, title: str, total: int) -> Iterator[Callable[[], None]]:
+    """Shows a bar with the time left.
+
+    Args:
+        console: where to.
+        title: what is under way.
+        total: how many advances there will be.
+
+    Yields:
+        The function that advances the bar by one.
+    """
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda: bar.advance(task)

@@ -1,0 +1,229 @@
+"""Drives the backend's own code on a random paged cache, without an engine, for benchmarks."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from vllm import _custom_ops as ops
+from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+from dam_vllm.attention.select import PageSelector
+from dam_vllm.engine.cpu import DamCPUImpl, DamCPUMetadataBuilder, VirtualBatch
+
+Step = Callable[[], torch.Tensor]
+LAYER = SimpleNamespace(_k_scale_float=1.0, _v_scale_float=1.0)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One attention layer.
+
+    Attributes:
+        heads: query heads.
+        kv_heads: KV heads.
+        head_size: channels a head.
+        page: tokens a page.
+        dtype: of queries, keys and values.
+    """
+
+    heads: int
+    kv_heads: int
+    head_size: int
+    page: int
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def scale(self) -> float:
+        return float(self.head_size**-0.5)
+
+    @property
+    def isa(self) -> str:
+        return str(_get_attn_isa(self.dtype, self.page, self.head_size, "auto"))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Geometry of a step.
+
+    Attributes:
+        query_start_loc: int32 [requests + 1], first query row of each request.
+        seq_lens: int32 [requests], tokens of each request up to its last query.
+        block_table_tensor: int32 [requests, pages], pages of each request.
+    """
+
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    block_table_tensor: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A random prompt in a paged cache with shuffled pages.
+
+    Attributes:
+        shape: of the layer.
+        query: [tokens, heads, head_size].
+        key: [tokens, kv_heads, head_size].
+        value: [tokens, kv_heads, head_size].
+        cache: [pages, kv_heads, page, 2 * head_size], keys and values as the kernel packs them.
+        batch: one request, all its tokens new.
+    """
+
+    shape: Shape
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    cache: torch.Tensor
+    batch: Batch
+
+
+def random_batch(requests: int, tokens: int, new: int, page: int) -> Batch:
+    """Requests of the same length with shuffled pages.
+
+    Args:
+        requests: how many.
+        tokens: length of each.
+        new: query rows of each in this step.
+        page: tokens a page.
+
+    Returns:
+        The batch.
+    """
+    pages = -(-tokens // page)
+    return Batch(
+        query_start_loc=torch.arange(requests + 1, dtype=torch.int32) * new,
+        seq_lens=torch.full((requests,), tokens, dtype=torch.int32),
+        block_table_tensor=torch.randperm(requests * pages).int().view(requests, pages),
+    )
+
+
+def random_prompt(shape: Shape, tokens: int) -> Prompt:
+    """Draws a prompt and stores its keys and values by vLLM's own kernel.
+
+    Args:
+        shape: of the layer.
+        tokens: length of the prompt.
+
+    Returns:
+        The prompt.
+    """
+    size, page = shape.head_size, shape.page
+    query, key, value = (
+        torch.randn(tokens, heads, size).to(shape.dtype)
+        for heads in (shape.heads, shape.kv_heads, shape.kv_heads)
+    )
+    batch = random_batch(1, tokens, tokens, page)
+    blocks = batch.block_table_tensor[0].long()
+    cache = torch.zeros(len(blocks), shape.kv_heads, page, 2 * size, dtype=shape.dtype)
+    keys, values = cache.view(len(blocks), shape.kv_heads, 2 * page, size).chunk(2, dim=2)
+    token = torch.arange(tokens)
+    slots = blocks[token // page] * page + token % page
+    ops.cpu_attn_reshape_and_cache(key, value, keys, values, slots, shape.isa)
+    return Prompt(shape, query, key, value, cache, batch)
+
+
+def dense_step(prompt: Prompt) -> Step:
+    """The prompt's attention as vLLM's stock CPU backend computes it.
+
+    Args:
+        prompt: the prompt.
+
+    Returns:
+        A function that computes [tokens, heads, head_size]; the schedule is made beforehand.
+    """
+    shape = prompt.shape
+    builder = _builder(shape, shape.heads, shape.kv_heads)
+    starts, lens = prompt.batch.query_start_loc, prompt.batch.seq_lens
+    schedule = ops.cpu_attn_get_scheduler_metadata(
+        num_reqs=1,
+        num_heads=shape.heads,
+        num_kv_heads=shape.kv_heads,
+        head_dim=shape.head_size,
+        seq_lens=lens,
+        dtype=shape.dtype,
+        query_start_loc=starts,
+        causal=True,
+        sliding_window_size=-1,
+        isa=builder.isa,
+        enable_kv_split=True,
+    )
+    blocks, kv_heads, page, width = prompt.cache.shape
+    keys, values = prompt.cache.view(blocks, kv_heads, 2 * page, width // 2).chunk(2, dim=2)
+
+    def step() -> torch.Tensor:
+        output = torch.empty_like(prompt.query)
+        ops.cpu_attention_with_kv_cache(
+            query=prompt.query,
+            key_cache=keys,
+            value_cache=values,
+            output=output,
+            query_start_loc=starts,
+            seq_lens=lens,
+            scale=shape.scale,
+            causal=True,
+            alibi_slopes=None,
+            sliding_window=-1,
+            block_table=prompt.batch.block_table_tensor,
+            softcap=0.0,
+            scheduler_metadata=schedule,
+            s_aux=None,
+        )
+        return output
+
+    return step
+
+
+def virtual_step(prompt: Prompt, selector: PageSelector) -> Step:
+    """The prompt's attention as our backend computes it, permutations included.
+
+    Args:
+        prompt: the prompt.
+        selector: page tables of one layer.
+
+    Returns:
+        A function that computes [tokens, heads, head_size]; the plan is made beforehand.
+    """
+    impl = DamCPUImpl.__new__(DamCPUImpl)
+    impl.num_kv_heads, impl.scale = prompt.shape.kv_heads, prompt.shape.scale
+    impl.logits_soft_cap, impl.kv_cache_dtype = 0.0, "auto"
+    (virtual,) = planner(prompt.shape, selector)(prompt.batch).values()
+
+    def step() -> torch.Tensor:
+        output = torch.empty_like(prompt.query)
+        impl._read_pages(LAYER, prompt.query, prompt.cache, virtual, output)
+        return output
+
+    return step
+
+
+def planner(
+    shape: Shape, selector: PageSelector
+) -> Callable[[Batch], dict[str, VirtualBatch]]:
+    """What the backend does once a step: tiles, plan, and every layer's schedule.
+
+    Args:
+        shape: of the layers.
+        selector: their page tables.
+
+    Returns:
+        A function from a batch to each layer's virtual sequences.
+    """
+    builder = _builder(shape, shape.heads, shape.kv_heads)
+    builder.masked = {str(layer): layer for layer in range(selector.layers)}
+
+    def plan(batch: Batch) -> dict[str, VirtualBatch]:
+        common: Any = batch
+        return builder._virtual(selector, common)
+
+    return plan
+
+
+def _builder(shape: Shape, heads: int, kv_heads: int) -> DamCPUMetadataBuilder:
+    """The backend's builder, set up by hand instead of from an engine's configuration."""
+    builder = DamCPUMetadataBuilder.__new__(DamCPUMetadataBuilder)
+    builder.group = heads // kv_heads
+    builder.head_dim, builder.dtype, builder.isa = shape.head_size, shape.dtype, shape.isa
+    builder.kv_cache_dtype = "auto"
+    return builder
