@@ -28,17 +28,22 @@ def random_mask_set(
     kv_heads: int = 2,
     pcl: int = 70,
     share: float = 0.03,
+    true_share: float | None = None,
     dense: bool = False,
     fingerprint: Fingerprint | None = None,
 ) -> MaskSet:
-    """A mask set with random columns, diagonals and an unrelated random true mask."""
+    """A mask set with random columns, diagonals and an unrelated random true mask.
+
+    The true mask is sparser unless said otherwise: a tile reads a page for any of its pairs.
+    """
+    true_share = share * 0.02 if true_share is None else true_share
     modes = np.full((layers, kv_heads), HeadMode.STATIC, dtype=np.uint8)
     if dense:
         modes[0, 0] = HeadMode.DENSE
     return MaskSet(
         columns=rng.random((layers, heads, pcl)) < share,
         diagonals=rng.random((layers, heads, pcl)) < share,
-        true_bits=pack_lower(rng.random((layers, heads, pcl, pcl)) < share),
+        true_bits=pack_lower(rng.random((layers, heads, pcl, pcl)) < true_share),
         modes=modes,
         header=Header(
             kind="calibrated",

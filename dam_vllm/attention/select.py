@@ -80,5 +80,4 @@ class PageSelector:
         if len(rows) == 0:
             return
         pages = min(selected.shape[3], near_pages)
-        selected[:, :, rows] = False
         selected[:, :, rows, :pages] = self._near[:, :, tiles[rows], :pages]

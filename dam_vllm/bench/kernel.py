@@ -2,10 +2,14 @@
 
 import statistics
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from dam_vllm.bench.masks import streaming_masks, window_pages
 from dam_vllm.bench.report import Row
 from dam_vllm.bench.timing import Advance, alternate, ratio
+
+if TYPE_CHECKING:
+    from dam_vllm.engine.kernels_cpu import Prompt
 
 TARGETS = "targets: speed-up x density >= 0.95 at 16384, page 128, >= 0.90 page 32; flex >= 3"
 
@@ -50,15 +54,14 @@ def measure(
     return rows
 
 
-def _case(prompt: object, window: int, with_flex: bool, rounds: int) -> Row:
+def _case(prompt: "Prompt", window: int, with_flex: bool, rounds: int) -> Row:
     import torch
 
     from dam_vllm.attention.select import PageSelector
     from dam_vllm.bench.flex import flex_step
-    from dam_vllm.engine.kernels_cpu import Prompt, dense_step, virtual_step
+    from dam_vllm.engine.kernels_cpu import dense_step, virtual_step
     from dam_vllm.masks.pages import density, page_tables
 
-    assert isinstance(prompt, Prompt)
     shape, tokens = prompt.shape, len(prompt.query)
     masks = streaming_masks(shape.kv_heads, window, shape.page)
     selector = PageSelector([page_tables(masks, 0, shape.page)])

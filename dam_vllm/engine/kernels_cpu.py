@@ -134,7 +134,6 @@ def dense_step(prompt: Prompt) -> Step:
         A function that computes [tokens, heads, head_size]; the schedule is made beforehand.
     """
     shape = prompt.shape
-    builder = _builder(shape, shape.heads, shape.kv_heads)
     starts, lens = prompt.batch.query_start_loc, prompt.batch.seq_lens
     schedule = ops.cpu_attn_get_scheduler_metadata(
         num_reqs=1,
@@ -146,7 +145,7 @@ def dense_step(prompt: Prompt) -> Step:
         query_start_loc=starts,
         causal=True,
         sliding_window_size=-1,
-        isa=builder.isa,
+        isa=shape.isa,
         enable_kv_split=True,
     )
     blocks, kv_heads, page, width = prompt.cache.shape
@@ -198,9 +197,7 @@ def virtual_step(prompt: Prompt, selector: PageSelector) -> Step:
     return step
 
 
-def planner(
-    shape: Shape, selector: PageSelector
-) -> Callable[[Batch], dict[str, VirtualBatch]]:
+def planner(shape: Shape, selector: PageSelector) -> Callable[[Batch], dict[str, VirtualBatch]]:
     """What the backend does once a step: tiles, plan, and every layer's schedule.
 
     Args:
@@ -210,7 +207,7 @@ def planner(
     Returns:
         A function from a batch to each layer's virtual sequences.
     """
-    builder = _builder(shape, shape.heads, shape.kv_heads)
+    builder = _builder(shape)
     builder.masked = {str(layer): layer for layer in range(selector.layers)}
 
     def plan(batch: Batch) -> dict[str, VirtualBatch]:
@@ -220,10 +217,10 @@ def planner(
     return plan
 
 
-def _builder(shape: Shape, heads: int, kv_heads: int) -> DamCPUMetadataBuilder:
+def _builder(shape: Shape) -> DamCPUMetadataBuilder:
     """The backend's builder, set up by hand instead of from an engine's configuration."""
     builder = DamCPUMetadataBuilder.__new__(DamCPUMetadataBuilder)
-    builder.group = heads // kv_heads
+    builder.group = shape.heads // shape.kv_heads
     builder.head_dim, builder.dtype, builder.isa = shape.head_size, shape.dtype, shape.isa
     builder.kv_cache_dtype = "auto"
     return builder

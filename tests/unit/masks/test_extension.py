@@ -17,7 +17,7 @@ def by_definition(masks, layer, i, j):
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 13), (0, 61), (17, 44), (29, 35), (40, 77)])
 def test_rule(random_masks, start, stop):
-    masks = random_masks(pcl=31, share=0.2)
+    masks = random_masks(pcl=31, share=0.2, true_share=0.2)
     mask = allowed(masks, 1, start, stop)
     assert mask.shape == (masks.heads, stop - start, stop)
     for i in range(start, stop):

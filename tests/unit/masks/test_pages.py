@@ -31,6 +31,22 @@ def test_tables_select_what_the_definition_reads(random_masks, page, pcl):
     np.testing.assert_array_equal(np.repeat(selected, group, axis=0), expected)
 
 
+@pytest.mark.parametrize("page", [16, 48, 128])
+def test_single_diagonals_reach_exactly_their_pages(random_masks, page):
+    """Beyond the PCL, one diagonal at a time: none of the pages at either end is missed."""
+    masks = random_masks(layers=1, heads=1, kv_heads=1, pcl=300, share=0.0)
+    tile = tile_size(page)
+    start = 6 * tile
+    for kept in range(300):
+        masks.diagonals[:] = False
+        masks.diagonals[0, 0, kept] = True
+        expected = np.zeros(7 * tile // page, dtype=bool)
+        expected[[0, *range(start // page, len(expected))]] = True
+        expected[(np.arange(start, start + tile) - kept) // page] = True
+        found = page_tables(masks, 0, page).select(np.array([6]))[0, 0]
+        np.testing.assert_array_equal(found, expected)
+
+
 @pytest.mark.parametrize("dense_below", [0, 100, 256])
 def test_density_counts_pages(random_masks, dense_below):
     masks = random_masks(share=0.004)

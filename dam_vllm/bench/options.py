@@ -1,0 +1,75 @@
+"""The benchmarks' options, checked: one error names option, value and what is allowed."""
+
+from dam_vllm.config import OptionError
+
+MIN_PAGE, MAX_PAGE = 32, 512
+
+
+def lengths_option(text: str, least: int, most: int) -> list[int]:
+    """Prompt lengths, in rising order.
+
+    Args:
+        text: comma-separated tokens.
+        least: shortest allowed; lengths must be its multiples.
+        most: longest allowed.
+
+    Returns:
+        The lengths.
+
+    Raises:
+        OptionError: if one is not allowed.
+    """
+    values = _integers(text)
+    if not values or any(value % least or not least <= value <= most for value in values):
+        raise OptionError(
+            f"--lengths is {text!r}: must be comma-separated multiples of {least} up to {most}"
+        )
+    return sorted(set(values))
+
+
+def pages_option(text: str, option: str = "--pages") -> list[int]:
+    """Page sizes that vLLM's CPU kernels take; raises OptionError for others."""
+    values = _integers(text)
+    if not values or any(v % MIN_PAGE or not MIN_PAGE <= v <= MAX_PAGE for v in values):
+        raise OptionError(
+            f"{option} is {text!r}: must be multiples of {MIN_PAGE} up to {MAX_PAGE} tokens"
+        )
+    return values
+
+
+def densities_option(text: str) -> list[float]:
+    """Densities above 0 up to 1; raises OptionError for others."""
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or any(not 0 < value <= 1 for value in values):
+        raise OptionError(
+            f"--densities is {text!r}: must be comma-separated numbers above 0 up to 1"
+        )
+    return values
+
+
+def window_option(window: int) -> None:
+    """Raises OptionError for a window that masks cannot have."""
+    if not 1 <= window <= 8192:
+        raise OptionError(f"--window is {window}: must be from 1 to 8192 tokens")
+
+
+def heads_option(heads: int, kv_heads: int, head_size: int) -> None:
+    """Raises OptionError for heads that the kernels cannot serve."""
+    if heads % kv_heads:
+        raise OptionError(f"--heads is {heads}: must be a multiple of --kv-heads, {kv_heads}")
+    sizes = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+    if head_size not in sizes:
+        raise OptionError(
+            f"--head-size is {head_size}: must be one of {', '.join(map(str, sizes))}"
+        )
+
+
+def _integers(text: str) -> list[int]:
+    """The numbers of a comma-separated list, or none if one is not a whole number."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        return []
