@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from dam_vllm.bench.client import arrivals, random_prompt
 from dam_vllm.bench.report import Row
-from dam_vllm.bench.serving import Setup, serve
+from dam_vllm.bench.serving import Setup, rest, serve
 from dam_vllm.bench.timing import Advance, ratio
 from dam_vllm.config import DamOptions
 from dam_vllm.masks.pages import density
@@ -15,7 +15,7 @@ TARGETS = "targets: TTFT ratio >= 4 at 16384; at 2048 and below never under 1/1.
 VOCABULARY = 2304
 DECODED = 17
 BUDGET = 32768
-MAX_ROUNDS = 24
+MAX_ROUNDS = 12
 
 
 def rounds_at(tokens: int, least: int) -> int:
@@ -68,6 +68,7 @@ def _ask_in_turn(
         prompt = random_prompt(tokens, VOCABULARY)
         # Every other round backwards, so that no server always follows the same one.
         for name in list(servers)[:: 1 if turn % 2 else -1]:
+            rest()
             times = arrivals(servers[name].url, servers[name].model, prompt, DECODED)
             if turn >= warm:
                 first[name].append(times[1] - times[0])

@@ -28,6 +28,13 @@ class Llama:
     kv_heads: int
     head_size: int
 
+    def describe(self) -> str:
+        """One line for a table's title."""
+        return (
+            f"{self.layers} layers, hidden {self.hidden}, {self.heads} heads, "
+            f"{self.kv_heads} KV heads of {self.head_size}, random weights"
+        )
+
 
 # Many narrow heads on a thin residual stream: at 16k tokens attention takes most of the time,
 # as in models of everyday size with longer prompts than two cores can compute.

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from dam_vllm.masks.mask_set import MaskSet
 from dam_vllm.server import Server
 
 CACHE_BYTES = 1_000_000_000
+# vLLM's engine and workers poll their queues for a second after a request before they sleep
+# (SpinCondition.busy_loop_s), which takes cores from the server that is asked next.
+POLLING = 1.3
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ def serve(
 ) -> Iterator[tuple[dict[str, Server], MaskSet]]:
     """Starts one server a peer, all on all of this process's cores.
 
-    A waiting server sleeps, so peers that are asked in turn do not disturb each other.
+    Peers that are asked in turn do not disturb each other if there is a `rest` in between.
 
     Args:
         setup: what they share.
@@ -71,6 +75,11 @@ def serve(
             arguments = common if options is None else [*common, *_choice(file, options)]
             servers[name] = stack.enter_context(Server(model, arguments, environment, 600.0))
         yield servers, masks
+
+
+def rest() -> None:
+    """Waits until all servers sleep."""
+    time.sleep(POLLING)
 
 
 def _choice(masks: Path, options: Mapping[str, object]) -> list[str]:

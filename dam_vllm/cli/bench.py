@@ -13,6 +13,7 @@ EAGER = ("--enforce-eager",)
 LENGTHS = "1024,2048,4096,8192,16384"
 KERNEL_LENGTHS, PAGES, DENSITIES = "4096,8192,16384", "32,128", "0.05,0.1,0.2"
 PAGE, WINDOW, ROUNDS, FLEX_UP_TO = 128, 513, 3, 8192
+FILE_WIDTH = 130  # where output goes to a file, no column needs to be cut
 
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the rows to this file.")]
 Lengths = Annotated[str, typer.Option(help="Prompt lengths in tokens, comma-separated.")]
@@ -148,7 +149,7 @@ def _e2e(
     window_option(window)
     setup = Setup(LONG, max(tokens) + 128, page, window, EAGER if eager else ())
     return Benchmark(
-        f"over HTTP, {LONG}, random weights, page {page}, first token and window of {window}",
+        f"over HTTP, {LONG.describe()}, page {page}, first token and window of {window}",
         e2e.TARGETS,
         1 + len(tokens),
         lambda advance: e2e.measure(setup, tokens, rounds, crossover, advance),
@@ -164,6 +165,8 @@ def _finish(benchmarks: Sequence[Benchmark], json: Path | None) -> None:
     from dam_vllm.bench.report import progress, table, write_json
 
     console, found = Console(), machine()
+    if not console.is_terminal:
+        console.width = max(console.width, FILE_WIDTH)
     rows: list[dict[str, Any]] = []
     for benchmark in benchmarks:
         with progress(console, benchmark.title, benchmark.total) as advance:

@@ -49,7 +49,7 @@ def test_single_diagonals_reach_exactly_their_pages(random_masks, page):
 
 @pytest.mark.parametrize("dense_below", [0, 100, 256])
 def test_density_counts_pages(random_masks, dense_below):
-    masks = random_masks(share=0.004)
+    masks = random_masks(share=0.04)
     heads, kv_heads = density(masks, [1024, 333], 32, dense_below)
     read = pages_by_definition(masks, 1, 1024, 32, dense_below)
     causal = np.tri(8, dtype=bool).repeat(4, axis=1)

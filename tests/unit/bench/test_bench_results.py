@@ -1,0 +1,92 @@
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from dam_vllm.bench.client import decode_step
+from dam_vllm.bench.e2e import crossover_length, rounds_at
+from dam_vllm.bench.machine import describe, machine
+from dam_vllm.bench.model import DEMO, write_model
+from dam_vllm.bench.report import table, write_json
+from dam_vllm.bench.timing import alternate, ratio
+
+ROWS = [
+    {"bench": "kernel", "tokens": 4096, "speedup": 5.123456, "flex_ms": 1.5},
+    {"bench": "kernel", "tokens": 8192, "speedup": 10.0, "flex_ms": None},
+]
+
+
+def test_table_shows_every_value():
+    output = io.StringIO()
+    Console(file=output, width=100).print(table(ROWS, "title", "caption"))
+    text = output.getvalue()
+    for part in ("tokens", "speedup", "flex ms", "4096", "5.123", "10", "-", "title", "caption"):
+        assert part in text
+    assert "kernel" not in text
+
+
+def test_json_holds_machine_and_rows(tmp_path):
+    file = tmp_path / "new" / "result.json"
+    write_json(file, {"cpu": "x"}, ROWS[:1])
+    write_json(file, {"cpu": "x"}, ROWS)
+    assert json.loads(file.read_text()) == {"machine": {"cpu": "x"}, "rows": ROWS}
+    assert [entry.name for entry in file.parent.iterdir()] == ["result.json"]
+
+
+def test_json_that_fails_leaves_the_old_file(tmp_path):
+    file = tmp_path / "result.json"
+    write_json(file, {}, ROWS)
+    with pytest.raises(TypeError):
+        write_json(file, {}, [{"bench": object()}])
+    assert json.loads(file.read_text())["rows"] == ROWS
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_peers_take_turns():
+    calls, advanced = [], []
+    peers = {name: lambda name=name: calls.append(name) for name in "ab"}
+    seconds = alternate(peers, 3, lambda: advanced.append(1))
+    assert calls == list("abababab")
+    assert [len(values) for values in seconds.values()] == [3, 3]
+    assert len(advanced) == 3
+
+
+def test_ratio_is_taken_within_rounds():
+    assert ratio([2.0, 20.0, 200.0], [1.0, 5.0, 100.0]) == 2.0
+
+
+def test_decode_step_counts_only_shared_steps():
+    early = [0.0, 1.0, 4.0, 5.0, 6.0, 7.0]
+    late = [0.0, 4.0, 5.0, 6.0, 7.0, 9.0]
+    assert decode_step([early, late]) == 1.0
+    with pytest.raises(ValueError, match="never decoded together"):
+        decode_step([[0.0, 1.0, 2.0], [0.0, 5.0, 6.0]])
+
+
+def test_crossover_is_where_sparse_wins_for_good():
+    ratios = {512: 1.1, 1024: 0.9, 2048: 1.2, 4096: 2.0}
+    rows = [{"tokens": t, "dense_below": 0, "ttft_ratio": r} for t, r in ratios.items()]
+    rows.append({"tokens": 1024, "dense_below": 2048, "ttft_ratio": 1.0})
+    assert crossover_length(rows) == 2048
+    assert crossover_length(rows[:2]) is None
+
+
+def test_short_prompts_get_more_rounds():
+    assert [rounds_at(tokens, 3) for tokens in (128, 4096, 16384)] == [12, 8, 3]
+
+
+def test_model_is_described_by_its_config(tmp_path):
+    from transformers import AutoConfig, AutoTokenizer
+
+    folder = write_model(tmp_path / "model", DEMO, 4096)
+    config = AutoConfig.from_pretrained(folder)
+    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (8, 4, 32)
+    assert config.max_position_embeddings == 4096
+    assert len(AutoTokenizer.from_pretrained(folder)) <= config.vocab_size
+
+
+def test_machine_is_named():
+    found = machine()
+    assert set(found) == {"cpu", "cores", "threads", "load", "torch", "vllm"}
+    assert str(found["cpu"]) in describe(found)
