@@ -52,6 +52,7 @@ def admit(config: VllmConfig) -> Serving:
     """
     _refuse_parallelism(config)
     _refuse_cache(config)
+    _refuse_draft_model(config)
     model = config.model_config
     if model.use_mla:
         raise OptionError(
@@ -103,6 +104,17 @@ def _refuse_parallelism(config: VllmConfig) -> None:
                 f"--{option.replace('_', '-')} is {size}: --attention-backend dam serves "
                 f"without context parallelism, set it to 1"
             )
+
+
+def _refuse_draft_model(config: VllmConfig) -> None:
+    speculative = config.speculative_config
+    # Draft layers of EAGLE and MTP are numbered after the model's own and are left to vLLM;
+    # those of a whole draft model carry the same numbers as the layers that the masks are for.
+    if speculative is not None and speculative.method == "draft_model":
+        raise OptionError(
+            "--speculative-config names a draft model: --attention-backend dam cannot tell its "
+            "layers from the model's; use another method (ngram, eagle, mtp)"
+        )
 
 
 def _refuse_cache(config: VllmConfig) -> None:

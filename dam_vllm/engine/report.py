@@ -1,7 +1,5 @@
 """The table that serving logs at start: which masks, how dense, which layers are not masked."""
 
-import functools
-
 import numpy as np
 
 from dam_vllm.engine.admission import Serving, logger
@@ -9,11 +7,6 @@ from dam_vllm.masks.mask_set import HeadMode
 from dam_vllm.masks.pages import density
 
 REASONS = {"sliding": "left to vLLM: sliding window", "other": "left to vLLM: no plain attention"}
-
-
-@functools.lru_cache(maxsize=1)
-def _seen() -> set[str]:
-    return set()
 
 
 def log_masks(serving: Serving, page: int, length: int) -> None:
@@ -24,10 +17,7 @@ def log_masks(serving: Serving, page: int, length: int) -> None:
         page: tokens a page.
         length: the model's length in tokens, at which density is told.
     """
-    key = str(serving.file)
-    if key not in _seen():
-        _seen().add(key)
-        logger.info("\n".join(describe(serving, page, length)))
+    logger.info_once("\n".join(describe(serving, page, length)))
 
 
 def describe(serving: Serving, page: int, length: int) -> list[str]:

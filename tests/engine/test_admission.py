@@ -1,0 +1,85 @@
+"""Configurations that are refused before anything is loaded."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from dam_vllm.config import OptionError
+from dam_vllm.demo import model_dir
+from dam_vllm.masks.baselines import streaming
+from dam_vllm.masks.file import save_mask_set
+from dam_vllm.masks.fingerprint import fingerprint
+
+pytestmark = pytest.mark.engine
+
+MODEL = str(model_dir())
+
+
+def config(masks, **changed):
+    """What admit reads of vLLM's configuration."""
+    values = {
+        "parallel_config": {"decode_context_parallel_size": 1, "prefill_context_parallel_size": 1},
+        "cache_config": {"block_size": 32, "cache_dtype": "auto"},
+        "speculative_config": None,
+        "model_config": {"model": MODEL, "revision": None, "use_mla": False},
+        "load_config": {"download_dir": None, "load_format": "auto"},
+        "additional_config": {"dam": {"masks": str(masks)}},
+    }
+    for name, change in changed.items():
+        values[name] = {**(values[name] or {}), **change}
+    parts = {
+        name: SimpleNamespace(**value) if name.endswith("_config") and value else value
+        for name, value in values.items()
+        if name != "additional_config"
+    }
+    return SimpleNamespace(**parts, additional_config=values["additional_config"])
+
+
+@pytest.fixture(scope="module")
+def masks(tmp_path_factory):
+    file = tmp_path_factory.mktemp("masks") / "masks.safetensors"
+    save_mask_set(streaming(MODEL, 4, 64), file)
+    return file
+
+
+def test_what_fits_is_served(masks):
+    from dam_vllm.engine.admission import admit
+
+    serving = admit(config(masks))
+    assert serving.file == masks
+    assert serving.masks.kv_heads == 4
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"parallel_config": {"decode_context_parallel_size": 2}}, "--decode-context-parallel-s"),
+        ({"parallel_config": {"prefill_context_parallel_size": 4}}, "-parallel-size is 4"),
+        ({"cache_config": {"block_size": 24}}, "--block-size is 24"),
+        ({"cache_config": {"cache_dtype": "nvfp4"}}, "--kv-cache-dtype is nvfp4"),
+        ({"model_config": {"use_mla": True}}, "multi-head latent attention"),
+        ({"speculative_config": {"method": "draft_model"}}, "--speculative-config names a draft"),
+    ],
+)
+def test_refused(masks, changed, message):
+    from dam_vllm.engine.admission import admit
+
+    with pytest.raises(OptionError, match=message):
+        admit(config(masks, **changed))
+
+
+@pytest.mark.parametrize(("mode", "accepted"), [("strict", False), ("config", True)])
+def test_other_weights(tmp_path, mode, accepted):
+    from dam_vllm.engine.admission import admit
+
+    made = streaming(MODEL, 4, 64)
+    made.header.fingerprint = fingerprint(MODEL).model_copy(update={"weights": "0" * 16})
+    save_mask_set(made, tmp_path / "masks")
+    asked = config("", additional_config={
+        "dam": {"masks": str(tmp_path / "masks"), "fingerprint": mode}
+    })  # fmt: skip
+    if accepted:
+        assert admit(asked).masks.pcl == 64
+    else:
+        with pytest.raises(OptionError, match="was made for other weights"):
+            admit(asked)
