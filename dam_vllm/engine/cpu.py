@@ -29,6 +29,7 @@ from dam_vllm.engine.admission import admit
 from dam_vllm.engine.heads import shard
 from dam_vllm.engine.naive import NaiveBatch, serve_naive
 from dam_vllm.engine.report import log_masks
+from dam_vllm.engine.workspace import WORKSPACE
 
 
 class DamCPUBackend(CPUAttentionBackend):
@@ -269,15 +270,16 @@ class DamCPUImpl(CPUAttentionBackendImpl):
         tokens, heads, head_size = query.shape
         kv_heads = self.num_kv_heads
         grouped = (tokens, kv_heads, heads // kv_heads, head_size)
-        by_head = query.view(grouped).transpose(0, 1).reshape(-1, *grouped[2:])
-        result = torch.empty_like(by_head)
+        shape = (kv_heads, tokens, *grouped[2:])
+        by_head, result = WORKSPACE.take(2, shape, query.dtype)
+        by_head.copy_(query.view(grouped).transpose(0, 1))
         page = kv_cache.shape[2]
         keys, values = kv_cache.view(-1, 1, 2 * page, head_size).chunk(2, dim=2)
         ops.cpu_attention_with_kv_cache(
-            query=by_head,
+            query=by_head.flatten(0, 1),
             key_cache=keys,
             value_cache=values,
-            output=result,
+            output=result.flatten(0, 1),
             query_start_loc=batch.query_start_loc,
             seq_lens=batch.seq_lens,
             scale=self.scale,
@@ -292,4 +294,4 @@ class DamCPUImpl(CPUAttentionBackendImpl):
             v_scale=layer._v_scale_float,
             kv_cache_dtype=self.kv_cache_dtype,
         )
-        output.view(grouped).copy_(result.view(kv_heads, tokens, *grouped[2:]).transpose(0, 1))
+        output.view(grouped).copy_(result.transpose(0, 1))

@@ -131,7 +131,8 @@ def dense_step(prompt: Prompt) -> Step:
         prompt: the prompt.
 
     Returns:
-        A function that computes [tokens, heads, head_size]; the schedule is made beforehand.
+        A function that computes [tokens, heads, head_size]; schedule and output are made
+        beforehand, as vLLM does.
     """
     shape = prompt.shape
     starts, lens = prompt.batch.query_start_loc, prompt.batch.seq_lens
@@ -150,9 +151,9 @@ def dense_step(prompt: Prompt) -> Step:
     )
     blocks, kv_heads, page, width = prompt.cache.shape
     keys, values = prompt.cache.view(blocks, kv_heads, 2 * page, width // 2).chunk(2, dim=2)
+    output = torch.empty_like(prompt.query)
 
     def step() -> torch.Tensor:
-        output = torch.empty_like(prompt.query)
         ops.cpu_attention_with_kv_cache(
             query=prompt.query,
             key_cache=keys,
@@ -182,15 +183,16 @@ def virtual_step(prompt: Prompt, selector: PageSelector) -> Step:
         selector: page tables of one layer.
 
     Returns:
-        A function that computes [tokens, heads, head_size]; the plan is made beforehand.
+        A function that computes [tokens, heads, head_size]; plan and output are made
+        beforehand, as vLLM does.
     """
     impl = DamCPUImpl.__new__(DamCPUImpl)
     impl.num_kv_heads, impl.scale = prompt.shape.kv_heads, prompt.shape.scale
     impl.logits_soft_cap, impl.kv_cache_dtype = 0.0, "auto"
     (virtual,) = planner(prompt.shape, selector)(prompt.batch).values()
+    output = torch.empty_like(prompt.query)
 
     def step() -> torch.Tensor:
-        output = torch.empty_like(prompt.query)
         impl._read_pages(LAYER, prompt.query, prompt.cache, virtual, output)
         return output
 
