@@ -14,6 +14,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+# An idle engine polls for a second (vllm/distributed/device_communicators/shm_broadcast.py) and
+# takes the cores from a server that is asked next.
+POLLING = 1.3
+
 
 class ServerError(RuntimeError):
     """The server ended before it was ready; the message holds the end of its log."""
@@ -106,6 +110,11 @@ class Server:
             except (urllib.error.URLError, OSError):
                 time.sleep(0.5)
         raise ServerError(f"vllm serve not ready in {self.timeout:.0f} s:\n{self.output()[-6000:]}")
+
+
+def rest() -> None:
+    """Waits until all idle servers sleep, so that none disturbs a measurement of another."""
+    time.sleep(POLLING)
 
 
 def free_port() -> int:

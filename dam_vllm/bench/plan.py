@@ -10,6 +10,7 @@ from dam_vllm.bench.report import Row
 from dam_vllm.bench.serving import Setup, serve
 from dam_vllm.bench.timing import Advance, alternate
 from dam_vllm.masks.mask_set import MaskSet
+from dam_vllm.server import rest
 
 TARGETS = "targets: share <= 0.02 of the prefill step, <= 0.10 of the demo shape's decode step"
 PREFILL, REQUESTS, CONTEXT, DECODED = 16384, 8, 4096, 64
@@ -42,6 +43,7 @@ def measure(
             if prefill:
                 cases.append((f"{name}: prefill {PREFILL}", 1, PREFILL, PREFILL))
                 steps.append(_prefill_seconds(url, model, rounds))
+            rest()
             for (label, requests, tokens, new), step in zip(cases, steps, strict=True):
                 plan = plan_seconds(shape, masks, page, requests, tokens, new, 10 * rounds)
                 rows.append({"bench": "plan", "step": label, "page": page} | _share(plan, step))
@@ -87,6 +89,7 @@ def _decode_seconds(url: str, model: str, rounds: int) -> float:
 def _prefill_seconds(url: str, model: str, rounds: int) -> float:
     steps = []
     for _ in range(rounds):
+        rest()
         sent, first = arrivals(url, model, random_prompt(PREFILL, VOCABULARY), 1)[:2]
         steps.append(first - sent)
     return statistics.median(steps)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,9 +15,6 @@ from dam_vllm.masks.mask_set import MaskSet
 from dam_vllm.server import Server
 
 CACHE_BYTES = 1_000_000_000
-# vLLM's engine and workers poll their queues for a second after a request before they sleep
-# (SpinCondition.busy_loop_s), which takes cores from the server that is asked next.
-POLLING = 1.3
 
 
 @dataclass(frozen=True)
@@ -75,11 +71,6 @@ def serve(
             arguments = common if options is None else [*common, *_choice(file, options)]
             servers[name] = stack.enter_context(Server(model, arguments, environment, 600.0))
         yield servers, masks
-
-
-def rest() -> None:
-    """Waits until all servers sleep."""
-    time.sleep(POLLING)
 
 
 def _choice(masks: Path, options: Mapping[str, object]) -> list[str]:

@@ -37,7 +37,7 @@ def demo(
     picture = output / "masks.png"
     plot_masks(load_mask_set(masks), picture)
     with Progress(console=console) as bar:
-        task = bar.add_task("asking two servers over HTTP", total=samples * len(sizes))
+        task = bar.add_task("asking two servers over HTTP", total=2 * samples * len(sizes))
         rows = serve_and_ask(masks, sizes, samples, seed, lambda: bar.advance(task))
     _print(console, rows)
     console.print(f"masks:   {masks}\npicture: {picture}", soft_wrap=True)

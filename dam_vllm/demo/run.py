@@ -11,7 +11,7 @@ from dam_vllm.demo import model_dir
 from dam_vllm.evaluation.tasks import Question, is_correct, make_questions
 from dam_vllm.masks.file import load_mask_set
 from dam_vllm.masks.pages import density
-from dam_vllm.server import Server
+from dam_vllm.server import Server, rest
 
 PAGE = 32
 MAX_LENGTH = 8704
@@ -28,7 +28,7 @@ class Row:
         accuracy: share of right answers.
         density: pages read over pages of dense attention, in the prompt's prefill.
         seconds: median time to the first token.
-        ratio: dense time over this one's, median over questions asked of both.
+        ratio: dense median time over this one's.
     """
 
     masks: str
@@ -42,7 +42,7 @@ class Row:
 def serve_and_ask(
     masks: Path, lengths: list[int], samples: int, seed: int, advance: Callable[[], None]
 ) -> list[Row]:
-    """Asks the dense server and the one with masks the same questions in turn.
+    """Asks the dense server and the one with masks the same questions, length by length.
 
     Args:
         masks: mask file of the demo model.
@@ -66,13 +66,8 @@ def serve_and_ask(
     with Server(model_dir(), common) as dense, Server(model_dir(), [*common, *dam]) as sparse:
         rows: list[Row] = []
         for tokens, questions in _questions(lengths, samples, seed):
-            _ask(dense.url, questions[0])
-            _ask(sparse.url, questions[0])
-            answers = []
-            for question in questions:
-                answers.append((_ask(dense.url, question), _ask(sparse.url, question)))
-                advance()
-            rows += _rows(masks, tokens, questions, answers)
+            dense_answers = _ask_all(dense.url, questions, advance)
+            rows += _rows(masks, tokens, dense_answers, _ask_all(sparse.url, questions, advance))
     return rows
 
 
@@ -82,6 +77,19 @@ def _questions(lengths: list[int], samples: int, seed: int) -> Iterator[tuple[in
     tokenizer = AutoTokenizer.from_pretrained(model_dir())
     for tokens in lengths:
         yield tokens, make_questions("lines", tokenizer, tokens, samples, seed)
+
+
+def _ask_all(
+    url: str, questions: list[Question], advance: Callable[[], None]
+) -> list[tuple[bool, float]]:
+    """Asks one server alone, after the other has gone to sleep."""
+    rest()
+    _ask(url, questions[0])
+    answers = []
+    for question in questions:
+        answers.append(_ask(url, question))
+        advance()
+    return answers
 
 
 def _ask(url: str, question: Question) -> tuple[bool, float]:
@@ -108,26 +116,14 @@ def _ask(url: str, question: Question) -> tuple[bool, float]:
 
 
 def _rows(
-    masks: Path,
-    tokens: int,
-    questions: list[Question],
-    answers: list[tuple[tuple[bool, float], tuple[bool, float]]],
+    masks: Path, tokens: int, dense: list[tuple[bool, float]], sparse: list[tuple[bool, float]]
 ) -> list[Row]:
     loaded = load_mask_set(masks)
-    _, kv_density = density(loaded, [tokens], PAGE)
-    ratios = [dense[1] / sparse[1] for dense, sparse in answers]
-    result = []
-    for side, (name, share) in enumerate(
-        (("dense", 1.0), (loaded.header.kind, float(kv_density.mean())))
-    ):
-        result.append(
-            Row(
-                masks=name,
-                tokens=tokens,
-                accuracy=sum(answer[side][0] for answer in answers) / len(questions),
-                density=share,
-                seconds=statistics.median(answer[side][1] for answer in answers),
-                ratio=statistics.median(ratios) if side else 1.0,
-            )
-        )
-    return result
+    share = float(density(loaded, [tokens], PAGE)[1].mean())
+    base = statistics.median(seconds for _, seconds in dense)
+    rows = []
+    for name, read, answers in (("dense", 1.0, dense), (loaded.header.kind, share, sparse)):
+        seconds = statistics.median(seconds for _, seconds in answers)
+        accuracy = sum(right for right, _ in answers) / len(answers)
+        rows.append(Row(name, tokens, accuracy, read, seconds, base / seconds))
+    return rows
