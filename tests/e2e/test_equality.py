@@ -7,7 +7,8 @@ from tests.e2e.conftest import LENGTHS, NEW_TOKENS, Setup
 
 pytestmark = pytest.mark.e2e
 
-BF16_ROUNDING, FP32_ROUNDING = 0.08, 2e-3
+# Random prompts leave the model unsure, so that bf16 rounding moves its log-probabilities far.
+BF16_ROUNDING, FP32_ROUNDING = 0.25, 2e-3
 NAIVE = '{"dense_below": 0, "kernel": "naive"}'
 
 
@@ -38,10 +39,12 @@ def assert_close(first, second, rounding=BF16_ROUNDING):
     assert agreed > 0.5
 
 
-def test_all_pages_equal_the_stock_backend(answers):
-    stock, dense = answers(Setup(masks=None)), answers(Setup(masks="dense"))
-    assert_close(stock.alone, dense.alone)
-    assert_close(stock.together, dense.together)
+@pytest.mark.parametrize(("dtype", "rounding"), [("float32", FP32_ROUNDING), ("bfloat16", None)])
+def test_all_pages_equal_the_stock_backend(answers, dtype, rounding):
+    stock = answers(Setup(masks=None, dtype=dtype))
+    dense = answers(Setup(masks="dense", dtype=dtype))
+    assert_close(stock.alone, dense.alone, rounding or BF16_ROUNDING)
+    assert_close(stock.together, dense.together, rounding or BF16_ROUNDING)
 
 
 def test_sparse_differs_from_dense(answers):
@@ -92,16 +95,11 @@ def test_fp8_cache(answers):
     assert fast.alone != answers(Setup()).alone
 
 
-def test_tensor_parallel(answers):
-    assert_close(answers(Setup(tensor_parallel=2)).alone, answers(Setup()).alone)
-
-
-def test_compiled(answers):
-    """Compiling rounds elsewhere; DAM moves by no more than twice what the stock one does."""
-    stock, _ = distance(answers(Setup(masks=None, eager=False)).alone,
-                        answers(Setup(masks=None)).alone)  # fmt: skip
-    compiled = answers(Setup(eager=False)).alone
-    assert_close(compiled, answers(Setup()).alone, max(BF16_ROUNDING, 2 * stock))
+@pytest.mark.parametrize("change", [{"tensor_parallel": 2}, {"eager": False}])
+def test_tensor_parallel_and_compiled(answers, change):
+    """In float32, where what rounds elsewhere stays small."""
+    changed = answers(Setup(dtype="float32", **change)).alone
+    assert_close(changed, answers(Setup(dtype="float32")).alone, FP32_ROUNDING)
 
 
 def test_short_requests_run_dense(answers):
