@@ -34,7 +34,7 @@ class DamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     masks: str | None = None
-    dense_below: int = Field(default=1024, ge=0)
+    dense_below: int = Field(default=2048, ge=0)
     kernel: Literal["auto", "naive"] = "auto"
     granularity: Literal["page", "token"] = "page"
     fingerprint: Literal["strict", "config"] = "strict"
