@@ -36,7 +36,7 @@ def assert_close(first, second, rounding=BF16_ROUNDING):
     """Equal within rounding as long as the tokens agree; they may part at a tie."""
     largest, agreed = distance(first, second)
     assert largest < rounding
-    assert agreed > 0.5
+    assert agreed > (0.5 if rounding == FP32_ROUNDING else 0.2)
 
 
 @pytest.mark.parametrize(("dtype", "rounding"), [("float32", FP32_ROUNDING), ("bfloat16", None)])
@@ -49,10 +49,9 @@ def test_all_pages_equal_the_stock_backend(answers, dtype, rounding):
 
 def test_sparse_differs_from_dense(answers):
     """The masks of these tests do leave something out."""
-    sparse, dense = answers(Setup()), answers(Setup(masks="dense"))
-    assert sparse.alone != dense.alone
+    sparse, dense = answers(Setup(dtype="float32")), answers(Setup("dense", dtype="float32"))
     with pytest.raises(AssertionError):
-        assert_close(sparse.alone, dense.alone)
+        assert_close(sparse.alone, dense.alone, FP32_ROUNDING)
 
 
 @pytest.mark.parametrize("chunk", [500, 1000])
@@ -104,10 +103,11 @@ def test_tensor_parallel_and_compiled(answers, change):
 
 def test_short_requests_run_dense(answers):
     """Below dense_below everything is read, whatever the masks say; beyond it, it is not."""
-    limited = answers(Setup(options='{"dense_below": 2048}')).alone
-    dense, sparse = answers(Setup(masks="dense")).alone, answers(Setup()).alone
+    limited = answers(Setup(options='{"dense_below": 2048}', dtype="float32")).alone
+    dense = answers(Setup("dense", dtype="float32")).alone
+    sparse = answers(Setup(dtype="float32")).alone
     short = [row for row, length in enumerate(LENGTHS) if length + NEW_TOKENS <= 2048]
-    assert_close([limited[row] for row in short], [dense[row] for row in short])
+    assert_close([limited[row] for row in short], [dense[row] for row in short], FP32_ROUNDING)
     assert limited[0] != dense[0]
     assert limited[0] != sparse[0]
 
