@@ -1,6 +1,5 @@
 """Real servers: one at a time, each asked once a session and stopped."""
 
-import concurrent.futures
 import functools
 import json
 import os
@@ -108,9 +107,8 @@ def answers(mask_files, prompts, seed):
     def ask(setup):
         with Server(model_dir(), arguments(setup, mask_files), environment(setup)) as server:
             client = openai.OpenAI(base_url=server.url, api_key="-", timeout=300)
-            alone = [complete(client, prompt) for prompt in prompts]
-            with concurrent.futures.ThreadPoolExecutor(len(prompts)) as pool:
-                together = list(pool.map(lambda prompt: complete(client, prompt), prompts))
+            alone = [complete(client, [prompt])[0] for prompt in prompts]
+            together = complete(client, prompts)
             metrics = httpx.get(server.url.removesuffix("/v1") + "/metrics").text
             return Answers(alone, together, metrics, server.output())
 
@@ -150,14 +148,15 @@ def environment(setup):
     return {"VLLM_CPU_OMP_THREADS_BIND": "|".join(ranks)}
 
 
-def complete(client, prompt):
-    """Greedy completion of token ids: tokens and log-probabilities."""
-    choice = client.completions.create(
+def complete(client, prompts):
+    """Greedy completions of token ids, in one request: tokens and log-probabilities of each."""
+    reply = client.completions.create(
         model=str(model_dir()),
-        prompt=prompt,
+        prompt=prompts,
         max_tokens=NEW_TOKENS,
         temperature=0,
         logprobs=1,
         extra_body={"ignore_eos": True, "return_tokens_as_token_ids": True},
-    ).choices[0]
-    return choice.logprobs.tokens, choice.logprobs.token_logprobs
+    )
+    choices = sorted(reply.choices, key=lambda choice: choice.index)
+    return [(choice.logprobs.tokens, choice.logprobs.token_logprobs) for choice in choices]

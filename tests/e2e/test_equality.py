@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.e2e.conftest import LENGTHS, NEW_TOKENS, Setup
+from tests.e2e.conftest import LENGTHS, NEW_TOKENS, PAGE, Setup
 
 pytestmark = pytest.mark.e2e
 
@@ -73,7 +73,7 @@ def test_prefix_cache(answers):
 
 def test_preemption(answers):
     """All prompts fit into the cache, what is generated does not."""
-    preempted = answers(Setup(pages=sum(-(-length // 32) for length in LENGTHS) + 8))
+    preempted = answers(Setup(pages=sum(-(-length // PAGE) for length in LENGTHS) + 1))
     assert preempted.metric("vllm:num_preemptions_total") > 0
     assert_same(preempted.together, answers(Setup()).alone)
 
