@@ -4,19 +4,21 @@ import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from dam_vllm.masks.dynamic import Dynamic
 from dam_vllm.masks.mask_set import Header, MaskSet
 
 FORMAT = "dam-masks/1"
 BIT_ARRAYS = ("columns", "diagonals")
 REQUIRED = ("columns", "diagonals", "true_bits", "modes")
 OPTIONAL = ("coverage", "coverage_extended", "density_lengths", "density_heads", "density_kv")
-DTYPES = {
+DTYPES: dict[str, type[np.generic]] = {
     "columns": np.uint8,
     "diagonals": np.uint8,
     "true_bits": np.uint8,
@@ -27,6 +29,17 @@ DTYPES = {
     "density_heads": np.float32,
     "density_kv": np.float32,
 }
+DYNAMIC = "dynamic."
+DYNAMIC_DTYPES: dict[str, type[np.generic]] = {
+    "rotations": np.float32,
+    "ranks": np.int32,
+    "kinds": np.uint8,
+    "budgets": np.float32,
+    "floors": np.int32,
+    "caps": np.int32,
+    "expected": np.float32,
+}
+DTYPES |= {DYNAMIC + name: dtype for name, dtype in DYNAMIC_DTYPES.items()}
 
 
 class MaskFileError(ValueError):
@@ -43,6 +56,8 @@ def save_mask_set(masks: MaskSet, path: str | Path) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {name: getattr(masks, name) for name in REQUIRED + OPTIONAL}
+    if masks.dynamic is not None:
+        arrays |= {DYNAMIC + name: array for name, array in vars(masks.dynamic).items()}
     packed = {
         name: np.packbits(array, axis=-1) if name in BIT_ARRAYS else np.ascontiguousarray(array)
         for name, array in arrays.items()
@@ -100,8 +115,22 @@ def _mask_set(arrays: dict[str, np.ndarray], header: Header) -> MaskSet:
             raise ValueError(f"array {name!r} is unknown")
         if array.dtype != DTYPES[name]:
             raise ValueError(f"array {name!r} is {array.dtype}, expected {DTYPES[name].__name__}")
+    reach = header.reach or header.pcl
     for name in BIT_ARRAYS:
-        if arrays[name].shape[-1] != (header.pcl + 7) // 8:
-            raise ValueError(f"array {name!r} does not hold {header.pcl} bits a row")
-        arrays[name] = np.unpackbits(arrays[name], axis=-1, count=header.pcl).view(bool)
-    return MaskSet(header=header, **arrays)
+        if arrays[name].shape[-1] != (reach + 7) // 8:
+            raise ValueError(f"array {name!r} does not hold {reach} bits a row")
+        arrays[name] = np.unpackbits(arrays[name], axis=-1, count=reach).view(bool)
+    return MaskSet(header=header, dynamic=_dynamic(arrays), **arrays)
+
+
+def _dynamic(arrays: dict[str, np.ndarray]) -> Dynamic | None:
+    """Takes the dynamic heads' arrays out, where there are any."""
+    own: dict[str, Any] = {
+        name: arrays.pop(DYNAMIC + name) for name in DYNAMIC_DTYPES if DYNAMIC + name in arrays
+    }
+    if not own:
+        return None
+    for name in DYNAMIC_DTYPES:
+        if name not in own:
+            raise ValueError(f"array {DYNAMIC + name!r} is missing")
+    return Dynamic(**own)

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
+from dam_vllm.masks.dynamic import Dynamic
 from dam_vllm.masks.fingerprint import Fingerprint
 
 BoolArray = npt.NDArray[np.bool_]
@@ -33,7 +34,10 @@ class Header(BaseModel):
         model: name or path of the model they were made for (information only).
         fingerprint: identity of that model, checked before serving.
         layer_types: per layer, "full" (masked), "sliding" or "other" (left to vLLM).
-        pcl: Pattern Capture Length, in tokens.
+        pcl: Pattern Capture Length of token maps, in tokens: queries below it follow the true
+            mask.
+        reach: how far columns and diagonals were looked for, in tokens, at least the PCL; beyond
+            the PCL they come from page maps. None for the PCL.
         parameters: every parameter that made the masks.
         quality: quality report of an evaluation, if one was stored.
     """
@@ -45,6 +49,7 @@ class Header(BaseModel):
     fingerprint: Fingerprint
     layer_types: list[LayerType] = Field(min_length=1)
     pcl: int = Field(ge=1)
+    reach: int | None = None
     parameters: dict[str, Any] = Field(default_factory=dict)
     quality: dict[str, Any] | None = None
 
@@ -58,8 +63,8 @@ class MaskSet:
     kept column or i - j a kept diagonal.
 
     Attributes:
-        columns: bool [layers, heads, pcl], kept key positions.
-        diagonals: bool [layers, heads, pcl], kept distances i - j.
+        columns: bool [layers, heads, reach], kept key positions.
+        diagonals: bool [layers, heads, reach], kept distances i - j.
         true_bits: uint8 [layers, heads, bytes], the true mask's lower triangle, row by row,
             packed eight pairs a byte (`pack_lower`).
         modes: uint8 [layers, kv_heads], a `HeadMode` each.
@@ -70,6 +75,7 @@ class MaskSet:
         density_lengths: int32 [n], lengths in tokens of the two tables below.
         density_heads: float32 [n, layers, heads], density of each query head on its own.
         density_kv: float32 [n, layers, kv_heads], density of what is really read.
+        dynamic: bases and budgets, where a head is dynamic.
     """
 
     columns: BoolArray
@@ -82,12 +88,13 @@ class MaskSet:
     density_lengths: npt.NDArray[np.int32] | None = None
     density_heads: FloatArray | None = None
     density_kv: FloatArray | None = None
+    dynamic: Dynamic | None = None
 
     def __post_init__(self) -> None:
-        layers, heads, pcl = self.columns.shape
+        layers, heads, reach = self.columns.shape
+        pcl = self.header.pcl
         expected = {
-            "columns": (layers, heads, pcl),
-            "diagonals": (layers, heads, pcl),
+            "diagonals": (layers, heads, reach),
             "true_bits": (layers, heads, lower_bytes(pcl)),
             "modes": (layers, self.modes.shape[-1]),
         }
@@ -101,8 +108,14 @@ class MaskSet:
             raise ValueError(
                 f"layer_types names {len(self.header.layer_types)} layers, the masks hold {layers}"
             )
-        if self.header.pcl != pcl:
-            raise ValueError(f"header says pcl {self.header.pcl}, the masks hold {pcl}")
+        if (self.header.reach or pcl) != reach or reach < pcl:
+            raise ValueError(
+                f"header says pcl {pcl} and reach {self.header.reach}, the masks hold {reach}"
+            )
+        if self.dynamic is not None:
+            self.dynamic.check(layers, self.kv_heads)
+        elif (self.modes == HeadMode.DYNAMIC).any():
+            raise ValueError("a head is dynamic, but there are no bases and budgets")
 
     @property
     def layers(self) -> int:
@@ -118,6 +131,10 @@ class MaskSet:
 
     @property
     def pcl(self) -> int:
+        return self.header.pcl
+
+    @property
+    def reach(self) -> int:
         return int(self.columns.shape[2])
 
     def true_mask(self, layer: int) -> BoolArray:

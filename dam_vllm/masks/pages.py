@@ -1,7 +1,8 @@
 """Masks rounded up to pages: which pages a KV head reads for a tile of queries.
 
 A tile is `tile` consecutive query positions, cut at multiples of `tile` of the absolute
-position; `tile` is a multiple of the page size. A page of keys before the tile is read if
+position; `tile` is a multiple of the page size. Dynamic heads take one page for a tile, since a
+prefix found in the cache ends at a page. A page of keys before the tile is read if
 any query of the tile, for any query head of the KV head's group, may see any key in it.
 The first page and the tile's own pages are always read, so no row is empty.
 
@@ -33,7 +34,7 @@ class PageTables:
         page: tokens a page.
         tile: tokens a tile.
         near: bool [heads, near_tiles, near_pages], for the tiles that start below the PCL.
-        columns: bool [heads, near_pages], pages with a kept column.
+        columns: bool [heads, at least near_pages], pages with a kept column.
         distances: bool [heads, n], by distance in pages from the tile's first page back to a
             page; index 0 is unused.
         dense: bool [heads], heads that read every page.
@@ -66,23 +67,24 @@ class PageTables:
         return np.where(distance > 0, far, distance > -own)
 
 
-def page_tables(masks: MaskSet, layer: int, page: int) -> PageTables:
+def page_tables(masks: MaskSet, layer: int, page: int, tile: int | None = None) -> PageTables:
     """Rounds one layer's masks up to pages and joins each KV head's query heads.
 
     Args:
         masks: the mask set.
         layer: global layer index.
         page: tokens a page.
+        tile: tokens a tile, a multiple of `page`; `tile_size(page)` unless told.
 
     Returns:
         Tables over KV heads.
     """
-    return _join(_head_tables(masks, layer, page), masks.heads // masks.kv_heads)
+    tables = _head_tables(masks, layer, page, tile or tile_size(page))
+    return _join(tables, masks.heads // masks.kv_heads)
 
 
-def _head_tables(masks: MaskSet, layer: int, page: int) -> PageTables:
+def _head_tables(masks: MaskSet, layer: int, page: int, tile: int) -> PageTables:
     """Tables over query heads."""
-    tile = tile_size(page)
     near_tiles = -(-masks.pcl // tile)
     near_pages = near_tiles * tile // page
     seen = allowed(masks, layer, 0, near_tiles * tile).reshape(
@@ -92,7 +94,9 @@ def _head_tables(masks: MaskSet, layer: int, page: int) -> PageTables:
         page=page,
         tile=tile,
         near=np.asarray(seen.any(axis=(2, 4))),
-        columns=_pad(_any_run(masks.columns[layer], page), near_pages),
+        columns=_pad(
+            _any_run(masks.columns[layer], page), max(near_pages, -(-masks.reach // page))
+        ),
         distances=_page_distances(masks.diagonals[layer], page, tile),
         dense=np.repeat(masks.modes[layer] == HeadMode.DENSE, masks.heads // masks.kv_heads),
     )
@@ -129,12 +133,48 @@ def density(
     kv_heads = np.ones((*shape, masks.kv_heads), dtype=np.float32)
     for layer, kind in enumerate(masks.header.layer_types):
         if kind == "full":
-            own = _head_tables(masks, layer, page)
-            joined = _join(own, masks.heads // masks.kv_heads)
-            for row, length in enumerate(lengths):
-                heads[row, layer] = _density(own, length, dense_below)
-                kv_heads[row, layer] = _density(joined, length, dense_below)
+            measured = [_static(masks, layer, length, page, dense_below) for length in lengths]
+            heads[:, layer], kv_heads[:, layer] = (
+                np.stack(part) for part in zip(*measured, strict=True)
+            )
+            _add_dynamic(masks, layer, lengths, page, dense_below, heads, kv_heads)
     return heads, kv_heads
+
+
+def _static(
+    masks: MaskSet, layer: int, length: int, page: int, dense_below: int
+) -> tuple[FloatArray, FloatArray]:
+    """Density of a layer's heads, as if none were dynamic."""
+    tables = _head_tables(masks, layer, page, tile_size(page))
+    joined = _join(tables, masks.heads // masks.kv_heads)
+    return _density(tables, length, dense_below), _density(joined, length, dense_below)
+
+
+def _add_dynamic(
+    masks: MaskSet,
+    layer: int,
+    lengths: list[int],
+    page: int,
+    dense_below: int,
+    heads: FloatArray,
+    kv_heads: FloatArray,
+) -> None:
+    """Overwrites a layer's dynamic heads; query heads read what their KV head reads."""
+    dynamic = np.flatnonzero(masks.modes[layer] == HeadMode.DYNAMIC)
+    if masks.dynamic is None or not len(dynamic):
+        return
+    tables = page_tables(masks, layer, page, tile=page)
+    dense_below = -(-dense_below // tile_size(page)) * tile_size(page)
+    for row, length in enumerate(lengths):
+        causal = np.arange(-(-length // page)) + 1
+        read = tables.select(causal - 1).sum(axis=2)[dynamic]
+        chosen = [masks.dynamic.chosen(layer, head, page, causal) for head in dynamic]
+        read = np.where((causal - 1) * page < dense_below, causal, read + np.stack(chosen))
+        kv_heads[row, layer, dynamic] = np.minimum(read, causal).sum(axis=1) / causal.sum()
+    group = masks.heads // masks.kv_heads
+    joined = np.repeat(kv_heads[:, layer], group, axis=1)
+    own = np.isin(np.arange(masks.heads) // group, dynamic)
+    heads[:, layer, own] = joined[:, own]
 
 
 def _density(tables: PageTables, length: int, dense_below: int) -> FloatArray:
