@@ -9,6 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import numpy as np
 import pytest
 
+from dam_vllm.masks.dynamic import BudgetKind, Dynamic
 from dam_vllm.masks.fingerprint import Fingerprint
 from dam_vllm.masks.mask_set import Header, HeadMode, MaskSet, pack_lower
 
@@ -30,6 +31,8 @@ def random_mask_set(
     share: float = 0.03,
     true_share: float | None = None,
     dense: bool = False,
+    dynamic: bool = False,
+    head_size: int = 24,
     fingerprint: Fingerprint | None = None,
 ) -> MaskSet:
     """A mask set with random columns, diagonals and an unrelated random true mask.
@@ -40,6 +43,8 @@ def random_mask_set(
     modes = np.full((layers, kv_heads), HeadMode.STATIC, dtype=np.uint8)
     if dense:
         modes[0, 0] = HeadMode.DENSE
+    if dynamic:
+        modes[:, 1::2] = HeadMode.DYNAMIC
     return MaskSet(
         columns=rng.random((layers, heads, pcl)) < share,
         diagonals=rng.random((layers, heads, pcl)) < share,
@@ -52,6 +57,24 @@ def random_mask_set(
             layer_types=["full"] * layers,
             pcl=pcl,
         ),
+        dynamic=random_dynamic(rng, layers, kv_heads, head_size) if dynamic else None,
+    )
+
+
+def random_dynamic(rng: np.random.Generator, layers: int, kv_heads: int, head_size: int) -> Dynamic:
+    """Random bases and budgets of all kinds."""
+    shape = (layers, kv_heads)
+    kinds = rng.integers(0, 3, shape).astype(np.uint8)
+    budgets = np.array([rng.integers(1, 200, shape), rng.random(shape) / 5, rng.random(shape)])
+    floors = rng.integers(0, 40, shape).astype(np.int32)
+    return Dynamic(
+        rotations=np.linalg.qr(rng.normal(size=(*shape, head_size, head_size)))[0].astype("f4"),
+        ranks=rng.integers(2, head_size + 1, shape).astype(np.int32),
+        kinds=kinds,
+        budgets=np.take_along_axis(budgets, kinds[None].astype(int), 0)[0].astype(np.float32),
+        floors=floors,
+        caps=floors + rng.integers(0, 300, shape).astype(np.int32),
+        expected=np.where(kinds == BudgetKind.MASS, 0.1, 0).astype(np.float32),
     )
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from dam_vllm.masks.dynamic import BudgetKind
 from dam_vllm.masks.extension import allowed, token_mask
 from dam_vllm.masks.mask_set import HeadMode, MaskSet
 from dam_vllm.masks.pages import tile_size
@@ -40,7 +41,13 @@ def masked_attention(
 
 
 def page_mask(
-    masks: MaskSet, layer: int, start: int, stop: int, page: int, dense_below: int = 0
+    masks: MaskSet,
+    layer: int,
+    start: int,
+    stop: int,
+    page: int,
+    dense_below: int = 0,
+    tile: int | None = None,
 ) -> np.ndarray:
     """The mask that serving by pages amounts to, by its definition.
 
@@ -53,12 +60,14 @@ def page_mask(
         start: first query position.
         stop: one past the last query position.
         page: tokens a page.
-        dense_below: query positions below it (rounded up to tiles) are dense.
+        dense_below: query positions below it (rounded up to static tiles) are dense.
+        tile: tokens a tile, or None for that of static heads.
 
     Returns:
         bool [heads, stop - start, stop], causal.
     """
-    tile = tile_size(page)
+    dense_below = -(-dense_below // tile_size(page)) * tile_size(page)
+    tile = tile or tile_size(page)
     group = masks.heads // masks.kv_heads
     result = np.zeros((masks.heads, stop - start, stop), dtype=bool)
     for first in range(start // tile * tile, stop, tile):
@@ -72,6 +81,79 @@ def page_mask(
         keys = seen.repeat(page, axis=1).repeat(group, axis=0)[:, :stop]
         result[:, rows, : keys.shape[1]] = keys[:, None]
     return result & (np.arange(stop)[None] <= np.arange(start, stop)[:, None])
+
+
+def dynamic_mask(
+    masks: MaskSet,
+    layer: int,
+    head: int,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    static: np.ndarray,
+    page: int,
+    scale: float,
+    softcap: float = 0.0,
+) -> np.ndarray:
+    """The mask of one dynamic KV head's queries, by its definition, page of queries by page.
+
+    Args:
+        masks: the mask set.
+        layer: global layer index.
+        head: KV head.
+        query: [queries, group, head_size], rotated; the last queries of the sequence.
+        key: [keys, head_size], rotated.
+        static: bool [queries, keys], causal mask of the pages read anyway, tiles of one page.
+        page: tokens a page.
+        scale: factor of the scores.
+        softcap: soft-capping of the scores, 0 for none.
+
+    Returns:
+        bool [queries, keys], causal.
+    """
+    assert masks.dynamic is not None
+    rank = int(masks.dynamic.ranks[layer, head])
+    logits = torch.einsum("qgr,kr->qgk", query.float()[..., :rank], key.float()[:, :rank]) * scale
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    result = static.copy()
+    start = len(key) - len(query)
+    for own in range(start // page, -(-len(key) // page)):
+        positions = range(max(start, own * page), min(len(key), (own + 1) * page))
+        peaks = np.full((own + 1, len(positions), query.shape[1]), -np.inf)
+        for row, position in enumerate(positions):
+            for each in range(own + 1):
+                seen = logits[
+                    position - start, :, each * page : min((each + 1) * page, position + 1)
+                ]
+                peaks[each, row] = seen.amax(dim=1).numpy()
+        read = static[positions[-1] - start, : (own + 1) * page : page]
+        mass = np.exp(peaks - peaks.max(axis=0))
+        mass /= mass.sum(axis=0)
+        for each in _chosen(masks, layer, head, mass, read, page):
+            result[positions[0] - start : positions[-1] + 1 - start, each * page :][:, :page] = True
+    return result & (np.arange(len(key)) <= np.arange(start, len(key))[:, None])
+
+
+def _chosen(
+    masks: MaskSet, layer: int, head: int, mass: np.ndarray, read: np.ndarray, page: int
+) -> list[int]:
+    """Pages that a tile chooses, from each row's shares of mass [pages, queries, group]."""
+    assert masks.dynamic is not None
+    kind, budget = masks.dynamic.kinds[layer, head], float(masks.dynamic.budgets[layer, head])
+    floor, cap = masks.dynamic.floors[layer, head], masks.dynamic.caps[layer, head]
+    best = mass.max(axis=(1, 2))
+    others = [each for each in np.argsort(-best) if not read[each] and best[each] > 0]
+    if kind == BudgetKind.MASS:
+        kept, count = mass[read].sum(axis=0), 0
+        while count < len(others) and (kept < budget - 1e-6).any():
+            kept += mass[others[count]]
+            count += 1
+    elif kind == BudgetKind.SHARE:
+        count = int(np.ceil(budget * len(mass) - 1e-6))
+    else:
+        count = int(np.ceil(budget / page))
+    floor, cap = -(-floor // page), -(-cap // page)
+    return others[: min(max(count, floor), max(cap, floor))]
 
 
 def exact_mask(

@@ -22,6 +22,7 @@ class Tiles:
         request: int64 [n], row of the batch.
         index: int64 [n], absolute tile index.
         row: int64 [n], first query row in the batch.
+        start: int64 [n], position of the first query.
         stop: int64 [n], position after the tile's last query in this batch.
         tokens: query rows in the batch.
     """
@@ -29,8 +30,20 @@ class Tiles:
     request: torch.Tensor
     index: torch.Tensor
     row: torch.Tensor
+    start: torch.Tensor
     stop: torch.Tensor
     tokens: int
+
+    def take(self, which: torch.Tensor) -> "Tiles":
+        """Some of the tiles; `tokens` stays that of the batch."""
+        return Tiles(
+            request=self.request[which],
+            index=self.index[which],
+            row=self.row[which],
+            start=self.start[which],
+            stop=self.stop[which],
+            tokens=self.tokens,
+        )
 
 
 @dataclass(frozen=True)
@@ -67,11 +80,12 @@ def cut_tiles(query_start_loc: torch.Tensor, seq_lens: torch.Tensor, tile: int) 
     request = torch.repeat_interleave(counts)
     offset = torch.arange(len(request)) - (counts.cumsum(0) - counts)[request]
     index = first[request] + offset
-    row = starts[request] + (index * tile - start[request]).clamp_min(0)
+    begin = torch.maximum(index * tile, start[request])
     return Tiles(
         request=request,
         index=index,
-        row=row,
+        row=starts[request] + begin - start[request],
+        start=begin,
         stop=torch.minimum((index + 1) * tile, stop[request]),
         tokens=int(starts[-1]),
     )
@@ -88,24 +102,48 @@ def build_plan(selector: PageSelector, tiles: Tiles, block_table: torch.Tensor) 
     Returns:
         The plan.
     """
-    last = tiles.stop - 1
-    last_page = last // selector.page
-    pages = int(last_page.max()) + 1
+    pages = int((tiles.stop.max() - 1) // selector.page) + 1
     selected = selector.select(tiles.index, pages)
-    selected &= torch.arange(pages) <= last_page[:, None]
-    shape = (selector.layers, selector.heads * len(last))
+    heads = torch.arange(selector.heads)
+    return plan_pages(selected, heads, selector.heads, tiles, block_table, selector.page)
+
+
+def plan_pages(
+    selected: torch.Tensor,
+    heads: torch.Tensor,
+    kv_heads: int,
+    tiles: Tiles,
+    block_table: torch.Tensor,
+    page: int,
+) -> Plan:
+    """Turns selected pages into virtual sequences.
+
+    Args:
+        selected: bool [layers, heads, tiles, pages], own pages included.
+        heads: int64 [heads], the KV heads that these are.
+        kv_heads: KV heads of the cache.
+        tiles: the batch's tiles.
+        block_table: int32 [requests, blocks] of vLLM's cache.
+        page: tokens a page.
+
+    Returns:
+        The plan; its queries hold the listed heads alone, in that order.
+    """
+    layers, count, _, pages = selected.shape
+    last = tiles.stop - 1
+    last_page = last // page
+    selected = selected & (torch.arange(pages) <= last_page[:, None])
+    shape = (layers, count * len(last))
     counts = selected.sum(-1, dtype=torch.int32).view(shape)
-    ids = block_table[tiles.request, :pages] * selector.heads
-    ids = torch.arange(selector.heads, dtype=ids.dtype)[:, None, None] + ids
+    ids = block_table[tiles.request, :pages] * kv_heads
+    ids = heads.to(ids.dtype)[:, None, None] + ids
     table = _compact(selected.view(*shape, pages), counts, ids.view(shape[1], pages))
-    tail = (last - last_page * selector.page + 1).repeat(selector.heads)
-    rows = torch.arange(selector.heads)[:, None] * tiles.tokens + tiles.row
+    tail = (last - last_page * page + 1).repeat(count)
+    rows = torch.arange(count)[:, None] * tiles.tokens + tiles.row
     return Plan(
         block_table=table,
-        seq_lens=((counts - 1) * selector.page + tail).int(),
-        query_start_loc=torch.cat(
-            [rows.flatten(), torch.tensor([selector.heads * tiles.tokens])]
-        ).int(),
+        seq_lens=((counts - 1) * page + tail).int(),
+        query_start_loc=torch.cat([rows.flatten(), torch.tensor([count * tiles.tokens])]).int(),
     )
 
 

@@ -1,0 +1,63 @@
+"""Page scores: the largest token score of each page, in the leading channels of a basis.
+
+Queries and keys are rotated into the head's calibrated basis, so that their leading channels
+hold most of every score (Loki, arXiv 2406.02542). Matrix products have the same shape and place
+for a query whatever else is in the batch, so that scores do not depend on it.
+"""
+
+import torch
+
+KEY_BLOCK = 2048
+
+
+def peaks_of_rows(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """Scores pages for few rows that share no keys: decoding.
+
+    Args:
+        query: [n, rows, rank].
+        keys: [n, pages, rank, page].
+
+    Returns:
+        [n, pages, rows].
+    """
+    return torch.matmul(query[:, None], keys).amax(-1)
+
+
+def peaks_of_span(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """Scores pages for many rows over the same keys: prefill.
+
+    Args:
+        query: [rows, rank].
+        keys: [pages, page, rank], contiguous.
+
+    Returns:
+        [pages, rows].
+    """
+    pages, page, _ = keys.shape
+    block = max(1, KEY_BLOCK // page)
+    transposed = query.t().contiguous()
+    result = query.new_empty(pages, len(query))
+    for start in range(0, pages, block):
+        stop = min(start + block, pages)
+        scores = torch.mm(keys[start:stop].flatten(0, 1), transposed)
+        torch.amax(scores.view(stop - start, page, -1), dim=1, out=result[start:stop])
+    return result
+
+
+def peaks_of_own_page(query: torch.Tensor, keys: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+    """Scores each tile's own page, causally.
+
+    Args:
+        query: [tiles, queries, group, rank].
+        keys: [tiles, rank, page], the page that holds the tile.
+        first: int64 [tiles], place in its page of each tile's first query.
+
+    Returns:
+        [tiles, queries * group].
+    """
+    tiles, queries, group, rank = query.shape
+    scores = torch.matmul(query.reshape(tiles, queries * group, rank), keys)
+    row = first[:, None] + torch.arange(queries, device=query.device)
+    later = torch.arange(keys.shape[2], device=query.device) > row[..., None]
+    later = later.repeat_interleave(group, dim=1)
+    return scores.masked_fill_(later, float("-inf")).amax(-1)
