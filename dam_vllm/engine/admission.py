@@ -59,13 +59,15 @@ def admit(config: VllmConfig) -> Serving:
             f"--attention-backend dam: model {model.model} has multi-head latent attention "
             f"(MLA), which DAM does not serve; leave the option away"
         )
-    return _load(
+    serving = _load(
         parse_options(config.additional_config),
         model.model,
         model.revision,
         config.load_config.download_dir,
         config.load_config.load_format == "dummy",
     )
+    _refuse_connector(config, serving)
+    return serving
 
 
 @functools.lru_cache(maxsize=1)
@@ -90,9 +92,17 @@ def _load(
             f'set "fingerprint": "config" in --additional-config to accept masks of a model of '
             f"the same shape"
         )
-    if (masks.modes == HeadMode.DYNAMIC).any():
-        raise OptionError(f"mask file {file} holds dynamic heads, which are not served yet")
     return Serving(options, file, masks)
+
+
+def _refuse_connector(config: VllmConfig, serving: Serving) -> None:
+    # Keys of dynamic heads are stored rotated: pages mean nothing to a process with other masks.
+    if config.kv_transfer_config is not None and (serving.masks.modes == HeadMode.DYNAMIC).any():
+        raise OptionError(
+            f"--kv-transfer-config names {config.kv_transfer_config.kv_connector}: mask file "
+            f"{serving.file} has dynamic heads, whose pages cannot leave the process; leave the "
+            f"option away or serve masks without dynamic heads"
+        )
 
 
 def _refuse_parallelism(config: VllmConfig) -> None:

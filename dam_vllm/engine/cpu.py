@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from vllm import _custom_ops as ops
-from vllm import envs
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.models.utils import extract_layer_index
@@ -26,10 +24,13 @@ from dam_vllm.attention.plan import build_plan, cut_tiles
 from dam_vllm.attention.select import PageSelector
 from dam_vllm.config import OptionError
 from dam_vllm.engine.admission import admit
-from dam_vllm.engine.heads import shard
-from dam_vllm.engine.naive import NaiveBatch, serve_naive
+from dam_vllm.engine.counters import COUNTS
+from dam_vllm.engine.dynamic import DynamicStep, LayerDynamic, layer_dynamic
+from dam_vllm.engine.heads import Shard, shard
+from dam_vllm.engine.naive import FP8_DTYPES, NaiveBatch, serve_naive
 from dam_vllm.engine.report import log_masks
-from dam_vllm.engine.workspace import WORKSPACE
+from dam_vllm.engine.virtual import Scheduler, VirtualBatch, attend
+from dam_vllm.masks.mask_set import HeadMode
 
 
 class DamCPUBackend(CPUAttentionBackend):
@@ -63,32 +64,18 @@ class DamCPUBackend(CPUAttentionBackend):
 
 
 @dataclass
-class VirtualBatch:
-    """One layer's virtual sequences; n = KV heads x tiles.
-
-    Attributes:
-        block_table: int32 [n, width], virtual page ids.
-        seq_lens: int32 [n].
-        query_start_loc: int32 [n + 1].
-        scheduler_metadata: how the kernel splits the work.
-    """
-
-    block_table: torch.Tensor
-    seq_lens: torch.Tensor
-    query_start_loc: torch.Tensor
-    scheduler_metadata: torch.Tensor
-
-
-@dataclass
 class DamCPUMetadata(CPUAttentionMetadata):
     """vLLM's metadata for layers that read everything, and ours for the others.
 
     Attributes:
-        virtual: by layer name, or empty where the whole step reads every page.
+        virtual: static and dense heads by layer name, None for a layer without; empty where the
+            whole step reads every page.
+        dynamic: what dynamic heads need, where `virtual` is not empty.
         naive: by layer name, with `kernel: naive`.
     """
 
-    virtual: dict[str, VirtualBatch] | None = None
+    virtual: dict[str, VirtualBatch | None] | None = None
+    dynamic: DynamicStep | None = None
     naive: dict[str, NaiveBatch] | None = None
 
 
@@ -102,15 +89,24 @@ class DamCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         self.serving = admit(vllm_config)
         self.masked = self._masked_layers(layer_names)
         self.all_masked = len(self.masked) == len(layer_names)
-        self.group = self.num_heads // self.num_kv_heads
+        self.static: dict[str, list[int]] = {}
         self.selector: PageSelector | None = None
-        if self.serving.options.kernel == "naive":
+        dynamic = (self.serving.masks.modes == HeadMode.DYNAMIC).any()
+        if dynamic or self.serving.options.kernel == "naive":
             self._read_plain_layout(layer_names)
+        self.scheduler = Scheduler(
+            group=self.num_heads // self.num_kv_heads,
+            head_size=self.head_dim,
+            dtype=self.dtype,
+            isa=self.isa,
+            kv_cache_dtype=self.kv_cache_dtype,
+        )
         if self.masked:
             masks, options = self.serving.masks, self.serving.options
             local = shard(masks.kv_heads)
             tables = [local.tables(masks, layer, self.block_size) for layer in self.masked.values()]
             self.selector = PageSelector(tables, options.dense_below)
+            self._set_up_dynamic(local, self.selector)
             if get_tensor_model_parallel_rank() == 0:
                 log_masks(self.serving, self.block_size, vllm_config.model_config.max_model_len)
 
@@ -126,8 +122,28 @@ class DamCPUMetadataBuilder(CPUAttentionMetadataBuilder):
                 result[name] = index
         return result
 
+    def _set_up_dynamic(self, local: Shard, selector: PageSelector) -> None:
+        """Hands dynamic heads to their layers' implementations; keeps the other heads' ids."""
+        layers = self.vllm_config.compilation_config.static_forward_context
+        for name, index in self.masked.items():
+            attention = layers[name]
+            impl = attention.impl
+            impl.dynamic = layer_dynamic(
+                self.serving.masks,
+                index,
+                local,
+                page=self.block_size,
+                dense_below=selector.dense_tiles * selector.tile,
+                scale=impl.scale * (attention._k_scale_float if impl.is_fp8_kv_cache else 1.0),
+                softcap=impl.logits_soft_cap,
+                stored=FP8_DTYPES.get(self.kv_cache_dtype),
+                scheduler=self.scheduler,
+            )
+            dynamic = local.dynamic_heads(self.serving.masks, index)
+            self.static[name] = [head for head in range(selector.heads) if head not in dynamic]
+
     def _read_plain_layout(self, layer_names: list[str]) -> None:
-        """Keeps keys in the plain layout that the naive kernel reads, also where AMX is."""
+        """Keeps keys in the plain layout that we read ourselves, also where AMX is."""
         self.isa = "vec" if self.block_size % 32 == 0 else "vec16"
         self._set_isa_to_layers(layer_names)
 
@@ -143,11 +159,13 @@ class DamCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             return self._build_naive(common_prefix_len, common, fast_build)
         dense_until = 0 if selector is None else selector.dense_tiles * selector.tile
         if selector is None or int(common.seq_lens.max()) <= dense_until:
+            if selector is not None and common.max_query_len > 1:
+                self._count_dense(selector, common)
             return self._stock(common_prefix_len, common, fast_build)
-        virtual = self._virtual(selector, common)
+        virtual, dynamic = self._virtual(selector, common), self._dynamic(common)
         if not self.all_masked:
             metadata = self._stock(common_prefix_len, common, fast_build)
-            metadata.virtual = virtual
+            metadata.virtual, metadata.dynamic = virtual, dynamic
             return metadata
         return DamCPUMetadata(
             num_actual_tokens=common.num_actual_tokens,
@@ -159,6 +177,7 @@ class DamCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             slot_mapping=common.slot_mapping,
             scheduler_metadata=None,
             virtual=virtual,
+            dynamic=dynamic,
         )
 
     def _stock(
@@ -169,30 +188,30 @@ class DamCPUMetadataBuilder(CPUAttentionMetadataBuilder):
 
     def _virtual(
         self, selector: PageSelector, common: CommonAttentionMetadata
-    ) -> dict[str, VirtualBatch]:
+    ) -> dict[str, VirtualBatch | None]:
+        """Virtual sequences of the heads that need no queries to choose their pages."""
         tiles = cut_tiles(common.query_start_loc, common.seq_lens, selector.tile)
         plan = build_plan(selector, tiles, common.block_table_tensor)
-        starts = plan.query_start_loc
-        return {
-            name: VirtualBatch(table, lens, starts, self._schedule(starts, lens))
-            for name, table, lens in zip(self.masked, plan.block_table, plan.seq_lens, strict=True)
-        }
+        result: dict[str, VirtualBatch | None] = {}
+        for row, name in enumerate(self.masked):
+            heads = self.static[name]
+            result[name] = self.scheduler.static(plan, row, selector.heads, heads)
+            if common.max_query_len > 1:
+                pages = (plan.seq_lens[row] + selector.page - 1) // selector.page
+                new = common.query_start_loc.diff()
+                COUNTS.add(pages.view(selector.heads, -1)[heads], tiles, new, selector.page)
+        return result
 
-    def _schedule(self, query_start_loc: torch.Tensor, seq_lens: torch.Tensor) -> torch.Tensor:
-        return ops.cpu_attn_get_scheduler_metadata(
-            num_reqs=len(seq_lens),
-            num_heads=self.group,
-            num_kv_heads=1,
-            head_dim=self.head_dim,
-            seq_lens=seq_lens,
-            dtype=self.dtype,
-            query_start_loc=query_start_loc,
-            causal=True,
-            sliding_window_size=-1,
-            isa=self.isa,
-            enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
-            kv_cache_dtype=self.kv_cache_dtype,
-        )
+    @staticmethod
+    def _count_dense(selector: PageSelector, common: CommonAttentionMetadata) -> None:
+        tiles = cut_tiles(common.query_start_loc, common.seq_lens, selector.tile)
+        causal = (tiles.stop - 1) // selector.page + 1
+        pages = causal.expand(selector.layers, selector.heads, -1)
+        COUNTS.add(pages, tiles, common.query_start_loc.diff(), selector.page)
+
+    def _dynamic(self, common: CommonAttentionMetadata) -> DynamicStep:
+        tiles = cut_tiles(common.query_start_loc, common.seq_lens, self.block_size)
+        return DynamicStep(tiles, common.query_start_loc.diff(), common.block_table_tensor)
 
     def _build_naive(
         self, common_prefix_len: int, common: CommonAttentionMetadata, fast_build: bool
@@ -222,6 +241,19 @@ class DamCPUImpl(CPUAttentionBackendImpl):
                     f"serve; leave the option away"
                 )
         admit(get_current_vllm_config())
+        self.dynamic: LayerDynamic | None = None
+
+    def do_kv_cache_update(
+        self,
+        layer: Any,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        if self.dynamic is not None:
+            key = self.dynamic.rotated_keys(key)
+        super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
 
     def forward(
         self,
@@ -237,10 +269,10 @@ class DamCPUImpl(CPUAttentionBackendImpl):
     ) -> torch.Tensor:
         if attn_metadata is not None:
             name = layer.layer_name
+            if self.dynamic is not None:
+                query = self.dynamic.rotated_queries(query, self.num_kv_heads)
             if attn_metadata.virtual and name in attn_metadata.virtual:
-                tokens = attn_metadata.num_actual_tokens
-                batch = attn_metadata.virtual[name]
-                self._read_pages(layer, query[:tokens], kv_cache, batch, output[:tokens])
+                self._serve(layer, query, kv_cache, attn_metadata, output)
                 return output
             if attn_metadata.naive and name in attn_metadata.naive:
                 serve_naive(self, layer, query, kv_cache, attn_metadata, output)
@@ -250,48 +282,23 @@ class DamCPUImpl(CPUAttentionBackendImpl):
             output_scale, output_block_scale,
         )  # fmt: skip
 
-    def _read_pages(
+    def _serve(
         self,
         layer: Any,
         query: torch.Tensor,
         kv_cache: torch.Tensor,
-        batch: VirtualBatch,
+        metadata: DamCPUMetadata,
         output: torch.Tensor,
     ) -> None:
-        """Runs the kernel over virtual sequences.
-
-        Args:
-            layer: the attention layer, for its scales.
-            query: [tokens, heads, head_size].
-            kv_cache: [blocks, kv_heads, page, 2 * head_size].
-            batch: the layer's virtual sequences.
-            output: [tokens, heads, head_size], or [tokens, heads * head_size]; written.
-        """
-        tokens, heads, head_size = query.shape
-        kv_heads = self.num_kv_heads
-        grouped = (tokens, kv_heads, heads // kv_heads, head_size)
-        shape = (kv_heads, tokens, *grouped[2:])
-        by_head, result = WORKSPACE.take(2, shape, query.dtype)
-        by_head.copy_(query.view(grouped).transpose(0, 1))
-        page = kv_cache.shape[2]
-        keys, values = kv_cache.view(-1, 1, 2 * page, head_size).chunk(2, dim=2)
-        ops.cpu_attention_with_kv_cache(
-            query=by_head.flatten(0, 1),
-            key_cache=keys,
-            value_cache=values,
-            output=result.flatten(0, 1),
-            query_start_loc=batch.query_start_loc,
-            seq_lens=batch.seq_lens,
-            scale=self.scale,
-            causal=True,
-            alibi_slopes=None,
-            sliding_window=-1,
-            block_table=batch.block_table,
-            softcap=self.logits_soft_cap,
-            scheduler_metadata=batch.scheduler_metadata,
-            s_aux=None,
-            k_scale=layer._k_scale_float,
-            v_scale=layer._v_scale_float,
-            kv_cache_dtype=self.kv_cache_dtype,
-        )
-        output.view(grouped).copy_(result.transpose(0, 1))
+        """Reads the selected pages; shapes as in vLLM's `forward`, queries rotated."""
+        tokens, (heads, size) = metadata.num_actual_tokens, query.shape[1:]
+        shape = (tokens, self.num_kv_heads, heads // self.num_kv_heads, size)
+        asked, result = query[:tokens].view(shape), output[:tokens].view(shape)
+        assert metadata.virtual is not None
+        batches = [metadata.virtual[layer.layer_name]]
+        if self.dynamic is not None:
+            assert metadata.dynamic is not None
+            batches.append(self.dynamic.virtual(asked, kv_cache, metadata.dynamic))
+        for batch in batches:
+            if batch is not None:
+                attend(self, layer, asked, kv_cache, batch, result)

@@ -7,7 +7,7 @@ from vllm.distributed import (
     get_tensor_model_parallel_world_size,
 )
 
-from dam_vllm.masks.mask_set import MaskSet
+from dam_vllm.masks.mask_set import HeadMode, MaskSet
 from dam_vllm.masks.pages import PageTables, page_tables
 
 
@@ -18,18 +18,14 @@ class Shard:
     start: int
     stop: int
 
-    def tables(self, masks: MaskSet, layer: int, page: int) -> PageTables:
+    def tables(self, masks: MaskSet, layer: int, page: int, tile: int | None = None) -> PageTables:
         """The layer's page tables, cut to this rank's KV heads."""
-        whole = page_tables(masks, layer, page)
-        cut = slice(self.start, self.stop)
-        return PageTables(
-            page=whole.page,
-            tile=whole.tile,
-            near=whole.near[cut],
-            columns=whole.columns[cut],
-            distances=whole.distances[cut],
-            dense=whole.dense[cut],
-        )
+        return page_tables(masks, layer, page, tile).take(slice(self.start, self.stop))
+
+    def dynamic_heads(self, masks: MaskSet, layer: int) -> list[int]:
+        """This rank's dynamic KV heads, as local ids."""
+        modes = masks.modes[layer, self.start : self.stop]
+        return [head for head, mode in enumerate(modes) if mode == HeadMode.DYNAMIC]
 
 
 def shard(kv_heads: int) -> Shard:

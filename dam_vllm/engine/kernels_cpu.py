@@ -3,14 +3,14 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 from vllm import _custom_ops as ops
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
+from dam_vllm.attention.plan import build_plan, cut_tiles
 from dam_vllm.attention.select import PageSelector
-from dam_vllm.engine.cpu import DamCPUImpl, DamCPUMetadataBuilder, VirtualBatch
+from dam_vllm.engine.virtual import Scheduler, VirtualBatch, attend
 
 Step = Callable[[], torch.Tensor]
 LAYER = SimpleNamespace(_k_scale_float=1.0, _v_scale_float=1.0)
@@ -41,6 +41,11 @@ class Shape:
     @property
     def isa(self) -> str:
         return str(_get_attn_isa(self.dtype, self.page, self.head_size, "auto"))
+
+    def scheduler(self) -> Scheduler:
+        """What schedules virtual sequences of this shape."""
+        group = self.heads // self.kv_heads
+        return Scheduler(group, self.head_size, self.dtype, self.isa, "auto")
 
 
 @dataclass(frozen=True)
@@ -186,20 +191,20 @@ def virtual_step(prompt: Prompt, selector: PageSelector) -> Step:
         A function that computes [tokens, heads, head_size]; plan and output are made
         beforehand, as vLLM does.
     """
-    impl = DamCPUImpl.__new__(DamCPUImpl)
-    impl.num_kv_heads, impl.scale = prompt.shape.kv_heads, prompt.shape.scale
-    impl.logits_soft_cap, impl.kv_cache_dtype = 0.0, "auto"
-    (virtual,) = planner(prompt.shape, selector)(prompt.batch).values()
+    impl = SimpleNamespace(scale=prompt.shape.scale, logits_soft_cap=0.0, kv_cache_dtype="auto")
+    (virtual,) = planner(prompt.shape, selector)(prompt.batch)
     output = torch.empty_like(prompt.query)
+    grouped = (len(output), prompt.shape.kv_heads, -1, prompt.shape.head_size)
 
     def step() -> torch.Tensor:
-        impl._read_pages(LAYER, prompt.query, prompt.cache, virtual, output)
+        query, result = prompt.query.view(grouped), output.view(grouped)
+        attend(impl, LAYER, query, prompt.cache, virtual, result)
         return output
 
     return step
 
 
-def planner(shape: Shape, selector: PageSelector) -> Callable[[Batch], dict[str, VirtualBatch]]:
+def planner(shape: Shape, selector: PageSelector) -> Callable[[Batch], list[VirtualBatch]]:
     """What the backend does once a step: tiles, plan, and every layer's schedule.
 
     Args:
@@ -209,20 +214,14 @@ def planner(shape: Shape, selector: PageSelector) -> Callable[[Batch], dict[str,
     Returns:
         A function from a batch to each layer's virtual sequences.
     """
-    builder = _builder(shape)
-    builder.masked = {str(layer): layer for layer in range(selector.layers)}
+    heads = list(range(selector.heads))
+    scheduler = shape.scheduler()
 
-    def plan(batch: Batch) -> dict[str, VirtualBatch]:
-        common: Any = batch
-        return builder._virtual(selector, common)
+    def plan(batch: Batch) -> list[VirtualBatch]:
+        tiles = cut_tiles(batch.query_start_loc, batch.seq_lens, selector.tile)
+        made = build_plan(selector, tiles, batch.block_table_tensor)
+        layers = range(selector.layers)
+        batches = (scheduler.static(made, layer, selector.heads, heads) for layer in layers)
+        return [batch for batch in batches if batch is not None]
 
     return plan
-
-
-def _builder(shape: Shape) -> DamCPUMetadataBuilder:
-    """The backend's builder, set up by hand instead of from an engine's configuration."""
-    builder = DamCPUMetadataBuilder.__new__(DamCPUMetadataBuilder)
-    builder.group = shape.heads // shape.kv_heads
-    builder.head_dim, builder.dtype, builder.isa = shape.head_size, shape.dtype, shape.isa
-    builder.kv_cache_dtype = "auto"
-    return builder

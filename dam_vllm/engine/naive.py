@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from dam_vllm.attention.naive import exact_mask, masked_attention, page_mask
+from dam_vllm.attention.naive import dynamic_mask, exact_mask, masked_attention, page_mask
 from dam_vllm.engine.admission import Serving
 from dam_vllm.engine.heads import Shard
 
@@ -30,15 +30,38 @@ class NaiveBatch:
     layer: int
     shard: Shard
 
-    def mask(self, start: int, stop: int, page: int) -> torch.Tensor:
-        """Mask of one request's queries, bool [local heads, stop - start, stop]."""
+    def mask(self, query: torch.Tensor, key: torch.Tensor, page: int, impl: Any) -> torch.Tensor:
+        """Mask of one request's queries.
+
+        Args:
+            query: [queries, local heads, head_size], rotated where a head is dynamic.
+            key: [keys, local kv_heads, head_size], rotated likewise.
+            page: tokens a page.
+            impl: the attention implementation, for scale and soft-capping.
+
+        Returns:
+            bool [local heads, queries, keys].
+        """
         masks, options = self.serving.masks, self.serving.options
+        start, stop = len(key) - len(query), len(key)
+        group = masks.heads // masks.kv_heads
+        local = slice(self.shard.start * group, self.shard.stop * group)
         if options.granularity == "token":
             whole = exact_mask(masks, self.layer, start, stop, options.dense_below)
         else:
             whole = page_mask(masks, self.layer, start, stop, page, options.dense_below)
-        group = masks.heads // masks.kv_heads
-        return torch.from_numpy(whole[self.shard.start * group : self.shard.stop * group])
+        whole = whole[local]
+        dynamic = self.shard.dynamic_heads(masks, self.layer)
+        if dynamic:
+            static = page_mask(masks, self.layer, start, stop, page, options.dense_below, page)
+            static = static[local]
+            grouped = query.view(len(query), -1, group, query.shape[-1])
+            for head in dynamic:
+                whole[head * group : (head + 1) * group] = dynamic_mask(
+                    masks, self.layer, self.shard.start + head, grouped[:, head], key[:, head],
+                    static[head * group], page, impl.scale, impl.logits_soft_cap,
+                )  # fmt: skip
+        return torch.from_numpy(whole)
 
 
 def serve_naive(
@@ -54,7 +77,7 @@ def serve_naive(
     Args:
         impl: the attention implementation, for scale, soft-capping and cache dtype.
         layer: the attention layer, for its name and scales.
-        query: [tokens, heads, head_size].
+        query: [tokens, heads, head_size], rotated where a head is dynamic.
         kv_cache: [blocks, kv_heads, page, 2 * head_size], plain layout.
         metadata: the step's metadata.
         output: [tokens, heads, head_size] or flat; written.
@@ -67,13 +90,12 @@ def serve_naive(
         first, last = starts[request : request + 2]
         table = metadata.block_table[request, : -(-stop // page)].long()
         keys, values = read_pages(kv_cache[table], impl.kv_cache_dtype)
+        keys, values = keys[:stop], values[:stop]
+        if impl.is_fp8_kv_cache:
+            keys, values = keys * layer._k_scale_float, values * layer._v_scale_float
+        mask = batch.mask(query[first:last], keys, page, impl)
         rows[first:last] = masked_attention(
-            query[first:last],
-            keys[:stop] * layer._k_scale_float if impl.is_fp8_kv_cache else keys[:stop],
-            values[:stop] * layer._v_scale_float if impl.is_fp8_kv_cache else values[:stop],
-            batch.mask(stop - (last - first), stop, page),
-            impl.scale,
-            impl.logits_soft_cap,
+            query[first:last], keys, values, mask, impl.scale, impl.logits_soft_cap
         ).to(rows.dtype)
 
 

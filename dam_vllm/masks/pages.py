@@ -47,6 +47,16 @@ class PageTables:
     distances: BoolArray
     dense: BoolArray
 
+    def take(self, heads: slice | list[int]) -> "PageTables":
+        """The tables of some heads."""
+        return replace(
+            self,
+            near=self.near[heads],
+            columns=self.columns[heads],
+            distances=self.distances[heads],
+            dense=self.dense[heads],
+        )
+
     def select(self, tiles: np.ndarray) -> BoolArray:
         """Pages read by whole tiles, own pages included: bool [heads, len(tiles), pages]."""
         own = self.tile // self.page

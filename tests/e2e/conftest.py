@@ -34,7 +34,7 @@ class Setup:
     """A server's configuration; hashable, so that each is started once.
 
     Attributes:
-        masks: "random", "dense", or None for the stock backend.
+        masks: "random", "dynamic", "dense", or None for the stock backend.
         options: further options of the backend, as JSON.
         chunk: most tokens of a step.
         prefix_caching: whether prompts found in the cache are reused.
@@ -79,15 +79,17 @@ def seed():
 
 @pytest.fixture(scope="session")
 def mask_files(tmp_path_factory, seed):
-    """Random bounded masks and dense ones for the demo model."""
+    """Random masks, the same with dynamic heads, and dense ones for the demo model."""
     folder = tmp_path_factory.mktemp("masks")
     model = str(model_dir())
     rng = np.random.default_rng(seed)
-    masks = random_mask_set(
-        rng, 4, 8, 4, pcl=333, share=0.006, dense=True, fingerprint=fingerprint(model)
-    )
-    files = {"random": folder / "random.safetensors", "dense": folder / "dense.safetensors"}
-    save_mask_set(masks, files["random"])
+    files = {name: folder / f"{name}.safetensors" for name in ("random", "dynamic", "dense")}
+    for name in ("random", "dynamic"):
+        masks = random_mask_set(
+            rng, 4, 8, 4, pcl=333, share=0.006, dense=True, dynamic=name == "dynamic",
+            head_size=32, fingerprint=fingerprint(model),
+        )  # fmt: skip
+        save_mask_set(masks, files[name])
     save_mask_set(dense(model), files["dense"])
     return files
 

@@ -59,16 +59,26 @@ def test_chunked_prefill(answers, chunk):
     assert_same(answers(Setup(chunk=chunk)).alone, answers(Setup()).alone)
 
 
-def test_mixed_batch(answers):
-    assert_same(answers(Setup()).together, answers(Setup()).alone)
+def test_chunked_prefill_of_dynamic_heads(answers):
+    """Where chunks end at pages; a page of queries that a chunk splits is chosen for in parts."""
+    assert_same(answers(Setup("dynamic", chunk=512)).alone, answers(Setup("dynamic")).alone)
+
+
+@pytest.mark.parametrize("masks", ["random", "dynamic"])
+def test_mixed_batch(answers, masks):
+    assert_same(answers(Setup(masks)).together, answers(Setup(masks)).alone)
+
+
+def test_mixed_batch_in_chunks(answers):
     assert_same(answers(Setup(chunk=500)).together, answers(Setup()).alone)
 
 
-def test_prefix_cache(answers):
-    cached = answers(Setup(prefix_caching=True))
+@pytest.mark.parametrize("masks", ["random", "dynamic"])
+def test_prefix_cache(answers, masks):
+    cached = answers(Setup(masks, prefix_caching=True))
     assert cached.metric("vllm:prefix_cache_hits_total") > sum(LENGTHS) * 0.8
-    assert_same(cached.alone, answers(Setup()).alone)
-    assert_same(cached.together, answers(Setup()).alone)
+    assert_same(cached.alone, answers(Setup(masks)).alone)
+    assert_same(cached.together, answers(Setup(masks)).alone)
 
 
 def test_preemption(answers):
@@ -78,9 +88,10 @@ def test_preemption(answers):
     assert_same(preempted.together, answers(Setup()).alone)
 
 
-def test_naive_kernel(answers):
-    fast = answers(Setup(dtype="float32"))
-    naive = answers(Setup(dtype="float32", options=NAIVE))
+@pytest.mark.parametrize("masks", ["random", "dynamic"])
+def test_naive_kernel(answers, masks):
+    fast = answers(Setup(masks, dtype="float32"))
+    naive = answers(Setup(masks, dtype="float32", options=NAIVE))
     assert_close(naive.alone, fast.alone, FP32_ROUNDING)
     assert_close(naive.together, fast.together, FP32_ROUNDING)
 
@@ -94,11 +105,18 @@ def test_fp8_cache(answers):
     assert fast.alone != answers(Setup()).alone
 
 
-@pytest.mark.parametrize("change", [{"tensor_parallel": 2}, {"eager": False}])
-def test_tensor_parallel_and_compiled(answers, change):
+@pytest.mark.parametrize(
+    ("masks", "change"),
+    [
+        ("random", {"tensor_parallel": 2}),
+        ("dynamic", {"tensor_parallel": 2}),
+        ("dynamic", {"eager": False}),
+    ],
+)
+def test_tensor_parallel_and_compiled(answers, masks, change):
     """In float32, where what rounds elsewhere stays small."""
-    changed = answers(Setup(dtype="float32", **change)).alone
-    assert_close(changed, answers(Setup(dtype="float32")).alone, FP32_ROUNDING)
+    changed = answers(Setup(masks, dtype="float32", **change)).alone
+    assert_close(changed, answers(Setup(masks, dtype="float32")).alone, FP32_ROUNDING)
 
 
 def test_short_requests_run_dense(answers):

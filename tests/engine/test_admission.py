@@ -9,6 +9,7 @@ from dam_vllm.demo import model_dir
 from dam_vllm.masks.baselines import streaming
 from dam_vllm.masks.file import save_mask_set
 from dam_vllm.masks.fingerprint import fingerprint
+from tests.conftest import random_mask_set
 
 pytestmark = pytest.mark.engine
 
@@ -21,6 +22,7 @@ def config(masks, **changed):
         "parallel_config": {"decode_context_parallel_size": 1, "prefill_context_parallel_size": 1},
         "cache_config": {"block_size": 32, "cache_dtype": "auto"},
         "speculative_config": None,
+        "kv_transfer_config": None,
         "model_config": {"model": MODEL, "revision": None, "use_mla": False},
         "load_config": {"download_dir": None, "load_format": "auto"},
         "additional_config": {"dam": {"masks": str(masks)}},
@@ -66,6 +68,17 @@ def test_refused(masks, changed, message):
 
     with pytest.raises(OptionError, match=message):
         admit(config(masks, **changed))
+
+
+def test_rotated_pages_stay_in_the_process(tmp_path, rng):
+    from dam_vllm.engine.admission import admit
+
+    file = tmp_path / "masks.safetensors"
+    identity = fingerprint(MODEL)
+    save_mask_set(random_mask_set(rng, 4, 8, 4, dynamic=True, fingerprint=identity), file)
+    assert admit(config(file)).masks.dynamic is not None
+    with pytest.raises(OptionError, match="--kv-transfer-config names Some"):
+        admit(config(file, kv_transfer_config={"kv_connector": "Some"}))
 
 
 @pytest.mark.parametrize(("mode", "accepted"), [("strict", False), ("config", True)])

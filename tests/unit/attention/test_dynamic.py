@@ -45,18 +45,11 @@ class Batch:
         """Selected pages of every request: bool [heads, tiles, pages], and the tiles' starts."""
         heads = self.heads(layer)
         tables = page_tables(self.masks, layer, self.page, self.page)
-        tables = dataclasses.replace(
-            tables,
-            **{
-                name: getattr(tables, name)[heads]
-                for name in ("near", "columns", "distances", "dense")
-            },
-        )
         dynamic = DynamicHeads(
             heads=heads.tolist(),
             ranks=[int(self.masks.dynamic.ranks[layer, head]) for head in heads],
             budgets=[Budget.of(self.masks.dynamic, layer, head, self.page) for head in heads],
-            static=PageSelector([tables], dense_below),
+            static=PageSelector([tables.take(heads.tolist())], dense_below),
             scale=SCALE,
             softcap=softcap,
             **changes,
