@@ -9,6 +9,7 @@ from dam_vllm.cli import masks
 from dam_vllm.cli.bench import app as bench
 from dam_vllm.cli.calibrate import calibrate
 from dam_vllm.cli.demo import demo
+from dam_vllm.cli.eval import ManyMasks, evaluate
 from dam_vllm.cli.inspect import inspect
 
 app = typer.Typer(
@@ -19,6 +20,7 @@ app = typer.Typer(
 )
 app.command()(calibrate)
 app.command()(inspect)
+app.command("eval", cls=ManyMasks)(evaluate)
 app.add_typer(masks.app, name="masks")
 app.add_typer(bench, name="bench")
 app.command()(demo)

@@ -1,17 +1,27 @@
-"""Retrieval questions as text, made from a seed, for any model and tokenizer."""
+"""Questions with known answers as text, made from a seed, for any model and tokenizer."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from dam_vllm.evaluation.filler import sentence
-from dam_vllm.evaluation.keys import KINDS, make_keys
-from dam_vllm.evaluation.wordings import WORDINGS, Wording
+from dam_vllm.evaluation.common_words import common_words
+from dam_vllm.evaluation.draft import Draft, Maker
+from dam_vllm.evaluation.keys import KINDS
+from dam_vllm.evaluation.retrieval import lookup, needle
+from dam_vllm.evaluation.tracking import tracking
+from dam_vllm.evaluation.wordings import SET_WORDINGS, WORDINGS
 
-TASKS = tuple(WORDINGS)
-DEFAULT_WORDING = {"lines": "longeval", "kv": "question", "needle": "question"}
-NEEDLES = 4
+RETRIEVAL = tuple(WORDINGS)
+TASKS = (*RETRIEVAL, *SET_WORDINGS)
+TASK_WORDINGS = WORDINGS | SET_WORDINGS
+DEFAULT_WORDING = dict.fromkeys(TASKS, "question") | {"lines": "longeval"}
+COMPLETION = "completion"
+VERSION = 1  # of all that a seed's questions and their scores depend on
+MIN_RECORDS = {"lines": 2, "kv": 2, "needle": 6, "tracking": 16, "words": 60}
+PROBES = (64, 128)
+TRIES = 12
 
 
 @dataclass(frozen=True)
@@ -19,18 +29,28 @@ class Question:
     """One question over a long text.
 
     Attributes:
-        task: "lines", "kv" or "needle".
+        task: one of `TASKS`.
         prompt: the user's text; the question stands at its end.
-        answer: the number asked for, as digits.
+        answers: all that a right reply names: a number, or names.
         tokens: length of the prompt in tokens, special tokens not counted.
-        depth: where in the text the answer lies, 0 (start) to 1 (end).
+        depth: where in the text the last needed record lies, 0 (start) to 1 (end), or None
+            where the whole text is needed.
+        candidates: regular expression of what counts as named in a reply.
+        given: names in the question itself, which a reply may restate.
     """
 
     task: str
     prompt: str
-    answer: str
+    answers: tuple[str, ...]
     tokens: int
-    depth: float
+    depth: float | None
+    candidates: str
+    given: tuple[str, ...] = ()
+
+    @property
+    def answer(self) -> str:
+        """A right reply."""
+        return ", ".join(self.answers)
 
 
 def make_questions(
@@ -50,8 +70,8 @@ def make_questions(
         tokens: tokens that a prompt may have at most; it comes within a record of that.
         samples: questions wanted, each over a text of its own.
         seed: the same seed gives the same questions.
-        wording: one of `WORDINGS[task]`; by default the first that the task names.
-        keys: one of `keys.KINDS`.
+        wording: one of `TASK_WORDINGS[task]`; by default a question in words.
+        keys: one of `keys.KINDS`, for the tasks of `RETRIEVAL`.
 
     Returns:
         The questions.
@@ -61,87 +81,63 @@ def make_questions(
     """
     _known("task", task, TASKS)
     wording = wording or DEFAULT_WORDING[task]
-    _known("wording", wording, tuple(WORDINGS[task]))
+    _known("wording", wording, tuple(TASK_WORDINGS[task]))
     _known("keys", keys, KINDS)
-    texts = WORDINGS[task][wording]
+    texts = TASK_WORDINGS[task][wording]
+    makers: dict[str, Callable[[], Maker]] = {
+        "lines": lambda: lookup(texts, keys),
+        "kv": lambda: lookup(texts, keys),
+        "needle": lambda: needle(texts, keys),
+        "tracking": lambda: tracking(texts),
+        "words": lambda: common_words(texts),
+    }
+    make = makers[task]()
     return [
-        _question(
-            task, texts, keys, tokenizer, tokens, (index + 0.5) / samples, Random(f"{seed}/{index}")
-        )
+        _fit(task, make, tokenizer, tokens, (index + 0.5) / samples, f"{seed}/{index}")
         for index in range(samples)
     ]
 
 
 def is_correct(question: Question, reply: str) -> bool:
-    """Whether the reply's value is the answer: its last whole number on the first full line.
+    """Whether a reply names exactly the answers.
 
-    The reply may restate the record, whose key can hold digits, so the number that counts is
-    the last one of the first line that has any.
+    Lines are read until as many names have come as there are answers, so that text after a
+    full reply does not count. What the question itself gives is no answer.
     """
-    for line in reply.strip().splitlines():
-        numbers = re.findall(r"(?<![0-9A-Za-z])\d+(?![0-9A-Za-z])", line)
-        if numbers:
-            return numbers[-1] == question.answer
-    return False
-
-
-def _question(
-    task: str, texts: Wording, keys: str, tokenizer: Any, tokens: int, depth: float, rng: Random
-) -> Question:
-    records, names, values = _records(task, texts, keys, tokenizer, tokens, depth, rng)
-    places = [index for index, name in enumerate(names) if name]
-    asked = min(places, key=lambda index: abs(index + 0.5 - depth * len(records)))
-    question = texts.question.format(key=names[asked])
-    while True:
-        prompt = texts.header + "".join(records) + texts.footer + question
-        length = len(tokenizer(prompt, add_special_tokens=False).input_ids)
-        if length <= tokens:
+    wanted = {answer.casefold() for answer in question.answers}
+    given = {name.casefold() for name in question.given}
+    found: set[str] = set()
+    for line in reply.splitlines():
+        found |= {name.casefold() for name in re.findall(question.candidates, line)} - given
+        if len(found) >= len(wanted):
             break
-        spare = max(1, (length - tokens) * len(records) // length)
-        if len(records) - spare < 2:
-            raise ValueError(f"tokens is {tokens}: too few for one {task} question")
-        kept = [index for index in range(len(records)) if index != asked][
-            : len(records) - spare - 1
-        ]
-        order = sorted([*kept, asked])
-        records = [records[index] for index in order]
-        asked = order.index(asked)
-    before = len(texts.header) + sum(map(len, records[:asked]))
-    return Question(task, prompt, str(values[names_key(question, values)]), length,
-                    before / len(prompt))  # fmt: skip
+    return found == wanted
 
 
-def names_key(question: str, values: dict[str, int]) -> str:
-    """The key that a question names: the longest one it holds."""
-    return max((key for key in values if key in question), key=len)
+def _fit(task: str, make: Maker, tokenizer: Any, tokens: int, depth: float, seed: str) -> Question:
+    """The question with as many records as its length allows, found by trying."""
 
+    def draft(count: int) -> tuple[Draft, int]:
+        made = make(Random(seed), count, depth)
+        return made, len(tokenizer(made.prompt, add_special_tokens=False, verbose=False).input_ids)
 
-def _records(
-    task: str, texts: Wording, keys: str, tokenizer: Any, tokens: int, depth: float, rng: Random
-) -> tuple[list[str], list[str], dict[str, int]]:
-    """Records enough for `tokens`, the key that each holds ("" for filler), and the values."""
-    if task == "needle":
-        names = make_keys(rng, keys, NEEDLES)
-        values = {name: rng.randrange(10_000, 100_000) for name in names}
-        size = len(tokenizer(sentence(Random(0)) * 20, add_special_tokens=False).input_ids) / 20
-        count = int(tokens / size * 1.1) + NEEDLES + 2
-        lines = [sentence(rng) for _ in range(count)]
-        places = {int(depth * count): names[0]}
-        places |= {rng.randrange(count): name for name in names[1:]}
-        places[int(depth * count)] = names[0]
-        held = [places.get(index, "") for index in range(count)]
-        asked = int(depth * count)
-        records = [
-            texts.record.format(key=name, value=values[name]) if name else line
-            for name, line in zip(held, lines, strict=True)
-        ]
-        return records, [name if index == asked else "" for index, name in enumerate(held)], values
-    sample = texts.record.format(key=make_keys(rng, keys, 2)[0], value=12345)
-    size = len(tokenizer(sample * 20, add_special_tokens=False).input_ids) / 20
-    count = max(2, int(tokens / size * 1.05) + 2)
-    names = make_keys(rng, keys, count)
-    values = {name: rng.randrange(10_000, 100_000) for name in names}
-    return [texts.record.format(key=k, value=values[k]) for k in names], names, values
+    few, many = (draft(count)[1] for count in PROBES)
+    size = (many - few) / (PROBES[1] - PROBES[0])
+    count = PROBES[0] + int((tokens - few) / size)
+    best: tuple[Draft, int] | None = None
+    tried: set[int] = set()
+    while count >= MIN_RECORDS[task] and count not in tried and len(tried) < TRIES:
+        tried.add(count)
+        made, length = draft(count)
+        if length <= tokens and (best is None or length > best[1]):
+            best = made, length
+        spare = (tokens - length) / size
+        count += int(spare) if spare >= 0 else min(-1, int(spare))
+    if best is None:
+        raise ValueError(f"tokens is {tokens}: too few for one {task} question")
+    made, length = best
+    place = None if made.place is None else made.place / len(made.prompt)
+    return Question(task, made.prompt, made.answers, length, place, made.candidates, made.given)
 
 
 def _known(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -1,4 +1,4 @@
-"""The texts of the retrieval questions: what is stored, how it is asked, what is replied.
+"""The texts of the questions: what is stored, how it is asked, what is replied.
 
 A text has the places ``{key}`` and ``{value}``. The reply restates the record, so that a
 model may answer by finding the record again, whatever the key looks like.
@@ -16,7 +16,7 @@ class Wording:
         record: One stored fact, a whole line.
         footer: Text after the records.
         question: Text that asks for one value; the prompt ends with it.
-        reply: What the demo model is trained to reply.
+        reply: What the demo model is trained to reply; empty where it is not trained.
         continues: Whether the reply goes on in the question's last line (a completion)
             instead of answering it in a new line or a new chat turn.
     """
@@ -122,4 +122,35 @@ WORDINGS: dict[str, dict[str, Wording]] = {
             continues=True,
         ),
     },
+}
+
+# Hsieh et al., RULER (2024), its texts unchanged but for the example that stands before them.
+_TRACKING = (
+    "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n",
+    "VAR {key} = {value}\n",
+    "\nQuestion: Find all variables that are assigned the value {key} in the text above.",
+)
+_TRACKING_ANSWER = (
+    " Answer: According to the chain(s) of variable assignment in the text above, {value} "
+    "variables are assigned the value {key}, they are:"
+)
+_WORDS = (
+    "Below is a numbered list of words. In these words, some appear more often than others. "
+    "Memorize the ones that appear most often.\n",
+    "{key}. {value} ",
+    "\nQuestion: What are the {value} most common words in the above list?",
+)
+_WORDS_ANSWER = " Answer: The top {value} words that appear most often in the list are:"
+
+# Apart from WORDINGS, from which the demo model's vocabulary and training texts are made. In a
+# question ``{value}`` is the number of names asked for.
+SET_WORDINGS: dict[str, dict[str, Wording]] = {
+    name: {
+        "question": Wording(header, record, "", question, ""),
+        "completion": Wording(header, record, "", question + answer, "", continues=True),
+    }
+    for name, (header, record, question), answer in (
+        ("tracking", _TRACKING, _TRACKING_ANSWER),
+        ("words", _WORDS, _WORDS_ANSWER),
+    )
 }

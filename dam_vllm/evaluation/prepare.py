@@ -1,0 +1,133 @@
+"""From the options of `dam-vllm eval` to an evaluation that is ready to run."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoTokenizer
+
+from dam_vllm import __version__
+from dam_vllm.bench.machine import machine
+from dam_vllm.config import OptionError
+from dam_vllm.evaluation import options
+from dam_vllm.evaluation.settings import Settings, Subject
+from dam_vllm.evaluation.state import digest
+from dam_vllm.evaluation.tasks import VERSION
+from dam_vllm.masks.fingerprint import Fingerprint, fingerprint
+from dam_vllm.masks.shape import model_shape
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked evaluation.
+
+    Attributes:
+        settings: what to ask.
+        masks: the mask files.
+        tokenizer: the model's.
+        folder: where its answers are kept.
+    """
+
+    settings: Settings
+    masks: list[Subject]
+    tokenizer: Any
+    folder: Path
+
+
+def prepare(
+    model: str,
+    masks: Sequence[Path],
+    tasks: str,
+    lengths: str | None,
+    samples: int,
+    seed: int,
+    page: int,
+    dense_below: int,
+    streaming: bool,
+    text: Path | None,
+    windows: int,
+    serve_args: str,
+) -> Job:
+    """Checks all options against model and files, before anything is started.
+
+    Args:
+        model: folder or Hub id.
+        masks: mask files.
+        tasks: comma-separated names.
+        lengths: comma-separated tokens, or None for the default.
+        samples: questions a task and length.
+        seed: of the questions.
+        page: tokens a KV-cache page.
+        dense_below: query positions below it attend densely.
+        streaming: whether to ask streaming masks of equal density too.
+        text: file for perplexity and agreement.
+        windows: pieces of it a length.
+        serve_args: further arguments of `vllm serve`, as shell words.
+
+    Returns:
+        The job.
+
+    Raises:
+        ValueError: for an option that cannot be honoured.
+    """
+    names = options.tasks_option(tasks)
+    options.page_option(page)
+    arguments = options.serve_args_option(serve_args)
+    served = fingerprint(model)
+    subjects = options.masks_option(masks, served)
+    try:
+        shape = model_shape(AutoConfig.from_pretrained(model))
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except OSError as error:
+        raise OptionError(f"MODEL is {model!r}: {str(error).splitlines()[0]}") from None
+    tokens = options.lengths_option(lengths, names, shape.max_length)
+    settings = Settings(
+        model=model,
+        tasks=names,
+        lengths=tokens,
+        samples=samples,
+        seed=seed,
+        page=page,
+        dense_below=dense_below,
+        streaming=streaming,
+        serve_args=arguments,
+        text=None if text is None else options.text_option(text, tokenizer, windows, tokens[-1]),
+        windows=0 if text is None else windows,
+    )
+    options.check_questions(settings, tokenizer)
+    return Job(settings, subjects, tokenizer, cache_folder(settings, subjects, served))
+
+
+def cache_folder(settings: Settings, masks: Sequence[Subject], served: Fingerprint) -> Path:
+    """Where an evaluation's answers are kept.
+
+    Tasks and lengths are no part of it, so that more of them may be asked for later.
+
+    Args:
+        settings: what to ask.
+        masks: the mask files.
+        served: fingerprint of the model.
+
+    Returns:
+        A folder named by all that the answers and their times depend on.
+    """
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    chosen = asdict(settings)
+    for name in ("model", "tasks", "lengths", "streaming"):
+        del chosen[name]
+    contents = sorted(subject.key for subject in masks)
+    versions = [VERSION, __version__, vllm_version()]
+    # A model without weights on disk that can be sampled is known by its name.
+    name = settings.model if served.weights is None else ""
+    key = digest(chosen, served.model_dump(), name, contents, versions)
+    return root / "dam-vllm" / "eval" / key
+
+
+def vllm_version() -> str:
+    """Version of the installed vLLM; raises OptionError where there is none."""
+    found = str(machine()["vllm"])
+    if found == "none":
+        raise OptionError("`dam-vllm eval` needs vLLM, which is not installed beside this Python")
+    return found

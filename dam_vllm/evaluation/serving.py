@@ -1,0 +1,96 @@
+"""The server that answers for a subject: stock vLLM, or the `dam` backend with its masks."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from dam_vllm.evaluation.client import Client, HttpClient
+from dam_vllm.evaluation.settings import Settings, Subject
+from dam_vllm.masks.file import save_mask_set
+from dam_vllm.server import Server
+
+COUNTERS = "dam_vllm.engine.counters.PageCounters"
+START_SECONDS = 1800.0
+SPARE_PAGES = 64
+
+Start = Callable[[Subject], AbstractContextManager[Client]]
+
+
+def starter(settings: Settings, chat: bool) -> Start:
+    """Makes the function that starts a subject's server and gives a client of it.
+
+    Args:
+        settings: of the evaluation.
+        chat: whether questions go through the chat endpoint.
+
+    Returns:
+        The function; the server stops when its context ends.
+    """
+    common = common_arguments(settings)
+
+    @contextmanager
+    def start(subject: Subject) -> Iterator[Client]:
+        with TemporaryDirectory(prefix="dam-eval-") as folder:
+            file = subject.file
+            if file is None and subject.masks is not None:
+                file = Path(folder) / "masks.safetensors"
+                save_mask_set(subject.masks, file)
+            own = [] if file is None else masks_arguments(file, settings.dense_below)
+            environment = {} if file is None else {"VLLM_SERVER_DEV_MODE": "1"}
+            arguments = [*common, *own, *settings.serve_args]
+            with Server(settings.model, arguments, environment, START_SECONDS) as server:
+                yield HttpClient(server.url, settings.model, chat)
+
+    return start
+
+
+def common_arguments(settings: Settings) -> list[str]:
+    """Arguments that all servers of an evaluation share."""
+    from transformers import AutoConfig
+
+    result = [
+        f"--block-size={settings.page}",
+        f"--max-model-len={settings.max_length}",
+        "--no-enable-prefix-caching",
+        # Prefill gains little from compilation, which every server would do anew.
+        "--enforce-eager",
+    ]
+    size = token_bytes(AutoConfig.from_pretrained(settings.model))
+    if size is not None:
+        pages = -(-settings.max_length // settings.page) + SPARE_PAGES
+        result.append(f"--kv-cache-memory-bytes={size * settings.page * pages}")
+    return result
+
+
+def masks_arguments(masks: Path, dense_below: int) -> list[str]:
+    """Arguments that make a server read a mask file and count pages."""
+    options = {"dam": {"masks": str(masks.resolve()), "dense_below": dense_below}}
+    return [
+        "--attention-backend=dam",
+        "--additional-config",
+        json.dumps(options),
+        f"--worker-extension-cls={COUNTERS}",
+    ]
+
+
+def token_bytes(config: Any) -> int | None:
+    """Bytes that a token takes in the KV cache, as if all layers kept keys and values.
+
+    Args:
+        config: a transformers configuration.
+
+    Returns:
+        Bytes, or None where the configuration does not tell them.
+    """
+    text = config.get_text_config()
+    heads = getattr(text, "num_attention_heads", None)
+    layers, hidden = getattr(text, "num_hidden_layers", None), getattr(text, "hidden_size", None)
+    if not (heads and layers and hidden):
+        return None
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    head_size = getattr(text, "head_dim", None) or hidden // heads
+    width = 4 if str(getattr(text, "dtype", None)).endswith("float32") else 2
+    return int(2 * layers * kv_heads * head_size * width)
