@@ -1,9 +1,10 @@
 """Agreement with full attention on a given text: perplexity, top-1, KL divergence.
 
 A server tells the most likely tokens of each position only, and the text's own token. So the
-divergence is an estimate from below: dense's known tokens are taken one by one and all others
-as one bucket, and a probability that the masks' server did not tell counts with the most that
-it can be.
+divergence is an estimate from below, the least one that what was told allows: tokens that dense
+told count one by one and all others as one bucket; where the masks' server did not tell one of
+the former, it gave it no more than the last that it told, and what it gave in all to tokens it
+did not tell is split so that it costs least.
 """
 
 from typing import Any
@@ -65,15 +66,39 @@ def divergence(dense: Logprobs, masks: Logprobs) -> np.ndarray:
         float64 [n], in nats.
     """
     same = dense.tokens[:, :, None] == masks.tokens[:, None, :]
-    found = np.where(same, np.exp(masks.told.astype(np.float64))[:, None], 0).max(axis=2)
     told = dense.tokens >= 0
     known = same.any(axis=2) & told
     p = np.where(told, np.exp(dense.told.astype(np.float64)), 0)
-    # What the masks' server gives to all other tokens, hidden ones of dense's included.
-    rest = np.maximum(1 - np.where(known, found, 0).sum(axis=1), FLOOR)
-    most = np.minimum(np.exp(masks.told[:, TOP - 1].astype(np.float64)), rest)
-    q = np.maximum(np.where(known, found, most[:, None]), TINY)
-    left = 1 - p.sum(axis=1)
-    inside = np.where(p > TINY, p * np.log(np.maximum(p, TINY) / q), 0).sum(axis=1)
-    outside = np.where(left > FLOOR, left * np.log(np.maximum(left, FLOOR) / rest), 0)
-    return np.asarray(np.maximum(inside + outside, 0))
+    q = np.where(same, np.exp(masks.told.astype(np.float64))[:, None], 0).max(axis=2)
+    rest = np.maximum(1 - np.where(known, q, 0).sum(axis=1), FLOOR)
+    left = np.maximum(1 - p.sum(axis=1), FLOOR)
+    most = np.exp(masks.told[:, TOP - 1].astype(np.float64))
+    hidden, scale = _split(np.where(known, 0, p), left, rest, most)
+    q = np.maximum(np.where(known, q, hidden), TINY)
+    inside = (p * np.log(np.maximum(p, TINY) / q)).sum(axis=1)
+    return np.asarray(np.maximum(inside - left * np.log(scale), 0))
+
+
+def _split(
+    p: np.ndarray, left: np.ndarray, rest: np.ndarray, most: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Splits `rest` over hidden tokens in proportion to p, up to `most` each, and the bucket.
+
+    Args:
+        p: [n, tokens], dense's probability of hidden tokens, else 0.
+        left: [n], its probability of the bucket.
+        rest: [n], what there is to split.
+        most: [n], the most that a hidden token can have.
+
+    Returns:
+        [n, tokens], the share of each hidden token, and [n], the bucket's share over `left`.
+    """
+    capped = np.zeros(p.shape, dtype=bool)
+    while True:
+        free = np.where(capped, 0, p)
+        spent = np.maximum(rest - most * capped.sum(axis=1), TINY)
+        scale = spent / (left + free.sum(axis=1))
+        over = free * scale[:, None] > most[:, None]
+        if not over.any():
+            return np.where(capped, most[:, None], free * scale[:, None]), scale
+        capped |= over

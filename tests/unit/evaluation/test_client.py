@@ -1,0 +1,87 @@
+"""The client against a small HTTP server that speaks the parts of vLLM's API it uses."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from dam_vllm.evaluation.client import HttpClient
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.requests.append((self.path, body))
+        if self.path.endswith("collective_rpc") and body["method"] != "dam_pages":
+            return self._send(500, "application/json", "{}")
+        if self.path == "/collective_rpc":
+            ranks = [{"read": 3, "dense": 10}, {"read": 4, "dense": 10}]
+            return self._send(200, "application/json", json.dumps({"results": ranks}))
+        if "prompt_logprobs" in body:
+            if body["prompt"] == [0]:
+                return self._send(400, "text/plain", "too short")
+            rows = [None, {"7": {"logprob": -0.5, "rank": 1, "decoded_token": "x"}}]
+            reply = {"choices": [{"prompt_logprobs": rows}]}
+            return self._send(200, "application/json", json.dumps(reply))
+        chat = "messages" in body
+        parts = ["", "It is", " 12", "", "3."]
+        chunks = [
+            {"choices": [{"index": 0, **({"delta": {"content": p}} if chat else {"text": p})}]}
+            for p in parts
+        ]
+        lines = [f"data: {json.dumps(chunk)}\n\n" for chunk in [*chunks, {"choices": []}]]
+        return self._send(200, "text/event-stream", "".join(lines) + "data: [DONE]\n\n")
+
+    def _send(self, status, kind, text):
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def server():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.requests = []
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def client(server, chat):
+    return HttpClient(f"http://127.0.0.1:{server.server_port}/v1", "a-model", chat)
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_reply_is_joined_and_greedy(server, chat):
+    reply = client(server, chat).ask("What?", 9)
+    assert reply.text == "It is 123."
+    assert 0 < reply.seconds < 60
+    ((path, body),) = server.requests
+    assert path == ("/v1/chat/completions" if chat else "/v1/completions")
+    assert (body["temperature"], body["max_tokens"], body["stream"]) == (0, 9, True)
+    asked = body["messages"][0]["content"] if chat else body["prompt"]
+    assert asked == "What?"
+
+
+def test_pages_are_summed_over_ranks(server):
+    assert client(server, True).pages() == (7, 20)
+
+
+def test_logprobs(server):
+    found = client(server, True).logprobs([0, 7])
+    assert found.actual.tolist() == [-0.5]
+    assert server.requests[0][1]["max_tokens"] == 1
+
+
+def test_errors_tell_the_answer(server):
+    with pytest.raises(RuntimeError, match="answers 400: too short"):
+        client(server, True).logprobs([0])

@@ -1,0 +1,243 @@
+"""`dam-vllm eval` as a user calls it, with pretended servers."""
+
+import json
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from dam_vllm.bench import machine
+from dam_vllm.cli.eval import ManyMasks, evaluate, spread
+from dam_vllm.cli.inspect import inspect
+from dam_vllm.evaluation import serving
+from dam_vllm.evaluation.settings import STOCK, Settings, Subject
+from dam_vllm.masks.baselines import dense, streaming
+from dam_vllm.masks.file import load_mask_set, save_mask_set
+from tests.unit.evaluation.conftest import MODEL, Servers
+
+app = typer.Typer()
+app.command("eval", cls=ManyMasks)(evaluate)
+app.command()(inspect)
+
+SMALL = ("--tasks", "lines,words", "--lengths", "768,512", "--samples", 3, "--seed", 5)
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["eval", *map(str, arguments)])
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setitem(machine.__dict__, "_vllm", lambda: "0.32.0")
+
+
+@pytest.fixture
+def files(tmp_path):
+    save_mask_set(dense(MODEL), tmp_path / "full")
+    save_mask_set(streaming(MODEL, 4, 40), tmp_path / "half")
+    return [tmp_path / "full", tmp_path / "half"]
+
+
+@pytest.fixture
+def servers(tokenizer, settings, monkeypatch):
+    density = {"full": (1, 1), "half": (7, 10), "streaming": (71, 100)}
+    pretended = Servers(tokenizer, settings(), density)
+    monkeypatch.setattr(serving, "starter", lambda settings, chat: pretended.start)
+    return pretended
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("M --masks A B --seed 1", "M --masks A --masks B --seed 1"),
+        ("M --masks A --masks B C", "M --masks A --masks B --masks C"),
+        ("--masks A B -- M", "--masks A --masks B -- M"),
+        ("M --masks=A --json B", "M --masks=A --json B"),
+        ("M --json B C", "M --json B C"),
+        ("M --masks", "M --masks"),
+    ],
+)
+def test_masks_takes_several_values(given, expected):
+    assert spread(given.split(), "--masks") == expected.split()
+
+
+def test_results(servers, files, tmp_path):
+    output, image = tmp_path / "a.json", tmp_path / "new" / "a.png"
+    done = run(MODEL, "--masks", *files, *SMALL, "--json", output, "--plot", image)
+    assert done.exit_code == 0, done.output
+    assert servers.started == ["dense", "full", "half", *["streaming@half"] * 2]
+    results = json.loads(output.read_text())
+    rows = results["rows"]
+    assert {(row["masks"], row["task"], row["length"]) for row in rows} == {
+        (masks, task, length)
+        for masks in ("dense", "full", "half", "streaming@half")
+        for task in ("lines", "words")
+        for length in (512, 768)
+    }
+    for row in rows:
+        assert 0 <= row["accuracy"] <= 1
+        assert row["density"] == {"half": 0.7, "streaming@half": 0.71}.get(row["masks"], 1.0)
+        assert row["seconds"] == 0.5
+    assert results["agreement"] == []
+    assert [row["masks"] for row in results["worst"]] == ["full", "half"]
+    assert results["settings"]["lengths"] == [512, 768]
+    assert image.read_bytes().startswith(b"\x89PNG")
+    assert "half: worst task lines at 768 tokens" in done.output
+
+
+def test_same_command_goes_on_and_fresh_starts_anew(servers, files):
+    arguments = (MODEL, "--masks", *files, *SMALL, "--no-streaming")
+    servers.limit = 20
+    stopped = run(*arguments)
+    assert stopped.exit_code == 130
+    assert "The same command goes on" in stopped.output
+    servers.limit = None
+    servers.started.clear()
+    done = run(*arguments)
+    assert done.exit_code == 0, done.output
+    assert servers.started == ["full", "half"]
+    servers.started.clear()
+    assert run(*arguments).output == done.output
+    assert servers.started == []
+    run(*arguments, "--fresh")
+    assert servers.started == ["dense", "full", "half"]
+
+
+@pytest.mark.parametrize(
+    "changed", [("--page", 64), ("--dense-below", 512), ("--serve-args", "--dtype float32")]
+)
+def test_other_settings_are_asked_anew(servers, files, changed):
+    arguments = (MODEL, "--masks", files[0], *SMALL, "--no-streaming")
+    run(*arguments)
+    servers.started.clear()
+    assert run(*arguments, *changed).exit_code == 0
+    assert servers.started == ["dense", "full"]
+
+
+def test_write_stores_the_report_and_keeps_the_answers(servers, files):
+    arguments = (MODEL, "--masks", *files, *SMALL, "--no-streaming")
+    done = run(*arguments, "--write")
+    assert done.exit_code == 0, done.output
+    for file, worst in zip(files, (0.0, -1.0), strict=True):
+        masks = load_mask_set(file)
+        assert masks.header.quality["worst"]["difference"] == worst
+        assert masks.header.quality["tasks"]["lines"]["768"]["accuracy"] == 1.0 + worst
+    assert masks.columns.any()
+    shown = CliRunner().invoke(app, ["inspect", str(files[1]), "--json"])
+    assert json.loads(shown.output)["quality"] == masks.header.quality
+    servers.started.clear()
+    assert run(*arguments).exit_code == 0
+    assert servers.started == []
+
+
+def test_agreement_on_a_text(servers, files, tmp_path):
+    text, output = tmp_path / "text.jsonl", tmp_path / "a.json"
+    lines = [json.dumps({"text": "def add(a, b):\n    return a + b\n" * 40})] * 9
+    text.write_text("\n".join(lines))
+    done = run(MODEL, "--masks", files[1], *SMALL, "--no-streaming", "--text", text,
+               "--windows", 2, "--json", output)  # fmt: skip
+    assert done.exit_code == 0, done.output
+    agreed = json.loads(output.read_text())["agreement"]
+    assert [(row["masks"], row["length"], row["windows"]) for row in agreed] == [
+        ("dense", 512, 2), ("dense", 768, 2), ("half", 512, 2), ("half", 768, 2),
+    ]  # fmt: skip
+    assert agreed[0]["kl"] == 0 < agreed[2]["kl"]
+    assert "agreement with full attention" in done.output
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (("--tasks", "lines,poems"), "--tasks is 'lines,poems', must be names among lines,kv"),
+        (("--tasks", ""), "--tasks is '', must be names among"),
+        (("--lengths", "4k"), "--lengths is '4k', must be numbers from 256 to 8800"),
+        (("--lengths", "512,9000"), "must be numbers from 256 to 8800 (the model's 8960"),
+        (("--lengths", "256", "--tasks", "words"), "--lengths has 256, too few tokens for one"),
+        (("--page", 20), "--page is 20, must be a multiple of 16"),
+        (("--json", "."), "--json is '.', a folder; must be a file"),
+        (("--plot", "a.txt"), "--plot is 'a.txt', must end in .png"),
+        (("--write",), "--write stores a report in mask files; name them with --masks"),
+        (("--masks", "none"), "mask file none does not exist"),
+        (("--masks", "FULL", "FULL"), "twice, must be different files"),
+        (("--masks", "OTHER"), "whose config is not the model's"),
+        (("--text", "none.txt"), "--text is 'none.txt', must be a UTF-8 text file"),
+        (("--text", "SHORT"), "tokens, must have at least 32768 for --windows 4 of 8192 tokens"),
+        (("--text", "BROKEN"), 'whose line 1 must be JSON with a "text"'),
+        (("--serve-args", "'a"), '--serve-args is "\'a", must be shell words'),
+    ],
+)
+def test_bad_options_are_refused_before_a_server_starts(
+    servers, files, tmp_path, monkeypatch, random_masks, changed, message
+):
+    save_mask_set(random_masks(), tmp_path / "OTHER")
+    (tmp_path / "SHORT").write_text("few words")
+    (tmp_path / "BROKEN.jsonl").write_text('{"words": 1}\n')
+    places = {"FULL": files[0], "OTHER": tmp_path / "OTHER", "SHORT": tmp_path / "SHORT",
+              "BROKEN": tmp_path / "BROKEN.jsonl"}  # fmt: skip
+    done = run(MODEL, *(places.get(value, value) for value in changed))
+    assert done.exit_code == 2
+    assert done.output.startswith("Error: ")
+    assert message in done.output
+    assert len(done.output.splitlines()) == 1
+    assert servers.started == []
+    assert not (tmp_path / "cache").exists()
+
+
+def test_unknown_model_is_refused(servers):
+    done = run("no/model", *SMALL)
+    assert done.exit_code == 2
+    assert done.output.startswith("Error: model 'no/model' is neither")
+
+
+def test_default_lengths_are_those_that_fit(servers, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in Path(MODEL).iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2100}))
+    servers.limit = 0
+    assert run(folder, "--tasks", "lines").exit_code == 130
+    done = run(folder, "--tasks", "words")
+    assert "--lengths is '2048,4096,8192', must be numbers from 256 to 1940" in done.output
+
+
+def test_servers_are_stock_or_masked(monkeypatch, tmp_path):
+    """What `vllm serve` is told for each subject."""
+    started = []
+
+    class Recorder:
+        url = "http://127.0.0.1:1/v1"
+
+        def __init__(self, model, arguments, environment, timeout):
+            started.append((arguments, environment))
+            if "--additional-config" in arguments:
+                self.options = json.loads(arguments[arguments.index("--additional-config") + 1])
+                assert load_mask_set(self.options["dam"]["masks"]).kv_heads == 4
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+    monkeypatch.setattr(serving, "Server", Recorder)
+    settings = Settings(MODEL, ("words",), (512,), 1, 0, 32, 64, True, ("--dtype=float32",))
+    start = serving.starter(settings, chat=True)
+    for subject in (STOCK, Subject("made", "made", dense(MODEL))):
+        with start(subject):
+            pass
+    (stock, nothing), (masked, environment) = started
+    assert nothing == {}
+    assert not any("dam" in argument for argument in stock)
+    # 4 layers, 4 KV heads of 32 channels, keys and values in two bytes.
+    assert f"--kv-cache-memory-bytes={4 * 4 * 32 * 2 * 2 * 32 * (21 + 64)}" in stock
+    assert "--max-model-len=672" in stock
+    assert "--no-enable-prefix-caching" in stock
+    assert stock[-1] == masked[-1] == "--dtype=float32"
+    assert masked[: len(stock) - 1] == stock[:-1]
+    assert "--attention-backend=dam" in masked
+    assert '"dense_below": 64' in masked[masked.index("--additional-config") + 1]
+    assert environment == {"VLLM_SERVER_DEV_MODE": "1"}
