@@ -9,8 +9,11 @@ everywhere a little, ask for nothing.
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import pad
 
 from dam_vllm.masks.dynamic import BudgetKind, Dynamic
+
+SUM_BLOCK = 64
 
 
 @dataclass(frozen=True)
@@ -45,28 +48,37 @@ class PageScores:
     """A head's scores for some tiles.
 
     Attributes:
-        peaks: float32 [tiles, pages, rows], largest logit (scaled, capped) of each page; -inf
+        logits: float32 [pages, tiles, rows], largest logit (scaled, capped) of each page; -inf
             for pages that a row may not see.
-        present: bool [tiles, rows], rows that hold a query of this step.
+        present: bool [tiles, rows], rows that hold a query of this step, or None for all.
         own: int64 [tiles], the tile's own page, the last one it may see.
     """
 
-    peaks: torch.Tensor
-    present: torch.Tensor
+    logits: torch.Tensor
+    present: torch.Tensor | None
     own: torch.Tensor
 
     def mass(self) -> torch.Tensor:
         """Estimated share of each row's attention mass in each page, 0 for absent rows.
 
         A page's mass is estimated by its largest logit alone, which costs no further pass over
-        tokens. A running sum is taken, which trailing pages of longer requests do not change.
+        tokens.
 
         Returns:
-            float32 [tiles, pages, rows].
+            float32 [pages, tiles, rows].
         """
-        weights = (self.peaks - self.peaks.amax(dim=1, keepdim=True)).exp()
-        weights = weights / weights.cumsum(dim=1)[:, -1:]
-        return weights.masked_fill_(~self.present[:, None], 0.0)
+        weights = (self.logits - self.logits.amax(dim=0)).exp_()
+        weights /= _total(weights)
+        return weights if self.present is None else weights.masked_fill_(~self.present, 0.0)
+
+
+def _total(weights: torch.Tensor) -> torch.Tensor:
+    """Sum over pages in blocks: zeros of longer requests in the batch change nothing."""
+    pages, *rest = weights.shape
+    padded = weights
+    if pages % SUM_BLOCK:
+        padded = pad(weights, (0, 0) * len(rest) + (0, -pages % SUM_BLOCK))
+    return padded.view(-1, SUM_BLOCK, *rest).sum(dim=1).cumsum(dim=0)[-1]
 
 
 def choose(scores: PageScores, static: torch.Tensor, budget: Budget) -> torch.Tensor:
@@ -81,7 +93,7 @@ def choose(scores: PageScores, static: torch.Tensor, budget: Budget) -> torch.Te
         bool [tiles, pages], disjoint from `static`.
     """
     mass = scores.mass()
-    ranking = mass.amax(dim=2)
+    ranking = mass.amax(dim=2).t()
     if budget.kind == BudgetKind.MASS:
         count = _until_mass(mass, ranking, static, budget.value)
     elif budget.kind == BudgetKind.SHARE:
@@ -90,8 +102,9 @@ def choose(scores: PageScores, static: torch.Tensor, budget: Budget) -> torch.Te
         count = torch.full_like(scores.own, int(budget.value))
     count = count.clamp(budget.floor, budget.cap)
     ranking = ranking.masked_fill(static, 0.0)
-    ordered = ranking.sort(dim=1, descending=True).values
-    last = ordered.gather(1, (count - 1).clamp(0, ordered.shape[1] - 1)[:, None])
+    most = min(max(1, int(count.max())), ranking.shape[1])
+    ordered = ranking.topk(most, dim=1).values
+    last = ordered.gather(1, (count - 1).clamp(0, most - 1)[:, None])
     return (ranking >= last) & (ranking > 0.0) & (count > 0)[:, None]
 
 
@@ -100,8 +113,8 @@ def _until_mass(
 ) -> torch.Tensor:
     """Fewest pages beyond the static ones with which every row reaches a mass, int64 [tiles]."""
     order = ranking.masked_fill(static, 2.0).argsort(dim=1, descending=True, stable=True)
-    ordered = mass.gather(1, order[..., None].expand_as(mass))
-    reached = ordered.cumsum(dim=1)
+    ordered = mass.gather(0, order.t()[..., None].expand_as(mass))
+    reached = ordered.cumsum(dim=0)
     # A row's shares add up to 1 but for rounding; absent rows have none and want nothing.
-    short = (reached - ordered < wanted - 1e-6) & (reached[:, -1:] > 0.0)
-    return (short.any(dim=2).sum(dim=1) - static.sum(dim=1)).clamp_min(0)
+    short = (reached - ordered < wanted - 1e-6) & (reached[-1] > 0.0)
+    return (short.any(dim=2).sum(dim=0) - static.sum(dim=1)).clamp_min(0)

@@ -11,10 +11,10 @@ import torch
 
 from dam_vllm.attention.choose import Budget, PageScores, choose
 from dam_vllm.attention.plan import Tiles
-from dam_vllm.attention.score import peaks_of_own_page, peaks_of_rows, peaks_of_span
+from dam_vllm.attention.score import KEY_BLOCK, peaks_of_own_page, peaks_of_rows, peaks_of_span
 from dam_vllm.attention.select import PageSelector
 
-SPAN_ROWS = 512
+SPAN_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class DynamicHeads:
 
     def logits(self, peaks: torch.Tensor) -> torch.Tensor:
         """Scaled and capped scores in float32."""
-        logits = peaks.float() * self.scale
+        # A factor with a dimension makes one pass of conversion and product.
+        logits = peaks * torch.tensor([self.scale], device=peaks.device)
         return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
 
 
@@ -58,7 +59,8 @@ def select_dynamic(
 
     Args:
         dynamic: the layer's dynamic heads.
-        query: [dynamic heads, tokens, group, head_size], rotated.
+        query: [dynamic heads, tokens, group, channels], rotated; the leading channels, as many as
+            the largest rank.
         keys: [blocks, kv_heads, head_size, page], rotated keys of the cache, these queries' own
             included.
         tiles: the batch's queries, cut at pages.
@@ -96,16 +98,15 @@ def _choose_decode(
     own = tiles.index
     each = torch.arange(len(own))
     table = block_table[tiles.request, : selected.shape[2]]
-    after = torch.arange(selected.shape[2]) >= own[:, None]
+    after = torch.arange(selected.shape[2])[:, None] > own
+    place = (tiles.stop - 1) % keys.shape[3]
     for at, rank in enumerate(dynamic.ranks):
         cached = _gather(dynamic, at, keys, table)
         asked = query[at, tiles.row, :, :rank]
-        peaks = dynamic.logits(peaks_of_rows(asked, cached))
-        peaks = peaks.masked_fill(after[..., None], float("-inf"))
-        place = (tiles.stop - 1) % keys.shape[3]
-        mine = peaks_of_own_page(asked[:, None], cached[each, own], place)
-        peaks[each, own] = dynamic.logits(mine)
-        scores = PageScores(peaks, torch.ones_like(mine, dtype=torch.bool), own)
+        peaks = peaks_of_rows(asked, cached)
+        peaks[own, each] = peaks_of_own_page(asked[:, None], cached[each, own], place)
+        logits = dynamic.logits(peaks).masked_fill_(after[..., None], float("-inf"))
+        scores = PageScores(logits, None, own)
         selected[at, single] |= choose(scores, selected[at, single], dynamic.budgets[at])
 
 
@@ -138,49 +139,39 @@ def _choose_prefill(
     ids[:known] = table[:known]
     cached = _gather(dynamic, at, keys, ids)
     by_token = cached.transpose(1, 2).contiguous()
+    scratch = query.new_empty(max(KEY_BLOCK, page) * size * group)
+    static = dynamic.static.select(torch.arange(base // page, end // page), end // page)[0, at]
     result = torch.zeros(end // page, max(pages, end // page), dtype=torch.bool)
     for first in range(base, end, size):
         index = torch.arange(first // page, (first + size) // page)
         rows = asked[first - base : first - base + size].view(len(index), page, group, rank)
-        position = torch.arange(first, first + size)
+        peaks = peaks_of_span(rows.view(-1, rank), by_token[: index[-1] + 1], scratch)
+        logits = dynamic.logits(peaks).view(-1, len(index), page * group)
+        own = peaks_of_own_page(rows, cached[index], torch.zeros_like(index))
+        _hide_later_pages(logits, dynamic.logits(own))
+        position = torch.arange(first, first + size).view(len(index), page)
+        present = (position >= start) & (position < stop)
         scores = PageScores(
-            _span_logits(dynamic, rows, by_token[: index[-1] + 1], cached[index], index),
-            ((position >= start) & (position < stop)).repeat_interleave(group).view(len(index), -1),
-            index,
+            logits, None if present.all() else present.repeat_interleave(group, dim=1), index
         )
-        static = dynamic.static.select(index, int(index[-1]) + 1)[0, at]
-        chosen = choose(scores, static, dynamic.budgets[at])
-        result[index, : chosen.shape[1]] = chosen
+        mine = static[index - base // page, : len(logits)]
+        result[index, : len(logits)] = choose(scores, mine, dynamic.budgets[at])
     return result[tiles.index, :pages]
 
 
-def _span_logits(
-    dynamic: DynamicHeads,
-    rows: torch.Tensor,
-    keys: torch.Tensor,
-    own_keys: torch.Tensor,
-    index: torch.Tensor,
-) -> torch.Tensor:
-    """Logits of a span's tiles, causal, own pages included.
+def _hide_later_pages(logits: torch.Tensor, own: torch.Tensor) -> None:
+    """Puts a span's causal scores of its own pages in, and -inf behind them.
 
     Args:
-        dynamic: the layer's dynamic heads.
-        rows: [tiles, page, group, rank].
-        keys: [pages, page, rank], up to the span's end.
-        own_keys: [tiles, rank, page].
-        index: int64 [tiles], page of each tile.
-
-    Returns:
-        float32 [tiles, pages, page * group].
+        logits: [pages, tiles, rows], the tiles' own pages last.
+        own: [tiles, rows].
     """
-    count, page, group, rank = rows.shape
-    peaks = dynamic.logits(peaks_of_span(rows.view(-1, rank), keys))
-    peaks = peaks.view(len(keys), count, page * group).transpose(0, 1)
-    after = torch.arange(len(keys)) >= index[:, None]
-    peaks = peaks.masked_fill(after[..., None], float("-inf"))
-    own = peaks_of_own_page(rows, own_keys, torch.zeros_like(index))
-    peaks[torch.arange(count), index] = dynamic.logits(own)
-    return peaks
+    count = logits.shape[1]
+    last = logits[-count:]
+    later = torch.ones(count, count, dtype=torch.bool).tril(-1)
+    last.masked_fill_(later[..., None], float("-inf"))
+    each = torch.arange(count)
+    last[each, each] = own
 
 
 def _gather(

@@ -18,29 +18,32 @@ def peaks_of_rows(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         keys: [n, pages, rank, page].
 
     Returns:
-        [n, pages, rows].
+        [pages, n, rows].
     """
-    return torch.matmul(query[:, None], keys).amax(-1)
+    return torch.matmul(query[:, None], keys).amax(-1).transpose(0, 1)
 
 
-def peaks_of_span(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+def peaks_of_span(query: torch.Tensor, keys: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
     """Scores pages for many rows over the same keys: prefill.
 
     Args:
         query: [rows, rank].
         keys: [pages, page, rank], contiguous.
+        scratch: at least KEY_BLOCK * rows elements; fresh memory would cost as much as the
+            product itself.
 
     Returns:
         [pages, rows].
     """
-    pages, page, _ = keys.shape
+    (pages, page, _), rows = keys.shape, len(query)
     block = max(1, KEY_BLOCK // page)
     transposed = query.t().contiguous()
-    result = query.new_empty(pages, len(query))
+    result = query.new_empty(pages, rows)
     for start in range(0, pages, block):
-        stop = min(start + block, pages)
-        scores = torch.mm(keys[start:stop].flatten(0, 1), transposed)
-        torch.amax(scores.view(stop - start, page, -1), dim=1, out=result[start:stop])
+        count = min(block, pages - start)
+        scores = scratch[: count * page * rows].view(count * page, rows)
+        torch.mm(keys[start : start + count].flatten(0, 1), transposed, out=scores)
+        torch.amax(scores.view(count, page, rows), dim=1, out=result[start : start + count])
     return result
 
 

@@ -1,7 +1,10 @@
 """Streaming masks of a wanted density, made in memory without a model."""
 
+from dataclasses import replace
+
 import numpy as np
 
+from dam_vllm.masks.dynamic import BudgetKind, Dynamic
 from dam_vllm.masks.fingerprint import Fingerprint
 from dam_vllm.masks.mask_set import Header, HeadMode, MaskSet, pack_lower
 from dam_vllm.masks.pages import tile_size
@@ -54,3 +57,31 @@ def streaming_masks(kv_heads: int, pages: int, page: int, group: int = 1) -> Mas
             parameters={"sinks": 1, "window": pcl},
         ),
     )
+
+
+def dynamic_masks(kv_heads: int, group: int, head_size: int, rank: int, tokens: int) -> MaskSet:
+    """One layer whose heads all read the first page, their own, and pages that they choose.
+
+    Args:
+        kv_heads: KV heads.
+        group: query heads a KV head.
+        head_size: channels a head.
+        rank: leading channels that score; the basis is the identity, which costs the same.
+        tokens: tokens chosen, rounded up to pages.
+
+    Returns:
+        The mask set, with a fingerprint that fits no model.
+    """
+    masks = streaming_masks(kv_heads, 0, 1, group)
+    shape = (1, kv_heads)
+    dynamic = Dynamic(
+        rotations=np.tile(np.eye(head_size, dtype=np.float32), (*shape, 1, 1)),
+        ranks=np.full(shape, rank, dtype=np.int32),
+        kinds=np.full(shape, BudgetKind.COUNT, dtype=np.uint8),
+        budgets=np.full(shape, tokens, dtype=np.float32),
+        floors=np.zeros(shape, dtype=np.int32),
+        caps=np.full(shape, tokens, dtype=np.int32),
+        expected=np.zeros(shape, dtype=np.float32),
+    )
+    modes = np.full(shape, HeadMode.DYNAMIC, dtype=np.uint8)
+    return replace(masks, modes=modes, dynamic=dynamic)

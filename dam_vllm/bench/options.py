@@ -2,7 +2,7 @@
 
 from dam_vllm.config import OptionError
 
-MIN_PAGE, MAX_PAGE = 32, 512
+MIN_PAGE, MAX_PAGE, MAX_CHANNELS = 32, 512, 256
 
 
 def lengths_option(text: str, least: int, most: int) -> list[int]:
@@ -33,6 +33,16 @@ def pages_option(text: str, option: str = "--pages") -> list[int]:
     if not values or any(v % MIN_PAGE or not MIN_PAGE <= v <= MAX_PAGE for v in values):
         raise OptionError(
             f"{option} is {text!r}: must be multiples of {MIN_PAGE} up to {MAX_PAGE} tokens"
+        )
+    return values
+
+
+def channels_option(text: str, option: str, least: int) -> list[int]:
+    """Head sizes or ranks, multiples of `least`; raises OptionError for others."""
+    values = _integers(text)
+    if not values or any(v % least or not least <= v <= MAX_CHANNELS for v in values):
+        raise OptionError(
+            f"{option} is {text!r}: must be multiples of {least} up to {MAX_CHANNELS} channels"
         )
     return values
 

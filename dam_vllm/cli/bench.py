@@ -1,4 +1,4 @@
-"""`dam-vllm bench kernel|plan|e2e|all`: speed beside a peer in the same run, as ratios."""
+"""`dam-vllm bench kernel|scoring|plan|e2e|all`: speed beside a peer in the same run, as ratios."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ app = typer.Typer(help="Measure speed beside a peer in the same run.", no_args_i
 EAGER = ("--enforce-eager",)
 LENGTHS = "1024,2048,4096,8192,16384"
 KERNEL_LENGTHS, PAGES, DENSITIES = "4096,8192,16384", "32,128", "0.05,0.1,0.2"
+HEAD_SIZES, SCORING_LENGTHS, RANKS = "32,64,128", "16384", "16,32"
 PAGE, WINDOW, ROUNDS, FLEX_UP_TO = 128, 513, 3, 8192
 FILE_WIDTH = 130  # where output goes to a file, no column needs to be cut
 
@@ -61,6 +62,20 @@ def kernel(
 
 
 @app.command()
+def scoring(
+    head_sizes: Annotated[str, typer.Option(help="Channels a head.")] = HEAD_SIZES,
+    lengths: Lengths = SCORING_LENGTHS,
+    pages: Annotated[str, typer.Option(help="Page sizes, comma-separated.")] = PAGES,
+    ranks: Annotated[str, typer.Option(help="Leading channels that score.")] = RANKS,
+    group: Annotated[int, typer.Option(min=1, help="Query heads a KV head.")] = 4,
+    rounds: Rounds = 5,
+    json: Json = None,
+) -> None:
+    """Choosing pages by token scores, against the dense attention that it replaces."""
+    _finish([_scoring(head_sizes, lengths, pages, ranks, group, rounds)], json)
+
+
+@app.command()
 def plan(
     page: Page = PAGE,
     window: Window = WINDOW,
@@ -88,9 +103,10 @@ def e2e(
 
 @app.command(name="all")
 def every(json: Json = None) -> None:
-    """All three with their defaults, and the crossover; about a quarter of an hour."""
+    """All with their defaults, and the crossover; about twenty minutes."""
     benchmarks = [
         _kernel(KERNEL_LENGTHS, PAGES, DENSITIES, (32, 8, 64), FLEX_UP_TO, 5),
+        _scoring(HEAD_SIZES, SCORING_LENGTHS, PAGES, RANKS, 4, 5),
         _plan(PAGE, WINDOW, ROUNDS, False),
         _e2e(LENGTHS, PAGE, WINDOW, ROUNDS, True, False),
     ]
@@ -118,6 +134,27 @@ def _kernel(
         len(tokens) * len(page_sizes) * len(wanted),
         lambda advance: kernel.measure(
             heads, tokens, page_sizes, wanted, flex_up_to, rounds, advance
+        ),
+    )
+
+
+def _scoring(
+    head_sizes: str, lengths: str, pages: str, ranks: str, group: int, rounds: int
+) -> Benchmark:
+    from dam_vllm.bench import scoring
+    from dam_vllm.bench.options import channels_option, lengths_option, pages_option
+
+    sizes = channels_option(head_sizes, "--head-sizes", 32)
+    channels = channels_option(ranks, "--ranks", 1)
+    tokens, page_sizes = lengths_option(lengths, 128, 65536), pages_option(pages)
+    cases = [(size, rank) for size in sizes for rank in channels if rank <= size]
+    return Benchmark(
+        f"choosing pages in a prefill, one layer, bf16, {group} query heads a KV head, "
+        f"{scoring.CHOSEN} tokens chosen",
+        scoring.TARGETS,
+        len(cases) * len(tokens) * len(page_sizes),
+        lambda advance: scoring.measure(
+            sizes, tokens, page_sizes, channels, group, rounds, advance
         ),
     )
 

@@ -80,8 +80,10 @@ class LayerDynamic:
         """
         blocks, kv_heads, page, width = kv_cache.shape
         keys = kv_cache.view(blocks, kv_heads, 2, width // 2, page)[:, :, 0]
-        asked = query.transpose(0, 1)[self.heads]
-        selected = select_dynamic(self.dynamic, asked, keys, step.tiles, step.block_table)
+        scoring = query.transpose(0, 1)[..., : max(self.dynamic.ranks)]
+        selected = select_dynamic(
+            self.dynamic, scoring[self.heads], keys, step.tiles, step.block_table
+        )
         COUNTS.add(selected.sum(-1), step.tiles, step.new, page)
         plan = plan_pages(selected[None], self.heads, kv_heads, step.tiles, step.block_table, page)
         return self.scheduler.dynamic(plan, self.heads)

@@ -8,9 +8,13 @@ import torch
 from vllm import _custom_ops as ops
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
+from dam_vllm.attention.dynamic import select_dynamic
 from dam_vllm.attention.plan import build_plan, cut_tiles
 from dam_vllm.attention.select import PageSelector
+from dam_vllm.engine.dynamic import DynamicStep, layer_dynamic
+from dam_vllm.engine.heads import Shard
 from dam_vllm.engine.virtual import Scheduler, VirtualBatch, attend
+from dam_vllm.masks.mask_set import MaskSet
 
 Step = Callable[[], torch.Tensor]
 LAYER = SimpleNamespace(_k_scale_float=1.0, _v_scale_float=1.0)
@@ -202,6 +206,61 @@ def virtual_step(prompt: Prompt, selector: PageSelector) -> Step:
         return output
 
     return step
+
+
+@dataclass(frozen=True)
+class DynamicSteps:
+    """What dynamic heads do with a prompt, step by step; each function can be called alone.
+
+    Attributes:
+        rotate: turns queries and keys into the basis.
+        select: scores and chooses pages, bool [kv_heads, tiles, pages].
+        whole: all of it and attention over the pages, [tokens, heads, head_size].
+    """
+
+    rotate: Step
+    select: Step
+    whole: Step
+
+
+def dynamic_steps(prompt: Prompt, masks: MaskSet) -> DynamicSteps:
+    """The prompt's attention where all heads are dynamic, as our backend computes it.
+
+    Args:
+        prompt: the prompt; its cache is taken as if its keys were rotated.
+        masks: one layer, all of whose heads are dynamic.
+
+    Returns:
+        The steps.
+    """
+    shape, page = prompt.shape, prompt.shape.page
+    every = Shard(0, shape.kv_heads)
+    dynamic = layer_dynamic(masks, 0, every, page, 0, shape.scale, 0.0, None, shape.scheduler())
+    assert dynamic is not None
+    starts, lens = prompt.batch.query_start_loc, prompt.batch.seq_lens
+    tiles = cut_tiles(starts, lens, page)
+    step = DynamicStep(tiles, starts.diff(), prompt.batch.block_table_tensor)
+    grouped = prompt.query.view(len(prompt.query), shape.kv_heads, -1, shape.head_size)
+    blocks = len(prompt.cache)
+    keys = prompt.cache.view(blocks, shape.kv_heads, 2, shape.head_size, page)[:, :, 0]
+    output = torch.empty_like(prompt.query)
+    impl = SimpleNamespace(scale=shape.scale, logits_soft_cap=0.0, kv_cache_dtype="auto")
+
+    def rotate() -> torch.Tensor:
+        dynamic.rotated_keys(prompt.key)
+        return dynamic.rotated_queries(prompt.query, shape.kv_heads)
+
+    def select() -> torch.Tensor:
+        asked = grouped.transpose(0, 1)[..., : max(dynamic.dynamic.ranks)][dynamic.heads]
+        return select_dynamic(dynamic.dynamic, asked, keys, tiles, step.block_table)
+
+    def whole() -> torch.Tensor:
+        rotate()
+        batch = dynamic.virtual(grouped, prompt.cache, step)
+        attend(impl, LAYER, grouped, prompt.cache, batch, output.view(grouped.shape))
+        return output
+
+    return DynamicSteps(rotate, select, whole)
 
 
 def planner(shape: Shape, selector: PageSelector) -> Callable[[Batch], list[VirtualBatch]]:
