@@ -38,7 +38,12 @@ class CalibrationConfig(BaseModel):
         amplification: how mean attention is amplified.
         tau: threshold of the true mask, on the amplified scale.
         mu: share of a pattern's cells that must be in the true mask for it to be kept.
-        min_support: cells that a pattern needs to be considered, or None for pcl / 8.
+        min_support: cells that a pattern needs to be considered, or None for pcl / 8; beyond the
+            PCL the same share of the map of pages.
+        reach: length in tokens up to which columns and diagonals are looked for on maps of
+            pages, or None for the PCL.
+        map_page: tokens a page of these maps.
+        long_texts: largest number of windows of `reach` tokens that they are captured on.
         texts: largest number of windows, held-out ones included.
         window: tokens of a held-out window, or None for the PCL; a longer one measures the
             extended mask too.
@@ -54,6 +59,9 @@ class CalibrationConfig(BaseModel):
     tau: float = 0.3
     mu: float = Field(default=0.8, gt=0, le=1)
     min_support: int | None = Field(default=None, ge=1)
+    reach: int | None = Field(default=None, ge=32)
+    map_page: int = Field(default=32, ge=2)
+    long_texts: int = Field(default=16, ge=1)
     texts: int = Field(default=256, ge=1)
     window: int | None = Field(default=None, ge=16)
     held_out: float = Field(default=0.1, ge=0, le=0.5)
@@ -69,9 +77,19 @@ class CalibrationConfig(BaseModel):
                 raise ValueError(
                     f"min_support is {self.min_support}, must be at most pcl ({self.pcl})"
                 )
+            if self.reach is not None and self.reach <= self.pcl:
+                raise ValueError(f"reach is {self.reach}, must be more than pcl ({self.pcl})")
+        if self.reach is not None and self.reach % self.map_page:
+            raise ValueError(
+                f"reach is {self.reach}, must be a multiple of map_page ({self.map_page})"
+            )
         if self.held_out and self.texts < 2:
             raise ValueError("texts is 1, must be at least 2 where held_out is not 0")
         return self
+
+    def support(self, pcl: int) -> int:
+        """Fewest cells of a kept pattern, for maps of some Pattern Capture Length."""
+        return self.min_support or max(1, pcl // 8)
 
 
 def load_config(path: str | Path | None, overrides: dict[str, Any]) -> CalibrationConfig:

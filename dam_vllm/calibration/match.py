@@ -16,12 +16,19 @@ class Patterns:
     """Kept patterns of one layer.
 
     Attributes:
-        columns: bool [heads, pcl], kept key positions c.
-        diagonals: bool [heads, pcl], kept distances r.
+        columns: bool [heads, n], kept key positions c.
+        diagonals: bool [heads, n], kept distances r.
     """
 
     columns: torch.Tensor
     diagonals: torch.Tensor
+
+    def extended(self, further: "Patterns") -> "Patterns":
+        """These patterns, followed by those of the positions and distances after them."""
+        return Patterns(
+            torch.cat((self.columns, further.columns), dim=-1),
+            torch.cat((self.diagonals, further.diagonals), dim=-1),
+        )
 
 
 def true_mask(amplified: torch.Tensor, tau: float) -> torch.Tensor:
@@ -52,14 +59,25 @@ def match(mask: torch.Tensor, mu: float, min_support: int) -> Patterns:
     Returns:
         The kept patterns.
     """
-    pcl = mask.shape[-1]
-    cells = torch.arange(pcl, 0, -1, device=mask.device)
-    supported = cells >= min_support
-    columns, diagonals = (
-        (hits.double() / cells >= mu) & supported
-        for hits in (mask.sum(dim=-2), diagonal_sums(mask))
+    return Patterns(
+        matched(mask.sum(dim=-2), mu, min_support), matched(diagonal_sums(mask), mu, min_support)
     )
-    return Patterns(columns, diagonals)
+
+
+def matched(hits: torch.Tensor, mu: float, min_support: int) -> torch.Tensor:
+    """Which patterns of a triangle match.
+
+    Args:
+        hits: int64 [heads, n], cells of each pattern that the true mask holds; the k-th pattern
+            has n - k cells.
+        mu: lowest share of a kept pattern.
+        min_support: fewest cells of a kept pattern.
+
+    Returns:
+        bool [heads, n].
+    """
+    cells = torch.arange(hits.shape[-1], 0, -1, device=hits.device)
+    return (hits.double() / cells >= mu) & (cells >= min_support)
 
 
 def diagonal_sums(mask: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ from dam_vllm.calibration.corpus import read_documents
 from dam_vllm.calibration.coverage import Coverage
 from dam_vllm.calibration.errors import CalibrationError, CalibrationStopped
 from dam_vllm.calibration.fit import fit_masks, with_measures
-from dam_vllm.calibration.mean_maps import MapSums, pair_counts
+from dam_vllm.calibration.mean_maps import MapSums, MeanMaps, pair_counts
 from dam_vllm.calibration.model import ModelSource
 from dam_vllm.calibration.windows import TokenisedTexts, cut, pad, tokenise
 from dam_vllm.masks.file import save_mask_set
@@ -125,9 +125,8 @@ class _Run:
             pcl=chosen["pcl"],
             parameters=self._parameters(chosen["pcl"], windows, held_out),
         )
-        masks = fit_masks(
-            header, shape, checkpoint.load_layer, counts, self.config, self.job.source.device
-        )
+        tokens = MeanMaps(checkpoint.load_layer, counts)
+        masks = fit_masks(header, shape, tokens, None, self.config, self.job.source.device)
         coverage = self._measure(model, measured, masks)
         masks = with_measures(masks, *coverage.result())
         save_mask_set(masks, self.job.output)
@@ -270,7 +269,7 @@ class _Run:
     ) -> dict[str, Any]:
         return self.config.model_dump(mode="json", by_alias=True) | {
             "pcl": pcl,
-            "min_support": self.config.min_support or max(1, pcl // 8),
+            "min_support": self.config.support(pcl),
             "window": self.config.window or pcl,
             "data": self.job.data,
             "calibration_windows": len(windows),
