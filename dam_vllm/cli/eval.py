@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from dam_vllm.evaluation.settings import Place
     from dam_vllm.evaluation.state import State
 
-CELL_WIDTH, LEFT_WIDTH = 19, 22
+CELL_WIDTH, LEFT_WIDTH = 28, 22
 MANY = "--masks"
 
 

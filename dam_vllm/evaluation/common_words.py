@@ -1,6 +1,5 @@
 """Common words (RULER, arXiv 2404.06654): the ten words that a numbered list repeats most."""
 
-import re
 from random import Random
 
 from dam_vllm.evaluation.draft import Draft, Maker
@@ -27,7 +26,7 @@ def common_words(texts: Wording) -> Maker:
         often = min(OFTEN, count // (2 * COMMON))
         seldom = max(1, often // RATIO)
         rest = count - COMMON * often
-        words = _words(rng, COMMON - (-rest // seldom), texts)
+        words = _words(rng, COMMON - (-rest // seldom))
         common, others = words[:COMMON], words[COMMON:]
         entries = common * often + (others * seldom)[:rest]
         rng.shuffle(entries)
@@ -41,10 +40,8 @@ def common_words(texts: Wording) -> Maker:
     return make
 
 
-def _words(rng: Random, count: int, texts: Wording) -> list[str]:
-    """Distinct words, none of them in the wording: English ones, and invented ones beyond."""
-    told = set(re.findall("[a-z]+", (texts.header + texts.question).lower()))
-    words = [word for word in ADJECTIVES + NOUNS + VERBS if word not in told]
-    words = list(dict.fromkeys(words))
+def _words(rng: Random, count: int) -> list[str]:
+    """Distinct words: English ones, which the wordings do not use, and invented ones beyond."""
+    words = list(dict.fromkeys(ADJECTIVES + NOUNS + VERBS))
     rng.shuffle(words)
     return words[:count] + make_keys(rng, "syllables", max(0, count - len(words)))

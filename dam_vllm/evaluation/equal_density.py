@@ -23,18 +23,16 @@ def window_masks(model: str, window: int) -> MaskSet:
         What `baselines.streaming(model, SINKS, window)` masks, with a PCL of SINKS: queries below
         it see all before them either way.
     """
-    short = streaming(model, SINKS, SINKS)
-    reach = max(SINKS, window)
-    if reach == SINKS:
+    if window <= SINKS:
         return streaming(model, SINKS, window)
+    short = streaming(model, SINKS, SINKS)
     full = short.columns.any(axis=2, keepdims=True)
-    index = np.arange(reach)
     return replace(
         short,
-        columns=full & (index < SINKS),
-        diagonals=full & (index < window),
+        columns=full & (np.arange(window) < SINKS),
+        diagonals=np.repeat(full, window, axis=2),
         header=short.header.model_copy(
-            update={"reach": reach, "parameters": {"sinks": SINKS, "window": window}}
+            update={"reach": window, "parameters": {"sinks": SINKS, "window": window}}
         ),
     )
 

@@ -2,11 +2,14 @@
 
 import json
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from dam_vllm.evaluation.client import HttpClient
+
+PAUSE = 0.2  # after the first part, which is empty
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -31,14 +34,18 @@ class Handler(BaseHTTPRequestHandler):
             for p in parts
         ]
         lines = [f"data: {json.dumps(chunk)}\n\n" for chunk in [*chunks, {"choices": []}]]
-        return self._send(200, "text/event-stream", "".join(lines) + "data: [DONE]\n\n")
+        lines.append("data: [DONE]\n\n")
+        self._send(200, "text/event-stream", "".join(lines), pause_after=len(lines[0]))
+        return None
 
-    def _send(self, status, kind, text):
+    def _send(self, status, kind, text, pause_after=0):
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(text)))
         self.end_headers()
-        self.wfile.write(text.encode())
+        self.wfile.write(text[:pause_after].encode())
+        time.sleep(PAUSE if pause_after else 0)
+        self.wfile.write(text[pause_after:].encode())
 
     def log_message(self, *arguments):
         pass
@@ -64,7 +71,7 @@ def client(server, chat):
 def test_reply_is_joined_and_greedy(server, chat):
     reply = client(server, chat).ask("What?", 9)
     assert reply.text == "It is 123."
-    assert 0 < reply.seconds < 60
+    assert PAUSE < reply.seconds < 60
     ((path, body),) = server.requests
     assert path == ("/v1/chat/completions" if chat else "/v1/completions")
     assert (body["temperature"], body["max_tokens"], body["stream"]) == (0, 9, True)

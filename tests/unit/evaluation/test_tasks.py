@@ -19,6 +19,7 @@ from dam_vllm.evaluation.tasks import (
     make_questions,
 )
 from dam_vllm.evaluation.tracking import NAME
+from dam_vllm.evaluation.words import ADJECTIVES, NOUNS, VERBS
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +106,13 @@ def test_words_asks_for_the_most_common(tokenizer, seed, tokens):
         assert {word for word, _ in counts[:10]} == set(question.answers)
         assert counts[9][1] >= 2 * counts[10][1]
         assert question.depth is None
+
+
+def test_words_are_none_of_the_wording():
+    """A reply that restates the question names nothing."""
+    for wording in TASK_WORDINGS["words"].values():
+        told = set(re.findall("[a-z]+", (wording.header + wording.question).lower()))
+        assert not told & {*ADJECTIVES, *NOUNS, *VERBS}
 
 
 def test_long_lists_have_words_enough(tokenizer):
