@@ -14,6 +14,7 @@ STEP = 64
 """A chosen PCL is a multiple of it where it is not shorter."""
 SCRATCH = 2
 """One-layer maps that amplifying and matching a layer need beside the captured ones."""
+TEXTS = "the texts' lengths (--data)"
 WELL_FILLED = 8
 """Whole windows that the texts must give for a PCL, so that a row's mean is of several texts."""
 
@@ -61,44 +62,87 @@ def choose_pcl(
         CalibrationError: if `asked` is more than the texts, the model or memory allow, or no
             PCL is possible.
     """
-    by_memory = int((memory / ((1 + SCRATCH) * heads * MAP_BYTES)) ** 0.5)
-    bounds = {
-        f"memory ({memory / 2**30:.1f} GiB, see --memory-gib)": by_memory,
-        "the texts' lengths (--data)": _by_texts(texts, windows),
-    }
+    bounds = _bounds(texts, heads, 1, memory)
     if max_length is not None:
         bounds["the model's max_position_embeddings or the window asked for"] = max_length
     if asked is not None:
-        longest = len(texts.prefix) + max(map(len, texts.calibration))
-        bounds["the texts' lengths (--data)"] = longest
         reason, bound = min(bounds.items(), key=lambda item: item[1])
         if asked > bound:
             raise CalibrationError(f"pcl is {asked}, must be at most {bound} for {reason}")
         return ChosenLength(asked, "as asked")
+    bounds[TEXTS] = _by_texts(texts, windows)
     reason, bound = min(bounds.items(), key=lambda item: item[1])
     if bound < 2:
         raise CalibrationError(f"no Pattern Capture Length is possible for {reason}")
     return ChosenLength(bound // STEP * STEP if bound >= STEP else bound, reason)
 
 
-def layer_groups(layers: list[int], heads: int, pcl: int, memory: int) -> list[list[int]]:
-    """Cuts the layers to capture into groups whose maps fit in memory together."""
-    size = max(1, memory // (heads * pcl * pcl * MAP_BYTES) - SCRATCH)
-    return [layers[start : start + size] for start in range(0, len(layers), size)]
+def check_reach(
+    reach: int,
+    page: int,
+    pcl: int,
+    texts: TokenisedTexts,
+    heads: int,
+    max_length: int | None,
+    memory: int,
+) -> None:
+    """Refuses a reach that maps of pages cannot be captured for.
+
+    Args:
+        reach: length in tokens that the maps of pages are to span.
+        page: tokens a page.
+        pcl: the Pattern Capture Length.
+        texts: the tokenised texts, of which one must fill a window.
+        heads: query heads of a layer.
+        max_length: longest position of the model, if there is a bound.
+        memory: bytes that the maps may take.
+
+    Raises:
+        CalibrationError: naming the reach, what bounds it and the bound.
+    """
+    if reach <= pcl:
+        raise CalibrationError(f"reach is {reach}, must be more than the PCL ({pcl})")
+    bounds = _bounds(texts, heads, page, memory)
+    if max_length is not None:
+        bounds["the model's max_position_embeddings"] = max_length
+    reason, bound = min(bounds.items(), key=lambda item: item[1])
+    if reach > bound:
+        raise CalibrationError(f"reach is {reach}, must be at most {bound} for {reason}")
 
 
-def check_disk(folder: Path, layers: int, group: int, heads: int, pcl: int) -> None:
+def _bounds(texts: TokenisedTexts, heads: int, page: int, memory: int) -> dict[str, int]:
+    """Longest maps in tokens that memory and the longest text allow, by reason."""
+    cells = int((memory / ((1 + SCRATCH) * heads * MAP_BYTES)) ** 0.5)
+    return {
+        f"memory ({memory / 2**30:.1f} GiB, see --memory-gib)": cells * page,
+        TEXTS: len(texts.prefix) + max(map(len, texts.calibration)),
+    }
+
+
+def layer_groups(layers: list[int], heads: int, size: int, memory: int) -> list[list[int]]:
+    """Cuts the layers to capture into groups whose maps of `size` cells a side fit in memory."""
+    group = max(1, memory // (heads * size * size * MAP_BYTES) - SCRATCH)
+    return [layers[start : start + group] for start in range(0, len(layers), group)]
+
+
+def check_disk(folder: Path, heads: int, groups: list[tuple[int, list[list[int]]]]) -> None:
     """Refuses to start where the checkpoint would not fit on disk.
+
+    Args:
+        folder: where the checkpoint will lie.
+        heads: query heads of a layer.
+        groups: cells a side of each kind of maps, and the groups of layers.
 
     Raises:
         CalibrationError: naming what is needed and what is free.
     """
-    needed = (layers + group) * heads * pcl * pcl * MAP_BYTES
+    cells = sum((sum(map(len, layers)) + len(layers[0])) * size * size for size, layers in groups)
+    needed = cells * heads * MAP_BYTES
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise CalibrationError(
             f"--output: the checkpoint needs {needed / 2**30:.1f} GiB, {folder} has "
-            f"{free / 2**30:.1f} GiB free; a smaller --pcl needs less"
+            f"{free / 2**30:.1f} GiB free; a smaller --pcl or --reach needs less"
         )
 
 

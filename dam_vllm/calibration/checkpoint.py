@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,6 +18,8 @@ STATE = "state.json"
 GROUP = "group.safetensors"
 MAP = "maps"
 
+MapKind = Literal["tokens", "pages"]
+
 
 class Checkpoint:
     """Folder with the mean maps of finished layers and the sums of the group in work.
@@ -26,7 +28,7 @@ class Checkpoint:
 
     Attributes:
         folder: where it lies.
-        chosen: what the first run chose (PCL, groups), reused by the next.
+        chosen: what the first run chose (PCL, groups of each kind of maps), reused by the next.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
@@ -77,29 +79,29 @@ class Checkpoint:
         )
         os.replace(temporary, self.folder / STATE)
 
-    def has_layer(self, layer: int) -> bool:
+    def has_layer(self, kind: MapKind, layer: int) -> bool:
         """Whether a layer's mean map is stored."""
-        return self._layer(layer).exists()
+        return self._layer(kind, layer).exists()
 
-    def save_layer(self, layer: int, mean: torch.Tensor) -> None:
-        """Stores a finished layer's mean map, float32 [heads, pcl, pcl]."""
-        self._write(self._layer(layer), mean, {})
+    def save_layer(self, kind: MapKind, layer: int, mean: torch.Tensor) -> None:
+        """Stores a finished layer's mean map, float32 [heads, size, size]."""
+        self._write(self._layer(kind, layer), mean, {})
 
-    def load_layer(self, layer: int) -> torch.Tensor:
+    def load_layer(self, kind: MapKind, layer: int) -> torch.Tensor:
         """Reads a finished layer's mean map."""
-        return self._read(self._layer(layer))[0]
+        return self._read(self._layer(kind, layer))[0]
 
-    def save_group(self, sums: MapSums, batches: int) -> None:
+    def save_group(self, kind: MapKind, sums: MapSums, batches: int) -> None:
         """Stores the sums of the group in work after some batches."""
-        metadata = {"layers": json.dumps(sums.layers), "batches": str(batches)}
-        self._write(self.folder / GROUP, sums.sums, metadata)
+        group = json.dumps([kind, sums.layers])
+        self._write(self.folder / GROUP, sums.sums, {"group": group, "batches": str(batches)})
 
-    def load_group(self, layers: list[int]) -> tuple[torch.Tensor, int] | None:
+    def load_group(self, kind: MapKind, layers: list[int]) -> tuple[torch.Tensor, int] | None:
         """Reads the sums of a group and the batches they hold, if it is the one in work."""
         if not (self.folder / GROUP).exists():
             return None
         sums, metadata = self._read(self.folder / GROUP)
-        if json.loads(metadata["layers"]) != layers:
+        if json.loads(metadata["group"]) != [kind, layers]:
             return None
         return sums, int(metadata["batches"])
 
@@ -107,8 +109,8 @@ class Checkpoint:
         """Removes the folder."""
         shutil.rmtree(self.folder)
 
-    def _layer(self, layer: int) -> Path:
-        return self.folder / f"layer-{layer:04}.safetensors"
+    def _layer(self, kind: MapKind, layer: int) -> Path:
+        return self.folder / f"{kind}-{layer:04}.safetensors"
 
     def _write(self, path: Path, maps: torch.Tensor, metadata: dict[str, str]) -> None:
         temporary = path.with_suffix(".tmp")

@@ -1,7 +1,5 @@
 """Calibration from end to end, resumable (paper, Stage 1)."""
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -9,7 +7,14 @@ from typing import Any
 
 import torch
 
-from dam_vllm.calibration.budget import check_disk, choose_pcl, free_bytes, layer_groups
+from dam_vllm.calibration.budget import (
+    ChosenLength,
+    check_disk,
+    check_reach,
+    choose_pcl,
+    free_bytes,
+    layer_groups,
+)
 from dam_vllm.calibration.capture import observe_forward
 from dam_vllm.calibration.checkpoint import Checkpoint
 from dam_vllm.calibration.config import CalibrationConfig
@@ -17,15 +22,24 @@ from dam_vllm.calibration.corpus import read_documents
 from dam_vllm.calibration.coverage import Coverage
 from dam_vllm.calibration.errors import CalibrationError, CalibrationStopped
 from dam_vllm.calibration.fit import fit_masks, with_measures
-from dam_vllm.calibration.mean_maps import MapSums, MeanMaps, pair_counts
+from dam_vllm.calibration.map_capture import MapPlan, capture_maps
 from dam_vllm.calibration.model import ModelSource
-from dam_vllm.calibration.windows import TokenisedTexts, cut, pad, tokenise
+from dam_vllm.calibration.progress import Reporter, Work, cost
+from dam_vllm.calibration.windows import (
+    Batch,
+    TokenisedTexts,
+    Windows,
+    batches,
+    make_windows,
+    pad,
+    split,
+    tokenise,
+)
 from dam_vllm.masks.file import save_mask_set
 from dam_vllm.masks.fingerprint import fingerprint
 from dam_vllm.masks.mask_set import Header, MaskSet
 from dam_vllm.masks.shape import ModelShape
 
-CHECKPOINT_SECONDS = 60.0
 DOCUMENTS_PER_WINDOW = 4
 MEMORY_SHARE = 0.5
 
@@ -56,21 +70,6 @@ class Job:
         return self.output.with_name(self.output.name + ".partial")
 
 
-@dataclass
-class Reporter:
-    """What the caller hears and says while a job runs.
-
-    Attributes:
-        say: called with a line for the user.
-        progress: called with (work done, all work) in tokens times layers.
-        stop: asked after each batch; True saves a checkpoint and stops.
-    """
-
-    say: Callable[[str], None] = lambda line: None
-    progress: Callable[[int, int], None] = lambda done, total: None
-    stop: Callable[[], bool] = lambda: False
-
-
 def calibrate(job: Job, reporter: Reporter | None = None) -> MaskSet:
     """Makes a mask file; goes on where an interrupted run of the same job stopped.
 
@@ -94,8 +93,6 @@ class _Run:
         self.job = job
         self.config = job.config
         self.reporter = reporter
-        self.work = 0
-        self.total = 0
 
     def run(self) -> MaskSet:
         shape = self.job.source.shape()
@@ -103,31 +100,28 @@ class _Run:
         texts = self._texts()
         checkpoint = Checkpoint(self.job.checkpoint, self._settings(texts, identity.model_dump()))
         chosen = checkpoint.chosen or self._choose(checkpoint, shape, texts)
-        self.layers = [layer for group in chosen["groups"] for layer in group]
-        windows, held_out = self._windows(texts, chosen["pcl"])
+        pcl, reach, layers = chosen["pcl"], self.config.reach, _full(shape)
+        windows = make_windows(texts, self.config, pcl)
         self.reporter.say(
-            f"PCL {chosen['pcl']} tokens ({chosen['reason']}); {len(windows)} windows to "
-            f"calibrate on, {len(held_out)} held out; {len(self.layers)} layers in "
+            f"PCL {pcl} tokens ({chosen['reason']}); {windows.report()}; {len(layers)} layers in "
             f"{len(chosen['groups'])} group(s)"
         )
-        batches, measured = self._batches(windows), self._batches(held_out)
-        self.total = sum(self._cost(batches, group) for group in chosen["groups"])
-        self.total += self._cost(measured, self.layers)
-        model = self.job.source.load()
-        counts = pair_counts([len(window) for window in windows], chosen["pcl"])
-        for group in chosen["groups"]:
-            self._capture(model, group, batches, counts, checkpoint)
+        plans = self._plans(windows, chosen, shape.heads)
+        measured = batches(windows.held_out, self.config.batch_size)
+        work = Work(self.reporter, sum(plan.cost for plan in plans) + cost(measured, layers))
+        model, device = self.job.source.load(), self.job.source.device
+        maps = [capture_maps(model, plan, checkpoint, device, work) for plan in plans]
         header = Header(
             kind="calibrated",
             model=self.job.source.name,
             fingerprint=identity,
             layer_types=shape.layer_types,
-            pcl=chosen["pcl"],
-            parameters=self._parameters(chosen["pcl"], windows, held_out),
+            pcl=pcl,
+            reach=reach,
+            parameters=self._parameters(pcl, windows),
         )
-        tokens = MeanMaps(checkpoint.load_layer, counts)
-        masks = fit_masks(header, shape, tokens, None, self.config, self.job.source.device)
-        coverage = self._measure(model, measured, masks)
+        masks = fit_masks(header, shape, maps[0], maps[1] if reach else None, self.config, device)
+        coverage = self._measure(model, measured, masks, layers, work)
         masks = with_measures(masks, *coverage.result())
         save_mask_set(masks, self.job.output)
         checkpoint.remove()
@@ -165,9 +159,33 @@ class _Run:
             memory = int(self.job.memory_gib * 2**30)
         bounds = [value for value in (shape.max_length, self.config.window) if value is not None]
         length = choose_pcl(
-            self.config.pcl, texts, self._split()[0], shape.heads, min(bounds, default=None), memory
+            self.config.pcl,
+            texts,
+            split(self.config)[0],
+            shape.heads,
+            min(bounds, default=None),
+            memory,
         )
-        window = self.config.window
+        self._check(length, shape, texts, memory)
+        layers = _full(shape)
+        groups = layer_groups(layers, shape.heads, length.pcl, memory)
+        kinds = [(length.pcl, groups)]
+        chosen = {"pcl": length.pcl, "reason": length.reason, "groups": groups}
+        if self.config.reach is not None:
+            pages = self.config.reach // self.config.map_page
+            page_groups = layer_groups(layers, shape.heads, pages, memory)
+            kinds.append((pages, page_groups))
+            chosen["page_groups"] = page_groups
+        self.job.output.parent.mkdir(parents=True, exist_ok=True)
+        check_disk(self.job.output.parent, shape.heads, kinds)
+        checkpoint.choose(chosen)
+        return chosen
+
+    def _check(
+        self, length: ChosenLength, shape: ModelShape, texts: TokenisedTexts, memory: int
+    ) -> None:
+        """Refuses lengths that the model, the texts or memory do not allow."""
+        window, reach = self.config.window, self.config.reach
         if shape.max_length is not None and window is not None and window > shape.max_length:
             raise CalibrationError(
                 f"window is {window}, must be at most the model's {shape.max_length} positions"
@@ -176,110 +194,73 @@ class _Run:
             raise CalibrationError(
                 f"min_support is {self.config.min_support}, must be at most the PCL ({length.pcl})"
             )
-        layers = [index for index, kind in enumerate(shape.layer_types) if kind == "full"]
-        groups = layer_groups(layers, shape.heads, length.pcl, memory)
-        self.job.output.parent.mkdir(parents=True, exist_ok=True)
-        check_disk(self.job.output.parent, len(layers), len(groups[0]), shape.heads, length.pcl)
-        checkpoint.choose({"pcl": length.pcl, "reason": length.reason, "groups": groups})
-        assert checkpoint.chosen is not None
-        return checkpoint.chosen
+        if reach is not None:
+            check_reach(
+                reach,
+                self.config.map_page,
+                length.pcl,
+                texts,
+                shape.heads,
+                shape.max_length,
+                memory,
+            )
 
-    def _split(self) -> tuple[int, int]:
-        """Largest numbers of calibration and held-out windows."""
-        share = self.config.held_out
-        held_out = max(1, round(self.config.texts * share)) if share else 0
-        return self.config.texts - held_out, held_out
-
-    def _windows(self, texts: TokenisedTexts, pcl: int) -> tuple[list[list[int]], list[list[int]]]:
-        calibration, held_out = self._split()
-        window = self.config.window or pcl
-        return (
-            cut(texts.calibration, texts.prefix, pcl, calibration),
-            cut(texts.held_out, texts.prefix, window, held_out),
-        )
-
-    def _batches(self, windows: list[list[int]]) -> list[list[list[int]]]:
-        size = self.config.batch_size
-        return [windows[start : start + size] for start in range(0, len(windows), size)]
-
-    @staticmethod
-    def _cost(batches: list[list[list[int]]], layers: list[int]) -> int:
-        """Tokens times layers run; the pass ends at the last layer observed."""
-        return sum(len(batch) * len(batch[0]) for batch in batches) * (layers[-1] + 1)
-
-    def _advance(self, batch: list[list[int]], layers: list[int]) -> None:
-        self.work += self._cost([batch], layers)
-        self.reporter.progress(self.work, self.total)
-
-    def _capture(
-        self,
-        model: torch.nn.Module,
-        group: list[int],
-        batches: list[list[list[int]]],
-        counts: Any,
-        checkpoint: Checkpoint,
-    ) -> None:
-        """Captures the mean maps of a group of layers and stores them."""
-        if all(checkpoint.has_layer(layer) for layer in group):
-            self.work += self._cost(batches, group)
-            return
-        sums, done = self._resume(group, len(counts), checkpoint)
-        self.work += self._cost(batches[:done], group)
-        saved = time.monotonic()
-        for index, batch in enumerate(batches[done:], start=done + 1):
-            ids, lengths = pad(batch)
-            sums.start_batch(lengths)
-            observe_forward(model, ids.to(self.job.source.device), group, sums.observe)
-            self._advance(batch, group)
-            stop = self.reporter.stop()
-            if stop or time.monotonic() - saved > CHECKPOINT_SECONDS:
-                checkpoint.save_group(sums, index)
-                saved = time.monotonic()
-            if stop:
-                raise CalibrationStopped
-        for layer in group:
-            mean = sums.mean(layer, counts, self.config.amplification.epsilon)
-            checkpoint.save_layer(layer, mean)
-
-    def _resume(self, group: list[int], pcl: int, checkpoint: Checkpoint) -> tuple[MapSums, int]:
-        device = self.job.source.device
-        stored = checkpoint.load_group(group)
-        if stored is not None:
-            return MapSums(group, stored[0].to(device)), stored[1]
-        heads = self.job.source.shape().heads
-        return MapSums(group, torch.zeros(len(group), heads, pcl, pcl, device=device)), 0
+    def _plans(self, windows: Windows, chosen: dict[str, Any], heads: int) -> list[MapPlan]:
+        """What to capture: token maps, and maps of pages where there is a reach."""
+        size, pcl, reach = self.config.batch_size, chosen["pcl"], self.config.reach
+        epsilon = self.config.amplification.epsilon
+        plans = [
+            MapPlan(
+                "tokens", batches(windows.short, size), chosen["groups"], heads, pcl, 1, epsilon
+            )
+        ]
+        if reach is not None:
+            page = self.config.map_page
+            # About as many tokens a pass as the token maps' batches have.
+            long = batches(windows.long, max(1, size * pcl // reach))
+            groups = chosen["page_groups"]
+            plans.append(MapPlan("pages", long, groups, heads, reach // page, page, epsilon))
+        return plans
 
     def _measure(
-        self, model: torch.nn.Module, batches: list[list[list[int]]], masks: MaskSet
+        self,
+        model: torch.nn.Module,
+        measured: list[Batch],
+        masks: MaskSet,
+        layers: list[int],
+        work: Work,
     ) -> Coverage:
         """Measures coverage on held-out windows; short enough to be done anew when stopped."""
         coverage = Coverage(masks)
-        for batch in batches:
+        for batch in measured:
             ids, lengths = pad(batch)
             coverage.start_batch(lengths)
             device = self.job.source.device
-            observe_forward(model, ids.to(device), self.layers, coverage.observe)
-            self._advance(batch, self.layers)
-            if self.reporter.stop():
+            observe_forward(model, ids.to(device), layers, coverage.observe)
+            if work.advance(batch, layers):
                 raise CalibrationStopped
         return coverage
 
-    def _parameters(
-        self, pcl: int, windows: list[list[int]], held_out: list[list[int]]
-    ) -> dict[str, Any]:
+    def _parameters(self, pcl: int, windows: Windows) -> dict[str, Any]:
         return self.config.model_dump(mode="json", by_alias=True) | {
             "pcl": pcl,
             "min_support": self.config.support(pcl),
             "window": self.config.window or pcl,
             "data": self.job.data,
-            "calibration_windows": len(windows),
-            "calibration_tokens": sum(map(len, windows)),
-            "held_out_windows": len(held_out),
-            "held_out_tokens": sum(map(len, held_out)),
+            "calibration_windows": len(windows.short),
+            "calibration_tokens": sum(map(len, windows.short)),
+            "long_windows": [len(window) for window in windows.long],
+            "held_out_windows": len(windows.held_out),
+            "held_out_tokens": sum(map(len, windows.held_out)),
             "device": self.job.source.device.type,
             "dtype": self.job.source.dtype,
             "versions": _versions(),
         }
+
+
+def _full(shape: ModelShape) -> list[int]:
+    """Global indices of the layers to calibrate."""
+    return [index for index, kind in enumerate(shape.layer_types) if kind == "full"]
 
 
 def _versions() -> dict[str, str]:

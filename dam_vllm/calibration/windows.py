@@ -8,7 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from dam_vllm.calibration.config import CalibrationConfig
 from dam_vllm.calibration.errors import CalibrationError
+
+Batch = list[list[int]]
+"""Windows of one forward pass, longest first, as token ids."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,29 @@ class TokenisedTexts:
         """Identity of the texts and their split, hexadecimal."""
         parts = (str((self.prefix, part)).encode() for part in (self.calibration, self.held_out))
         return hashlib.sha256(b"|".join(parts)).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Token ids to capture and measure on.
+
+    Attributes:
+        short: for maps of tokens, up to the PCL.
+        long: for maps of pages, up to the reach; none where that is the PCL.
+        held_out: to measure coverage on.
+    """
+
+    short: list[list[int]]
+    long: list[list[int]]
+    held_out: list[list[int]]
+
+    def report(self) -> str:
+        """How many there are, in words for the user."""
+        parts = [f"{len(self.short)} windows to calibrate on"]
+        if self.long:
+            lengths = f"{len(self.long[-1])} to {len(self.long[0])}"
+            parts.append(f"{len(self.long)} of {lengths} tokens for maps of pages")
+        return ", ".join([*parts, f"{len(self.held_out)} held out"])
 
 
 def tokenise(documents: list[str], tokenizer: Any, held_out: float, seed: int) -> TokenisedTexts:
@@ -99,6 +126,43 @@ def cut(documents: list[list[int]], prefix: list[int], length: int, limit: int) 
     ]
     pieces.sort(key=len, reverse=True)
     return [prefix + piece for piece in pieces[:limit]]
+
+
+def split(config: CalibrationConfig) -> tuple[int, int]:
+    """Largest numbers of calibration and held-out windows."""
+    share = config.held_out
+    held_out = max(1, round(config.texts * share)) if share else 0
+    return config.texts - held_out, held_out
+
+
+def make_windows(texts: TokenisedTexts, config: CalibrationConfig, pcl: int) -> Windows:
+    """Cuts texts into all windows of a calibration.
+
+    Args:
+        texts: the tokenised texts.
+        config: lengths and numbers of windows.
+        pcl: the chosen Pattern Capture Length.
+
+    Returns:
+        The windows, each kind longest first.
+    """
+    calibration, held_out = split(config)
+    longest = (
+        cut(texts.calibration, texts.prefix, config.reach, config.long_texts)
+        if config.reach
+        else []
+    )
+    return Windows(
+        short=cut(texts.calibration, texts.prefix, pcl, calibration),
+        # Windows within the PCL show nothing beyond it.
+        long=[window for window in longest if len(window) > pcl],
+        held_out=cut(texts.held_out, texts.prefix, config.window or pcl, held_out),
+    )
+
+
+def batches(windows: list[list[int]], size: int) -> list[Batch]:
+    """Windows in batches of at most `size`."""
+    return [windows[start : start + size] for start in range(0, len(windows), size)]
 
 
 def pad(windows: list[list[int]]) -> tuple[torch.Tensor, list[int]]:

@@ -35,6 +35,13 @@ def calibrate(
             "and texts allow]."
         ),
     ] = None,
+    reach: Annotated[
+        int | None,
+        typer.Option(
+            help="Length in tokens up to which columns and diagonals are looked for on maps of "
+            "pages, beyond the PCL [default: the PCL]."
+        ),
+    ] = None,
     texts: Annotated[int | None, typer.Option(help="Largest number of windows.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Windows a forward pass.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the choice and split of texts.")] = None,
@@ -63,7 +70,13 @@ def calibrate(
     from dam_vllm.calibration.pipeline import Job
 
     logging.disable_progress_bar()
-    overrides = {"pcl": pcl, "texts": texts, "batch_size": batch_size, "seed": seed}
+    overrides = {
+        "pcl": pcl,
+        "reach": reach,
+        "texts": texts,
+        "batch_size": batch_size,
+        "seed": seed,
+    }
     try:
         _check(memory_gib, dtype, output)
         job = Job(
@@ -117,7 +130,8 @@ def _run(job: "Job") -> None:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from dam_vllm.calibration.pipeline import Reporter, calibrate
+    from dam_vllm.calibration.pipeline import calibrate
+    from dam_vllm.calibration.progress import Reporter
 
     console = Console(stderr=True)
     columns = (
@@ -137,7 +151,7 @@ def _run(job: "Job") -> None:
             ),
         )
     kept = f"{masks.columns.sum()} columns and {masks.diagonals.sum()} diagonals kept"
-    typer.echo(f"Wrote {job.output}: PCL {masks.pcl}, {kept}")
+    typer.echo(f"Wrote {job.output}: PCL {masks.pcl}, reach {masks.reach}, {kept}")
 
 
 @contextmanager
