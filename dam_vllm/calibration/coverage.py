@@ -66,7 +66,7 @@ class Coverage:
         masks, rows, keys = self._masks, np.arange(start, stop), np.arange(stop)
         distance = rows[:, None] - keys[None]
         padded = np.zeros((2, masks.heads, stop), dtype=bool)
-        reach = min(masks.pcl, stop)
+        reach = min(masks.reach, stop)
         padded[0, :, :reach] = masks.columns[layer][:, :reach]
         padded[1, :, :reach] = masks.diagonals[layer][:, :reach]
         seen = padded[0][:, None] | padded[1][:, np.maximum(distance, 0)]

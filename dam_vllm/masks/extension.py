@@ -13,7 +13,8 @@ def allowed(masks: MaskSet, layer: int, start: int, stop: int) -> BoolArray:
     """Which keys the queries at positions start..stop-1 of one layer may see.
 
     Paper, section 3 (extended mask), with this project's reading beyond the PCL: a key is
-    seen where it is a kept column OR lies on a kept diagonal. Nothing is added to it here;
+    seen where it is a kept column (below the reach) OR lies on a kept diagonal (at a distance
+    below the reach). Nothing is added to it here;
     see `token_mask` for the rows' guaranteed keys.
 
     Args:
@@ -50,6 +51,6 @@ def token_mask(masks: MaskSet, layer: int, start: int, stop: int) -> BoolArray:
 
 
 def _lookup(bits: BoolArray, index: np.ndarray) -> BoolArray:
-    """Bits [heads, pcl] at index [...], False outside 0..pcl-1; bool [heads, ...]."""
+    """Bits [heads, reach] at index [...], False outside 0..reach-1; bool [heads, ...]."""
     inside = (index >= 0) & (index < bits.shape[-1])
     return np.asarray(bits[:, np.where(inside, index, 0)] & inside)

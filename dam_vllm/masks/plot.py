@@ -14,11 +14,13 @@ from dam_vllm.masks.extension import token_mask
 from dam_vllm.masks.mask_set import FloatArray, MaskSet
 
 MAX_CELLS = 128
+MAX_ROWS = 16
+"""Rows of a cell that are looked at; they lie evenly in a cell that has more."""
 INCHES = 1.5
 
 
 def plot_masks(masks: MaskSet, path: Path) -> None:
-    """Draws every head's mask up to twice the PCL; a line marks where the true mask ends.
+    """Draws every head's mask up to `plot_end`; a line marks where the true mask ends.
 
     A cell's darkness is the share of its pairs that are attended, on a root scale, so that
     thin columns and diagonals stay visible.
@@ -40,12 +42,12 @@ def plot_masks(masks: MaskSet, path: Path) -> None:
     )
     for row, layer in zip(grid, layers, strict=True):
         for head, (axes, image) in enumerate(zip(row, shares(masks, layer), strict=True)):
-            _draw(axes, np.sqrt(image), masks.pcl)
+            _draw(axes, np.sqrt(image), masks.pcl, plot_end(masks))
             if layer == layers[0]:
                 axes.set_title(f"head {head}")
             if head == 0:
                 axes.set_ylabel(f"layer {layer}")
-    figure.suptitle(f"Attended pairs up to {2 * masks.pcl} tokens (line: PCL {masks.pcl})")
+    figure.suptitle(f"Attended pairs up to {plot_end(masks)} tokens (line: PCL {masks.pcl})")
     figure.supxlabel("key position")
     figure.supylabel("query position")
     try:
@@ -54,8 +56,13 @@ def plot_masks(masks: MaskSet, path: Path) -> None:
         plt.close(figure)
 
 
+def plot_end(masks: MaskSet) -> int:
+    """Tokens that are drawn: twice the PCL, or the reach where it is more."""
+    return max(2 * masks.pcl, masks.reach)
+
+
 def shares(masks: MaskSet, layer: int) -> FloatArray:
-    """Share of attended pairs in cells of a layer's masks up to twice the PCL.
+    """Share of attended pairs in cells of a layer's masks up to `plot_end`.
 
     Args:
         masks: the mask set.
@@ -64,20 +71,25 @@ def shares(masks: MaskSet, layer: int) -> FloatArray:
     Returns:
         float32 [heads, cells, cells], at most MAX_CELLS cells a side.
     """
-    length = 2 * masks.pcl
-    side = -(-length // MAX_CELLS)
-    cells = -(-length // side)
+    end = plot_end(masks)
+    side = -(-end // MAX_CELLS)
+    cells = -(-end // side)
+    near = token_mask(masks, layer, 0, masks.pcl)
     result = np.zeros((masks.heads, cells, cells), dtype=np.float32)
     for cell in range(cells):
-        start, stop = cell * side, min((cell + 1) * side, length)
-        seen = np.zeros((masks.heads, stop - start, cells * side), dtype=bool)
-        seen[:, :, :stop] = token_mask(masks, layer, start, stop)
-        result[:, cell] = seen.reshape(masks.heads, stop - start, cells, side).mean(axis=(1, 3))
+        start, stop = cell * side, min((cell + 1) * side, end)
+        count = min(stop - start, MAX_ROWS)
+        seen = np.zeros((masks.heads, count, cells * side), dtype=bool)
+        for slot, row in enumerate(start + np.arange(count) * (stop - start) // count):
+            if row < masks.pcl:
+                seen[:, slot, : masks.pcl] = near[:, row]
+            else:
+                seen[:, slot, : row + 1] = token_mask(masks, layer, row, row + 1)[:, 0]
+        result[:, cell] = seen.reshape(masks.heads, count, cells, side).mean(axis=(1, 3))
     return result
 
 
-def _draw(axes: Axes, image: FloatArray, pcl: int) -> None:
-    end = 2 * pcl
+def _draw(axes: Axes, image: FloatArray, pcl: int, end: int) -> None:
     axes.imshow(image, cmap="Blues", vmin=0, vmax=1, extent=(0, end, end, 0))
     axes.plot([0, pcl], [pcl, pcl], color="tab:red", linewidth=0.8)
     axes.set_xticks([0, pcl])

@@ -10,12 +10,13 @@ from dam_vllm.masks.mask_set import Header, MaskSet, pack_lower
 LAYERS, HEADS, PCL = 2, 3, 13
 
 
-@pytest.fixture
-def masks():
+@pytest.fixture(params=[None, 21, 40])
+def masks(request):
     rng = np.random.default_rng(0)
+    reach = request.param or PCL
     return MaskSet(
-        columns=rng.random((LAYERS, HEADS, PCL)) < 0.3,
-        diagonals=rng.random((LAYERS, HEADS, PCL)) < 0.3,
+        columns=rng.random((LAYERS, HEADS, reach)) < 0.3,
+        diagonals=rng.random((LAYERS, HEADS, reach)) < 0.3,
         true_bits=pack_lower(np.tril(rng.random((LAYERS, HEADS, PCL, PCL)) < 0.4)),
         modes=np.zeros((LAYERS, 1), dtype=np.uint8),
         header=Header(
@@ -24,6 +25,7 @@ def masks():
             fingerprint=Fingerprint(config="0"),
             layer_types=["full"] * LAYERS,
             pcl=PCL,
+            reach=request.param,
         ),
     )
 

@@ -10,14 +10,15 @@ def by_definition(masks, layer, i, j):
         return np.zeros(masks.heads, bool)
     if i < masks.pcl:
         return masks.true_mask(layer)[:, i, j]
-    column = masks.columns[layer, :, j] if j < masks.pcl else False
-    diagonal = masks.diagonals[layer, :, i - j] if i - j < masks.pcl else False
+    column = masks.columns[layer, :, j] if j < masks.reach else False
+    diagonal = masks.diagonals[layer, :, i - j] if i - j < masks.reach else False
     return np.zeros(masks.heads, bool) | column | diagonal
 
 
+@pytest.mark.parametrize("reach", [None, 50])
 @pytest.mark.parametrize(("start", "stop"), [(0, 13), (0, 61), (17, 44), (29, 35), (40, 77)])
-def test_rule(random_masks, start, stop):
-    masks = random_masks(pcl=31, share=0.2, true_share=0.2)
+def test_rule(reaching_masks, start, stop, reach):
+    masks = reaching_masks(reach, pcl=31, share=0.2, true_share=0.2)
     mask = allowed(masks, 1, start, stop)
     assert mask.shape == (masks.heads, stop - start, stop)
     for i in range(start, stop):

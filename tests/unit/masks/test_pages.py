@@ -32,6 +32,17 @@ def test_tables_select_what_the_definition_reads(random_masks, page, pcl):
 
 
 @pytest.mark.parametrize("page", [16, 48, 128])
+@pytest.mark.parametrize("pcl", [70, 301])
+@pytest.mark.parametrize("reach", [310, 700])
+def test_tables_follow_patterns_beyond_the_pcl(reaching_masks, page, pcl, reach):
+    masks = reaching_masks(reach, pcl=pcl, share=0.004)
+    expected = pages_by_definition(masks, 0, 1200, page)
+    selected = page_tables(masks, 0, page).select(np.arange(expected.shape[1]))
+    group = masks.heads // masks.kv_heads
+    np.testing.assert_array_equal(np.repeat(selected, group, axis=0), expected)
+
+
+@pytest.mark.parametrize("page", [16, 48, 128])
 def test_single_diagonals_reach_exactly_their_pages(random_masks, page):
     """Beyond the PCL, one diagonal at a time: none of the pages at either end is missed."""
     masks = random_masks(layers=1, heads=1, kv_heads=1, pcl=300, share=0.0)
