@@ -9,7 +9,7 @@ from dam_vllm.calibration.amplify import Statistics, amplify
 from dam_vllm.calibration.config import CalibrationConfig
 from dam_vllm.calibration.match import Patterns, match, true_mask
 from dam_vllm.calibration.mean_maps import MeanMaps
-from dam_vllm.calibration.page_match import match_pages, peaks
+from dam_vllm.calibration.page_match import match_pages
 from dam_vllm.masks.mask_set import (
     FloatArray,
     Header,
@@ -95,7 +95,7 @@ def layer_patterns_beyond(
     # The same share of the map as below the PCL.
     support = max(1, config.support(pcl) * len(counts) // pcl)
     kept = match_pages(
-        peaks(page_map, page),
+        page_map,
         counts / page,
         page,
         statistics,

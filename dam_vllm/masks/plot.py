@@ -80,7 +80,8 @@ def shares(masks: MaskSet, layer: int) -> FloatArray:
         start, stop = cell * side, min((cell + 1) * side, end)
         count = min(stop - start, MAX_ROWS)
         seen = np.zeros((masks.heads, count, cells * side), dtype=bool)
-        for slot, row in enumerate(start + np.arange(count) * (stop - start) // count):
+        for slot in range(count):
+            row = start + slot * (stop - start) // count
             if row < masks.pcl:
                 seen[:, slot, : masks.pcl] = near[:, row]
             else:

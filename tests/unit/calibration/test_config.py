@@ -35,6 +35,8 @@ def test_options_go_before_the_file(tmp_path):
         ("mu: 1.5", "mu is 1.5: Input should be less than or equal to 1"),
         ("pcl: many", "pcl is 'many': Input should be a valid integer"),
         ("{pcl: 64, window: 32}", "window is 32, must be at least pcl (64)"),
+        ("{pcl: 64, reach: 64}", "reach is 64, must be more than pcl (64)"),
+        ("reach: 100", "reach is 100, must be a multiple of map_page (32)"),
         ("[1, 2]", "holds a list, must hold keys and values"),
         ("a: [", "is no YAML file"),
     ],

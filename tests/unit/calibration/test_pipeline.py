@@ -13,6 +13,9 @@ from tests.unit.calibration.conftest import build, save_tokenizer
 
 CONFIG = CalibrationConfig(pcl=40, tau=0.1, texts=16, window=60, held_out=0.2, batch_size=3)
 ARRAYS = ("columns", "diagonals", "true_bits", "modes", "coverage", "coverage_extended")
+REACHING = CONFIG.model_copy(
+    update={"pcl": 24, "window": 60, "reach": 80, "map_page": 5, "long_texts": 7, "tau": 0.05}
+)
 MAPS_GIB = 4 * 40 * 40 * 4 / 2**30  # of one layer
 
 
@@ -80,6 +83,60 @@ def test_interrupt_and_resume_equals_an_uninterrupted_run(make, batches):
     same(calibrate(job, Reporter(progress=lambda *work: progress.append(work))), whole)
     assert len(progress) == 3 * 5 + 1 - batches
     assert not job.checkpoint.exists()
+
+
+@pytest.mark.parametrize("batches", [2, 13, 17, 20])
+def test_resumed_maps_of_pages_equal_uninterrupted_ones(make, batches):
+    """A layer a group: 5 batches each of maps of tokens, then 7 each of maps of pages."""
+    memory = 3 * MAPS_GIB * 24**2 / 40**2
+    progress = []
+    count = Reporter(progress=lambda *work: progress.append(work))
+    whole = calibrate(make("whole", REACHING, memory), count)
+    done, total = zip(*progress, strict=True)
+    assert done[-1] == total[-1]
+    batches_of_all, former = len(progress), list(progress)
+    job = make("stopped", REACHING, memory)
+    with pytest.raises(CalibrationStopped):
+        calibrate(job, stop_after(batches))
+    progress.clear()
+    same(calibrate(job, count), whole)
+    assert progress == former[batches:]
+    assert len(progress) == batches_of_all - batches
+
+
+def test_the_file_tells_the_reach_and_its_windows(make):
+    said = []
+    masks = calibrate(make(config=REACHING), Reporter(say=said.append))
+    assert (masks.pcl, masks.reach, masks.header.reach) == (24, 80, 80)
+    parameters = masks.header.parameters
+    assert (parameters["reach"], parameters["map_page"], parameters["seed"]) == (80, 5, 0)
+    lengths = parameters["long_windows"]
+    assert len(lengths) == 7
+    assert lengths[0] == 80
+    assert f"7 of {lengths[-1]} to 80 tokens for maps of pages" in said[0]
+    near = calibrate(make("near", REACHING.model_copy(update={"reach": None})))
+    for name in ("columns", "diagonals"):
+        np.testing.assert_array_equal(getattr(masks, name)[..., :24], getattr(near, name))
+    assert masks.columns[..., 24:].any()
+
+
+@pytest.mark.parametrize(
+    ("reach", "memory", "message"),
+    [
+        (100, 1.0, r"reach is 100, must be at most \d\d for the texts' lengths \(--data\)"),
+        (80, 4e-5, r"reach is 80, must be at most 58 for memory \(0.0 GiB, see --memory-gib\)"),
+    ],
+)
+def test_a_reach_that_cannot_be_is_refused(make, reach, memory, message):
+    config = REACHING.model_copy(update={"reach": reach, "pcl": 16, "map_page": 2})
+    with pytest.raises(CalibrationError, match=message):
+        calibrate(make(config=config, memory=memory))
+
+
+def test_a_chosen_pcl_leaves_no_reach_below_it(make):
+    config = REACHING.model_copy(update={"pcl": None, "reach": 40})
+    with pytest.raises(CalibrationError, match=r"reach is 40, must be more than the PCL \(\d+\)"):
+        calibrate(make(config=config))
 
 
 def test_a_checkpoint_every_few_batches_survives_a_crash(make, monkeypatch):
