@@ -8,16 +8,27 @@ import typer
 
 if TYPE_CHECKING:
     import numpy as np
+    from rich.console import Console
 
     from dam_vllm.masks.mask_set import MaskSet
+
+DEFAULT_PAGE = 16
+FIT_SHOWN = {"target_error", "target_density", "chosen", "curve", "check", "heads", "texts"}
 
 
 def inspect(
     file: Annotated[Path, typer.Argument(help="Mask file (.safetensors).")],
     length: Annotated[int, typer.Option(min=1, help="Prompt length of the density shown.")] = 8192,
-    page: Annotated[int, typer.Option(min=1, help="Tokens a KV-cache page.")] = 16,
+    page: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens a KV-cache page [default: those of the fit, else 16]."),
+    ] = None,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw the heads' masks to this image (.png).")
+        Path | None,
+        typer.Option(
+            help="Draw the heads' masks to this image (.png), and what the fit could choose from "
+            "to NAME-curve beside it."
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
@@ -26,11 +37,10 @@ def inspect(
 
     try:
         masks = load_mask_set(file)
-        report = _report(masks, length, page)
+        fit = masks.header.parameters.get("fit")
+        report = _report(masks, length, page or (fit["page"] if fit else DEFAULT_PAGE))
         if plot is not None:
-            from dam_vllm.masks.plot import plot_masks
-
-            plot_masks(masks, plot)
+            _plot(masks, plot)
     except (ValueError, OSError) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from None
@@ -38,6 +48,15 @@ def inspect(
         typer.echo(json.dumps(report, indent=2))
     else:
         _print(report)
+
+
+def _plot(masks: "MaskSet", path: Path) -> None:
+    from dam_vllm.masks.plot import plot_masks
+    from dam_vllm.masks.plot_curve import plot_curve
+
+    plot_masks(masks, path)
+    if "fit" in masks.header.parameters:
+        plot_curve(masks.header.parameters["fit"], path.with_stem(f"{path.stem}-curve"))
 
 
 def _report(masks: "MaskSet", length: int, page: int) -> dict[str, Any]:
@@ -51,6 +70,7 @@ def _report(masks: "MaskSet", length: int, page: int) -> dict[str, Any]:
         if kind == "full":
             entry |= {
                 "modes": [_mode(value) for value in masks.modes[layer]],
+                "dynamic": _dynamic(masks, layer),
                 "columns": masks.columns[layer].sum(axis=1).tolist(),
                 "diagonals": masks.diagonals[layer].sum(axis=1).tolist(),
                 "density_heads": _numbers(heads[0, layer]),
@@ -60,6 +80,23 @@ def _report(masks: "MaskSet", length: int, page: int) -> dict[str, Any]:
             }
         layers.append(entry)
     return {**masks.header.model_dump(), "length": length, "page": page, "layers": layers}
+
+
+def _dynamic(masks: "MaskSet", layer: int) -> list[dict[str, Any]]:
+    """How a layer's dynamic heads choose; budgets in tokens, a share, or attention mass."""
+    from dam_vllm.masks.dynamic import BudgetKind
+    from dam_vllm.masks.mask_set import HeadMode
+
+    dynamic, found = masks.dynamic, []
+    if dynamic is None:
+        return []
+    for head in (masks.modes[layer] == HeadMode.DYNAMIC).nonzero()[0].tolist():
+        at = (layer, head)
+        entry: dict[str, Any] = {"head": head, "rank": int(dynamic.ranks[at])}
+        entry |= {"kind": BudgetKind(int(dynamic.kinds[at])).name.lower()}
+        entry |= {"budget": round(float(dynamic.budgets[at]), 4)}
+        found.append(entry | {"floor": int(dynamic.floors[at]), "cap": int(dynamic.caps[at])})
+    return found
 
 
 def _mode(value: int) -> str:
@@ -92,13 +129,56 @@ def _print(report: dict[str, Any]) -> None:
     for entry in report["layers"]:
         table.add_row(str(entry["layer"]), entry["type"], *_cells(entry))
     console.print(table)
+    _print_dynamic(console, report["layers"])
     settings = Table(show_header=False, title="parameters")
     for name, value in report["parameters"].items():
-        settings.add_row(name, json.dumps(value))
+        if name != "fit":
+            settings.add_row(name, json.dumps(value))
     console.print(settings)
+    if "fit" in report["parameters"]:
+        _print_fit(console, report["parameters"]["fit"])
     console.print(f"fingerprint: {json.dumps(report['fingerprint'])}")
     if report["quality"] is not None:
         console.print("quality:", json.dumps(report["quality"], indent=2))
+
+
+def _print_dynamic(console: "Console", layers: list[dict[str, Any]]) -> None:
+    """A line for each dynamic head, if there are any."""
+    from rich.table import Table
+
+    table = Table(title="dynamic heads")
+    for name in ("layer", "KV head", "rank"):
+        table.add_column(name, justify="right")
+    table.add_column("pages chosen")
+    for entry in layers:
+        for head in entry.get("dynamic", []):
+            numbers = (entry["layer"], head["head"], head["rank"])
+            table.add_row(*(str(number) for number in numbers), _budget(head))
+    if table.row_count:
+        console.print(table)
+
+
+def _print_fit(console: "Console", fit: dict[str, Any]) -> None:
+    """Target, what was reached, and the check; the curve is drawn instead."""
+    from rich.table import Table
+
+    table = Table(show_header=False, title="fit of the heads' modes")
+    chosen = fit["chosen"]
+    for name in ("target_error", "target_density"):
+        if fit[name] is not None:
+            table.add_row(name, str(fit[name]))
+    table.add_row("reached", f"density {chosen['density']:.4f}, loss {chosen['loss']:.4f}")
+    table.add_row("curve", f"{len(fit['curve'])} points, see --plot")
+    for name in sorted(fit.keys() - FIT_SHOWN):
+        table.add_row(name, json.dumps(fit[name]))
+    console.print(table)
+    check = Table(title="check on other texts")
+    check.add_column("text / rows")
+    for name in ("KL", "same best token"):
+        check.add_column(name, justify="right")
+    for group, values in fit["check"].items():
+        check.add_row(group, f"{values['kl']:.5f}", f"{values['top1']:.4f}")
+    console.print(check)
 
 
 def _cells(entry: dict[str, Any]) -> list[str]:
@@ -106,12 +186,23 @@ def _cells(entry: dict[str, Any]) -> list[str]:
         return ["left to vLLM", "", "", "", ""]
     modes = {mode: entry["modes"].count(mode) for mode in entry["modes"]}
     return [
-        ", ".join(f"{count} {mode}" for mode, count in modes.items()),
+        "\n".join(f"{count} {mode}" for mode, count in modes.items()),
         f"{_mean(entry['density_heads'])} / {_mean(entry['density_kv'])}",
         f"{_mean(entry['coverage'])} / {_mean(entry['coverage_extended'])}",
         _range(entry["columns"]),
         _range(entry["diagonals"]),
     ]
+
+
+def _budget(head: dict[str, Any]) -> str:
+    bounds = f"{head['floor']} to {head['cap']} tokens"
+    match head["kind"]:
+        case "count":
+            return f"{head['budget']:g} tokens, {bounds}"
+        case "share":
+            return f"{head['budget']:g} of the context, {bounds}"
+        case _:
+            return f"up to {head['budget']:g} of the mass, {bounds}"
 
 
 def _mean(values: list[float | None] | None) -> str:

@@ -1,0 +1,105 @@
+"""What `dam-vllm inspect` tells of fitted heads."""
+
+import dataclasses
+import json
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from dam_vllm.cli.inspect import inspect
+from dam_vllm.masks.dynamic import BudgetKind
+from dam_vllm.masks.file import save_mask_set
+
+FIT = {
+    "target_error": None,
+    "target_density": 0.15,
+    "page": 32,
+    "lengths": [2048, 8192],
+    "seed": 7,
+    "texts": [["plain", 20, 20]],
+    "heads": [[{"mode": "dense", "error": 0.0}]],
+    "chosen": {"density": 0.1234, "loss": 0.5678, "threshold": 0.2},
+    "curve": [
+        {"density": 1.0, "loss": 0.0, "threshold": 0.0},
+        {"density": 0.1234, "loss": 0.5678, "threshold": 0.2},
+    ],
+    "check": {"kv/reply": {"kl": 0.01234, "top1": 0.9876}},
+}
+KINDS = (
+    (BudgetKind.COUNT, 64, "64 tokens, 32 to 96 tokens"),
+    (BudgetKind.SHARE, 0.05, "0.05 of the context, 32 to 96 tokens"),
+    (BudgetKind.MASS, 0.9, "up to 0.9 of the mass, 32 to 96 tokens"),
+)
+
+
+def run(*arguments):
+    app = typer.Typer()
+    app.command()(inspect)
+    return CliRunner().invoke(app, [str(each) for each in arguments])
+
+
+@pytest.fixture
+def fitted(random_masks, tmp_path):
+    """Writes a mask file whose second KV heads are dynamic, a kind of budget each layer."""
+    masks = random_masks(layers=len(KINDS), dynamic=True)
+    dynamic = masks.dynamic
+    for layer, (kind, budget, _) in enumerate(KINDS):
+        at = (layer, 1)
+        dynamic.ranks[at], dynamic.kinds[at], dynamic.budgets[at] = 5, kind, budget
+        dynamic.floors[at], dynamic.caps[at] = 32, 96
+    header = masks.header.model_copy(update={"parameters": {"tau": 0.1, "fit": FIT}})
+    file = tmp_path / "masks.safetensors"
+    save_mask_set(dataclasses.replace(masks, header=header), file)
+    return file
+
+
+def test_budgets_target_and_check_are_shown(fitted):
+    shown = run(fitted)
+    assert shown.exit_code == 0, shown.output
+    for words in (
+        "1 static",
+        "1 dynamic",
+        *(words for *_, words in KINDS),
+        "density 0.1234, loss 0.5678",
+        "target_density",
+        "2 points",
+        "kv/reply",
+        "0.01234",
+        "0.9876",
+    ):
+        assert words in shown.output
+    for words in ("target_error", '"curve"'):
+        assert words not in shown.output
+
+
+def test_json_tells_the_same(fitted):
+    report = json.loads(run(fitted, "--json").output)
+    assert report["page"] == FIT["page"]
+    assert report["parameters"]["fit"] == FIT
+    for layer, (kind, budget, _) in zip(report["layers"], KINDS, strict=True):
+        assert layer["dynamic"] == [
+            {"head": 1, "rank": 5, "kind": kind.name.lower(), "budget": budget,
+             "floor": 32, "cap": 96}
+        ]  # fmt: skip
+    assert json.loads(run(fitted, "--json", "--page", 16).output)["page"] == 16
+
+
+def test_the_curve_is_drawn_beside_the_masks(fitted, tmp_path):
+    shown = run(fitted, "--plot", tmp_path / "masks.png")
+    assert shown.exit_code == 0, shown.output
+    for name in ("masks.png", "masks-curve.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_static_masks_have_no_fit_to_show(random_masks, tmp_path):
+    file = tmp_path / "static.safetensors"
+    save_mask_set(random_masks(), file)
+    shown = run(file, "--plot", tmp_path / "masks.png")
+    assert shown.exit_code == 0, shown.output
+    assert "2 static" in shown.output
+    assert "fit" not in shown.output
+    assert "dynamic heads" not in shown.output
+    assert not (tmp_path / "masks-curve.png").exists()
+    layers = json.loads(run(file, "--json").output)["layers"]
+    assert [layer["dynamic"] for layer in layers] == [[], []]
