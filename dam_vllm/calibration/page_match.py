@@ -74,7 +74,8 @@ def match_pages(
     """
     excess, usual = split_mass(mean, page)
     before, after = F.pad(excess, (1, -1)), F.pad(excess, (-1, 1))
-    beside = torch.minimum(torch.maximum(before, after), excess * (2 * page - 1))
+    beside = torch.maximum(before, after)
+    beside = torch.where(2 * page * excess >= excess + beside, beside, 0)
     cells = (excess + usual, excess + beside + usual)
     # Row q and column k of the cut maps stand for query page q + 1: a triangle whose first
     # diagonal is distance 1.

@@ -63,6 +63,18 @@ def test_a_planted_diagonal_is_found_wherever_it_crosses_pages(distance):
     assert beyond(weights) == [[], list(range(first, last + 1))]
 
 
+@pytest.mark.parametrize("distance", [96, 100, 104])
+def test_a_strong_diagonal_takes_no_page_pairs_beside_its_own(distance):
+    weights = spread()
+    rows = np.arange(distance, REACH)
+    weights[rows, rows - distance] += 10 * WORTH
+    for page in range(1, PAGES):  # a little on every page pair around it
+        rows = np.arange(page * PAGE, REACH)
+        weights[rows, rows // PAGE * PAGE - page * PAGE] += 0.2 * WORTH * (9 < page < 16)
+    first, last = distance // PAGE * PAGE, -(-distance // PAGE) * PAGE
+    assert beyond(weights) == [[], list(range(first, last + 1))]
+
+
 def test_weaker_patterns_than_tau_are_not_kept():
     weights = spread()
     rows = np.arange(100, REACH)

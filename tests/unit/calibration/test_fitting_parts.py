@@ -1,0 +1,134 @@
+"""Parts of the fit against plain definitions: attention by page, served masks, bases, states."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from dam_vllm.attention.naive import dynamic_mask, masked_attention, page_mask
+from dam_vllm.calibration.capture import register
+from dam_vllm.calibration.fitting.bases import KeyCovariance
+from dam_vllm.calibration.fitting.rows import split_rows
+from dam_vllm.calibration.fitting.simulate import Simulation
+from dam_vllm.calibration.fitting.states import LayerStates, hooked, prepare, run
+from dam_vllm.masks.mask_set import HeadMode
+from tests.unit.calibration.conftest import build
+
+PAGE = 16
+SCALE = 0.4
+
+
+def random_states(rng, tokens, heads=4, kv_heads=2, size=24, softcap=0.0, layer=0):
+    torch.manual_seed(int(rng.integers(2**31)))
+    return LayerStates(
+        layer,
+        torch.randn(heads, tokens, size) * 3,
+        torch.randn(kv_heads, tokens, size),
+        torch.randn(kv_heads, tokens, size),
+        SCALE,
+        softcap,
+    )
+
+
+def expected_output(states, mask):
+    """Naive attention under bool [heads, queries, keys]: [heads, tokens, size]."""
+    each = (part.transpose(0, 1) for part in (states.query, states.key, states.value))
+    return masked_attention(*each, mask, states.scale, states.softcap).transpose(0, 1)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+def test_pages_add_up_to_attention_under_any_selection(rng, softcap):
+    states = random_states(rng, 75, softcap=softcap)
+    position = torch.tensor([[17, 18, 19], [68, 69, 70]])
+    head, group = 1, states.group
+    rows = split_rows(states, head, position, PAGE)
+    pages = rows.mass.shape[1]
+    selected = torch.from_numpy(rng.random((6, len(position), pages)) < 0.4)
+    selected[:, torch.arange(2), position[:, 0] // PAGE] = True
+    selected[0] = True
+    found = rows.errors(selected)
+    heads = slice(head * group, (head + 1) * group)
+    causal = torch.ones(75, 75, dtype=torch.bool).tril()
+    full = expected_output(states, causal.expand(4, -1, -1))
+    for each, tiles in enumerate(selected):
+        for tile, chosen in enumerate(tiles):
+            keys = chosen.repeat_interleave(PAGE)[:75]
+            keys = torch.nn.functional.pad(keys, (0, 75 - len(keys)))
+            other = expected_output(states, (causal & keys).expand(4, -1, -1))
+            error = (other - full)[heads, position[tile]].square().sum(dim=-1)
+            # Rows run query by query, the heads of the group inside.
+            torch.testing.assert_close(found[each, tile], error.t().flatten(), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(("tokens", "prompt"), [(150, 131), (96, 96), (161, 128)])
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+def test_simulation_is_attention_over_the_served_pages(
+    rng, random_masks, monkeypatch, tokens, prompt, softcap
+):
+    monkeypatch.setattr("dam_vllm.calibration.fitting.simulate.ROWS", 50)
+    masks = random_masks(dynamic=True, dense=True, layers=2)
+    group = masks.heads // masks.kv_heads
+    for layer in range(masks.layers):
+        states = random_states(rng, tokens, softcap=softcap, layer=layer)
+        found = Simulation(masks, PAGE, prompt)(states)
+        mask = page_mask(masks, layer, 0, tokens, PAGE)
+        for head in np.flatnonzero(masks.modes[layer] == HeadMode.DYNAMIC):
+            mask[head * group : (head + 1) * group] = served(masks, states, head, prompt)
+        expected = expected_output(states, torch.from_numpy(mask))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def served(masks, states, head, prompt):
+    """A dynamic head's mask: the prompt in one go, later tokens one by one."""
+    rotation = torch.from_numpy(masks.dynamic.rotations[states.layer, head])
+    heads = slice(head * states.group, (head + 1) * states.group)
+    query = (states.query[heads] @ rotation).transpose(0, 1)
+    key = states.key[head] @ rotation
+    tokens = len(key)
+    result = np.zeros((tokens, tokens), dtype=bool)
+    for start, stop in [(0, prompt), *((at, at + 1) for at in range(prompt, tokens))]:
+        static = page_mask(masks, states.layer, start, stop, PAGE, tile=PAGE)[heads.start]
+        result[start:stop, :stop] = dynamic_mask(
+            masks, states.layer, head, query[start:stop], key[:stop], static, PAGE,
+            states.scale, states.softcap,
+        )  # fmt: skip
+    return result
+
+
+def test_bases_are_orthogonal_and_ordered_by_variance(rng):
+    covariance = KeyCovariance()
+    keys = []
+    for layer in (0, 2):
+        states = random_states(rng, 400, layer=layer)
+        spread = torch.from_numpy(np.linalg.qr(rng.normal(size=(24, 24)))[0]).float()
+        key = (states.key * torch.logspace(0, 2, 24)) @ spread + 50.0
+        covariance(dataclasses.replace(states, key=key))
+        keys.append(key)
+    rotations = covariance.rotations(3, 2)
+    assert rotations.dtype == np.float32
+    np.testing.assert_array_equal(rotations[1], np.tile(np.eye(24), (2, 1, 1)))
+    for layer, key in zip((0, 2), keys, strict=True):
+        for head, rotation in enumerate(rotations[layer]):
+            np.testing.assert_allclose(rotation.T @ rotation, np.eye(24), atol=1e-5)
+            variance = (key[head].double().numpy() @ rotation).var(axis=0)
+            assert (np.diff(variance) <= 1e-3 * variance[:-1]).all()
+            # The mean, far larger than any spread, is no direction of its own.
+            assert variance[0] == pytest.approx(
+                np.linalg.eigvalsh(np.cov(key[head].T)).max(), rel=0.02
+            )
+
+
+@pytest.mark.parametrize("kind", ["gqa", "mqa", "mha", "sliding", "gemma"])
+def test_prepared_models_compute_what_eager_ones_do(rng, kind):
+    register()
+    ids = rng.integers(3, 64, 40).tolist()
+    with torch.inference_mode():
+        expected = build(kind)(torch.tensor([ids])).logits[0, [5, 39]]
+    model = build(kind)
+    prepare(model)
+    torch.testing.assert_close(run(model, ids, [5, 39]), expected, rtol=1e-4, atol=1e-4)
+    seen = []
+    with hooked(lambda states: seen.append(states.layer)):
+        torch.testing.assert_close(run(model, ids, [5, 39]), expected, rtol=1e-4, atol=1e-4)
+    assert seen == list(range(model.config.num_hidden_layers))
