@@ -7,10 +7,14 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dam_vllm.calibration.errors import CalibrationError
+from dam_vllm.calibration.fitting.config import FitConfig
 
 AmplificationName = Literal[
     "box-cox", "sqrt", "log", "yeo-johnson", "z-score", "min-max", "average", "sum", "arcsinh"
 ]
+
+
+TARGETS = ("target_error", "target_density")
 
 
 class Amplification(BaseModel):
@@ -50,6 +54,7 @@ class CalibrationConfig(BaseModel):
         held_out: share of the texts on which coverage is measured instead.
         batch_size: windows a forward pass.
         seed: of the choice and the split of texts.
+        fit: how every KV head's mode is fitted, or None for the paper's static masks.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -67,6 +72,7 @@ class CalibrationConfig(BaseModel):
     held_out: float = Field(default=0.1, ge=0, le=0.5)
     batch_size: int = Field(default=1, ge=1)
     seed: int = Field(default=0, ge=0)
+    fit: FitConfig | None = None
 
     @model_validator(mode="after")
     def _lengths_fit(self) -> Self:
@@ -85,6 +91,8 @@ class CalibrationConfig(BaseModel):
             )
         if self.held_out and self.texts < 2:
             raise ValueError("texts is 1, must be at least 2 where held_out is not 0")
+        if self.fit is not None and not self.held_out:
+            raise ValueError("held_out is 0, must be more for a fit, which needs held-out texts")
         return self
 
     def support(self, pcl: int) -> int:
@@ -97,7 +105,7 @@ def load_config(path: str | Path | None, overrides: dict[str, Any]) -> Calibrati
 
     Args:
         path: the file, or None for the defaults.
-        overrides: values by field name; None means not given.
+        overrides: values by field name, those of TARGETS for the fit; None means not given.
 
     Returns:
         The validated settings.
@@ -107,7 +115,12 @@ def load_config(path: str | Path | None, overrides: dict[str, Any]) -> Calibrati
             not allowed.
     """
     values = _read(Path(path)) if path is not None else {}
-    values |= {key: value for key, value in overrides.items() if value is not None}
+    given = {key: value for key, value in overrides.items() if value is not None}
+    targets = {key: given.pop(key) for key in TARGETS if key in given}
+    values |= given
+    if targets:
+        fit = values.get("fit") or {}
+        values["fit"] = {key: fit[key] for key in fit if key not in TARGETS} | targets
     try:
         return CalibrationConfig.model_validate(values)
     except ValidationError as error:
@@ -135,10 +148,11 @@ def _read(path: Path) -> dict[str, Any]:
 def _explain(item: Any) -> str:
     path = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
-        nested = len(item["loc"]) > 1
-        fields = (Amplification if nested else CalibrationConfig).model_fields
+        owners: dict[Any, type[BaseModel]] = {"amplification": Amplification, "fit": FitConfig}
+        owner = owners[item["loc"][0]] if len(item["loc"]) > 1 else CalibrationConfig
+        fields = owner.model_fields
         allowed = ", ".join(field.alias or name for name, field in fields.items())
         return f"unknown key {path!r} (value {item['input']!r}); allowed are {allowed}"
-    if not path:
-        return str(item["msg"]).removeprefix("Value error, ")
+    if item["type"] == "value_error":
+        return (f"{path}: " if path else "") + str(item["msg"]).removeprefix("Value error, ")
     return f"{path} is {item['input']!r}: {item['msg']}"

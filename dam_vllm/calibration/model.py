@@ -55,7 +55,7 @@ class ModelSource:
                 f"model {self.name!r} has no tokenizer that can be read: {error}"
             ) from error
 
-    def load(self) -> torch.nn.Module:
+    def load(self) -> Any:
         """Loads the weights, safetensors only, with the capturing attention."""
         capture.register()
         auto = "float32" if self.device.type == "cpu" else "auto"

@@ -1,6 +1,10 @@
 """Calibration from end to end, resumable (paper, Stage 1)."""
 
+import itertools
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,13 +19,16 @@ from dam_vllm.calibration.budget import (
     free_bytes,
     layer_groups,
 )
-from dam_vllm.calibration.capture import observe_forward
+from dam_vllm.calibration.capture import IMPLEMENTATION, observe_forward
 from dam_vllm.calibration.checkpoint import Checkpoint
 from dam_vllm.calibration.config import CalibrationConfig
 from dam_vllm.calibration.corpus import read_documents
 from dam_vllm.calibration.coverage import Coverage
 from dam_vllm.calibration.errors import CalibrationError, CalibrationStopped
 from dam_vllm.calibration.fit import fit_masks, with_measures
+from dam_vllm.calibration.fitting.candidates import Pattern
+from dam_vllm.calibration.fitting.run import FitInputs, Prompt, fit_cost, fit_modes, fit_prompts
+from dam_vllm.calibration.fitting.store import FitStore
 from dam_vllm.calibration.map_capture import MapPlan, capture_maps
 from dam_vllm.calibration.model import ModelSource
 from dam_vllm.calibration.progress import Reporter, Work, cost
@@ -30,6 +37,7 @@ from dam_vllm.calibration.windows import (
     TokenisedTexts,
     Windows,
     batches,
+    cut,
     make_windows,
     pad,
     split,
@@ -108,7 +116,11 @@ class _Run:
         )
         plans = self._plans(windows, chosen, shape.heads)
         measured = batches(windows.held_out, self.config.batch_size)
-        work = Work(self.reporter, sum(plan.cost for plan in plans) + cost(measured, layers))
+        prompts = self._fit_prompts(texts, shape)
+        total = sum(plan.cost for plan in plans) + cost(measured, layers)
+        if self.config.fit is not None:
+            total += fit_cost(prompts, shape, self.config.fit)
+        work = Work(self.reporter, total)
         model, device = self.job.source.load(), self.job.source.device
         maps = [capture_maps(model, plan, checkpoint, device, work) for plan in plans]
         header = Header(
@@ -120,12 +132,58 @@ class _Run:
             reach=reach,
             parameters=self._parameters(pcl, windows),
         )
-        masks = fit_masks(header, shape, maps[0], maps[1] if reach else None, self.config, device)
+        build = partial(fit_masks, header, shape, maps[0], maps[1] if reach else None)
+        if self.config.fit is None:
+            masks = build(self.config, device)
+        else:
+            masks = self._fit(model, shape, prompts, build, checkpoint, work)
+            model.set_attn_implementation(IMPLEMENTATION)
         coverage = self._measure(model, measured, masks, layers, work)
         masks = with_measures(masks, *coverage.result())
         save_mask_set(masks, self.job.output)
         checkpoint.remove()
         return masks
+
+    def _fit_prompts(self, texts: TokenisedTexts, shape: ModelShape) -> list[Prompt]:
+        """Texts of the fit; none without one."""
+        fit = self.config.fit
+        if fit is None:
+            return []
+        if shape.max_length is not None and max(fit.lengths) > shape.max_length:
+            raise CalibrationError(
+                f"fit.lengths holds {max(fit.lengths)}, must be at most the model's "
+                f"{shape.max_length} positions"
+            )
+        plain = cut(texts.held_out, texts.prefix, max(fit.lengths), fit.plain)
+        return fit_prompts(self.job.source.tokenizer(), fit, plain)
+
+    def _fit(
+        self,
+        model: Any,
+        shape: ModelShape,
+        prompts: list[Prompt],
+        build: Callable[[CalibrationConfig, torch.device], MaskSet],
+        checkpoint: Checkpoint,
+        work: Work,
+    ) -> MaskSet:
+        """Chooses every KV head's mode among static patterns, budgets and dense."""
+        config = self.config.fit
+        assert config is not None
+        # Nothing reaches an infinite threshold: the bare pattern.
+        grid = [(math.inf, 1.0), *itertools.product(config.taus, config.mus)]
+        patterns = [
+            Pattern(
+                f"tau {tau:g} mu {mu:g}" if math.isfinite(tau) else "nothing",
+                partial(
+                    build,
+                    self.config.model_copy(update={"tau": tau, "mu": mu}),
+                    self.job.source.device,
+                ),
+            )
+            for tau, mu in grid
+        ]
+        inputs = FitInputs(model, shape, config, patterns, FitStore(checkpoint.folder), work)
+        return fit_modes(inputs, prompts)
 
     def _texts(self) -> TokenisedTexts:
         documents = read_documents(

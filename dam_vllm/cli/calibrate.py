@@ -42,6 +42,17 @@ def calibrate(
             "pages, beyond the PCL [default: the PCL]."
         ),
     ] = None,
+    target_error: Annotated[
+        float | None,
+        typer.Option(
+            help="Fit every KV head's mode: the lowest density whose predicted KL of the next "
+            "token stays below this, in nats; by default what the settings say."
+        ),
+    ] = None,
+    target_density: Annotated[
+        float | None,
+        typer.Option(help="Fit every KV head's mode: the lowest error with at most this density."),
+    ] = None,
     texts: Annotated[int | None, typer.Option(help="Largest number of windows.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Windows a forward pass.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the choice and split of texts.")] = None,
@@ -76,6 +87,8 @@ def calibrate(
         "texts": texts,
         "batch_size": batch_size,
         "seed": seed,
+        "target_error": target_error,
+        "target_density": target_density,
     }
     try:
         _check(memory_gib, dtype, output)

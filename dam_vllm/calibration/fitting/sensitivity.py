@@ -1,0 +1,74 @@
+"""How much an error of a head's output matters: the KL that it causes, head by head.
+
+The same relative error is harmless in one head and ruins the next token in another. Each KV head
+is therefore probed alone, all others attending to everything: the mean KL of the next-token
+distribution over its squared error is its sensitivity. It hardly depends on the size of the
+error, so that errors times sensitivities, summed over heads, predict the KL of a whole choice.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from dam_vllm.calibration.fitting.losses import Sums
+from dam_vllm.masks.mask_set import HeadMode, MaskSet
+
+# Errors below tell nothing: the KL that they cause drowns in rounding.
+LEAST_ERROR = 1e-5
+
+
+def kinds_of(groups: list[str]) -> list[str]:
+    """Kinds of text, in order."""
+    return list(dict.fromkeys(group.split("/")[0] for group in groups))
+
+
+def worst_by_kind(errors: np.ndarray, groups: list[str]) -> np.ndarray:
+    """Largest squared error over each kind's groups of rows.
+
+    Args:
+        errors: squared relative errors [layers, groups, kv_heads, candidates].
+        groups: names "kind/part".
+
+    Returns:
+        float64 [layers, kinds, kv_heads, candidates].
+    """
+    rows = [
+        [row for row, group in enumerate(groups) if group.split("/")[0] == kind]
+        for kind in kinds_of(groups)
+    ]
+    return np.stack([errors[:, part].max(axis=1) for part in rows], axis=1)
+
+
+def relative_errors(sums: Sums) -> np.ndarray:
+    """Squared errors over the layer's squared output: [layers, groups, kv_heads, candidates]."""
+    return sums.error / np.maximum(sums.norm, 1e-30)[:, :, None, None]
+
+
+def alone(masks: MaskSet, layer: int, head: int) -> MaskSet:
+    """Masks under which one KV head is as it is and all others read everything."""
+    modes = np.full_like(masks.modes, HeadMode.DENSE)
+    modes[layer, head] = masks.modes[layer, head]
+    return replace(masks, modes=modes)
+
+
+def sensitivities(kls: np.ndarray, errors: np.ndarray) -> np.ndarray:
+    """KL per squared error, the larger of the probes'.
+
+    Args:
+        kls: [probes, layers, kinds, kv_heads], mean KL that each probe causes.
+        errors: [probes, layers, kinds, kv_heads], its squared error.
+
+    Returns:
+        float64 [layers, kinds, kv_heads]; where no probe errs enough, the largest of all heads.
+    """
+    known = errors > LEAST_ERROR
+    each = np.where(known, np.maximum(kls, 0.0) / np.maximum(errors, LEAST_ERROR), -1.0)
+    found = each.max(axis=0)
+    return np.where(found < 0, max(found.max(), 0.0), found)
+
+
+def mean_kl(full: torch.Tensor, other: torch.Tensor) -> float:
+    """Mean KL(full || other) in nats of logits float32 [rows, vocabulary]."""
+    first, second = full.double().log_softmax(-1), other.double().log_softmax(-1)
+    return float((first.exp() * (first - second)).sum(-1).mean())
