@@ -7,6 +7,7 @@ import torch
 
 from dam_vllm.calibration.amplify import Statistics, amplify
 from dam_vllm.calibration.config import CalibrationConfig
+from dam_vllm.calibration.lengths import full_layers
 from dam_vllm.calibration.match import Patterns, match, true_mask
 from dam_vllm.calibration.mean_maps import MeanMaps
 from dam_vllm.calibration.page_match import match_pages
@@ -129,7 +130,7 @@ def fit_masks(
         The masks; every KV head is static, and coverage and density are not measured yet.
     """
     layers, heads, pcl = len(shape.layer_types), shape.heads, header.pcl
-    full = [layer for layer, kind in enumerate(shape.layer_types) if kind == "full"]
+    full = full_layers(shape)
     statistics = map_statistics(tokens, full, device)
     columns = np.zeros((layers, heads, header.reach or pcl), dtype=bool)
     diagonals = np.zeros_like(columns)

@@ -11,14 +11,6 @@ from typing import Any
 
 import torch
 
-from dam_vllm.calibration.budget import (
-    ChosenLength,
-    check_disk,
-    check_reach,
-    choose_pcl,
-    free_bytes,
-    layer_groups,
-)
 from dam_vllm.calibration.capture import IMPLEMENTATION, observe_forward
 from dam_vllm.calibration.checkpoint import Checkpoint
 from dam_vllm.calibration.config import CalibrationConfig
@@ -29,6 +21,7 @@ from dam_vllm.calibration.fit import fit_masks, with_measures
 from dam_vllm.calibration.fitting.candidates import Pattern
 from dam_vllm.calibration.fitting.run import FitInputs, Prompt, fit_cost, fit_modes, fit_prompts
 from dam_vllm.calibration.fitting.store import FitStore
+from dam_vllm.calibration.lengths import choose_lengths, full_layers, map_memory
 from dam_vllm.calibration.map_capture import MapPlan, capture_maps
 from dam_vllm.calibration.model import ModelSource
 from dam_vllm.calibration.progress import Reporter, Work, cost
@@ -40,7 +33,6 @@ from dam_vllm.calibration.windows import (
     cut,
     make_windows,
     pad,
-    split,
     tokenise,
 )
 from dam_vllm.masks.file import save_mask_set
@@ -49,7 +41,6 @@ from dam_vllm.masks.mask_set import Header, MaskSet
 from dam_vllm.masks.shape import ModelShape
 
 DOCUMENTS_PER_WINDOW = 4
-MEMORY_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -107,8 +98,12 @@ class _Run:
         identity = fingerprint(self.job.source.name, self.job.source.revision)
         texts = self._texts()
         checkpoint = Checkpoint(self.job.checkpoint, self._settings(texts, identity.model_dump()))
-        chosen = checkpoint.chosen or self._choose(checkpoint, shape, texts)
-        pcl, reach, layers = chosen["pcl"], self.config.reach, _full(shape)
+        chosen = checkpoint.chosen
+        if chosen is None:
+            memory = map_memory(self.job.memory_gib, self.job.source.device)
+            chosen = choose_lengths(self.config, shape, texts, memory, self.job.output.parent)
+            checkpoint.choose(chosen)
+        pcl, reach, layers = chosen["pcl"], self.config.reach, full_layers(shape)
         windows = make_windows(texts, self.config, pcl)
         self.reporter.say(
             f"PCL {pcl} tokens ({chosen['reason']}); {windows.report()}; {len(layers)} layers in "
@@ -208,61 +203,6 @@ class _Run:
             "versions": _versions(),
         }
 
-    def _choose(
-        self, checkpoint: Checkpoint, shape: ModelShape, texts: TokenisedTexts
-    ) -> dict[str, Any]:
-        if self.job.memory_gib is None:
-            memory = int(free_bytes(self.job.source.device) * MEMORY_SHARE)
-        else:
-            memory = int(self.job.memory_gib * 2**30)
-        bounds = [value for value in (shape.max_length, self.config.window) if value is not None]
-        length = choose_pcl(
-            self.config.pcl,
-            texts,
-            split(self.config)[0],
-            shape.heads,
-            min(bounds, default=None),
-            memory,
-        )
-        self._check(length, shape, texts, memory)
-        layers = _full(shape)
-        groups = layer_groups(layers, shape.heads, length.pcl, memory)
-        kinds = [(length.pcl, groups)]
-        chosen = {"pcl": length.pcl, "reason": length.reason, "groups": groups}
-        if self.config.reach is not None:
-            pages = self.config.reach // self.config.map_page
-            page_groups = layer_groups(layers, shape.heads, pages, memory)
-            kinds.append((pages, page_groups))
-            chosen["page_groups"] = page_groups
-        self.job.output.parent.mkdir(parents=True, exist_ok=True)
-        check_disk(self.job.output.parent, shape.heads, kinds)
-        checkpoint.choose(chosen)
-        return chosen
-
-    def _check(
-        self, length: ChosenLength, shape: ModelShape, texts: TokenisedTexts, memory: int
-    ) -> None:
-        """Refuses lengths that the model, the texts or memory do not allow."""
-        window, reach = self.config.window, self.config.reach
-        if shape.max_length is not None and window is not None and window > shape.max_length:
-            raise CalibrationError(
-                f"window is {window}, must be at most the model's {shape.max_length} positions"
-            )
-        if self.config.min_support is not None and self.config.min_support > length.pcl:
-            raise CalibrationError(
-                f"min_support is {self.config.min_support}, must be at most the PCL ({length.pcl})"
-            )
-        if reach is not None:
-            check_reach(
-                reach,
-                self.config.map_page,
-                length.pcl,
-                texts,
-                shape.heads,
-                shape.max_length,
-                memory,
-            )
-
     def _plans(self, windows: Windows, chosen: dict[str, Any], heads: int) -> list[MapPlan]:
         """What to capture: token maps, and maps of pages where there is a reach."""
         size, pcl, reach = self.config.batch_size, chosen["pcl"], self.config.reach
@@ -314,11 +254,6 @@ class _Run:
             "dtype": self.job.source.dtype,
             "versions": _versions(),
         }
-
-
-def _full(shape: ModelShape) -> list[int]:
-    """Global indices of the layers to calibrate."""
-    return [index for index, kind in enumerate(shape.layer_types) if kind == "full"]
 
 
 def _versions() -> dict[str, str]:
