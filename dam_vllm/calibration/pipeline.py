@@ -240,7 +240,8 @@ class _Run:
         return coverage
 
     def _parameters(self, pcl: int, windows: Windows) -> dict[str, Any]:
-        return self.config.model_dump(mode="json", by_alias=True) | {
+        # A fit reports its own settings with what came of them.
+        return self.config.model_dump(mode="json", by_alias=True, exclude={"fit"}) | {
             "pcl": pcl,
             "min_support": self.config.support(pcl),
             "window": self.config.window or pcl,
