@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from dam_vllm.calibration.capture import capture_attention
 
 IMPLEMENTATION = "dam_states"
 
@@ -103,6 +104,7 @@ def _attention(
         output = hook(states)
         if output is not None:
             return output.transpose(0, 1)[None].to(query.dtype).contiguous(), None
-    return sdpa_attention_forward(
-        module, query, key, value, attention_mask, scaling=scaling, **kwargs
+    # Stock attention, soft-capping included, which "sdpa" leaves out.
+    return capture_attention(
+        module, query, key, value, attention_mask, scaling=scaling, softcap=softcap, **kwargs
     )

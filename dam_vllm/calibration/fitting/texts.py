@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
+from dam_vllm.calibration.windows import special_prefix
 from dam_vllm.evaluation.keys import KINDS
+from dam_vllm.evaluation.prompting import prompting
 from dam_vllm.evaluation.tasks import make_questions
 from dam_vllm.evaluation.wordings import WORDINGS
 
@@ -51,15 +53,18 @@ def question_prompts(
         Task and token ids of each prompt.
     """
     rng = Random(f"{SEED_PREFIX}/{seed}")
+    overhead = prompting(tokenizer).overhead
     found = []
     for length in lengths:
         for task, wordings in WORDINGS.items():
-            names = [name for name, wording in wordings.items() if not wording.continues]
+            # A model without a chat template has a text to go on with instead of a question.
+            chat = tokenizer.chat_template is not None
+            names = [name for name, wording in wordings.items() if wording.continues != chat]
             for sample in range(samples):
                 questions = make_questions(
                     task,
                     tokenizer,
-                    length - REPLY_TOKENS,
+                    length - overhead - REPLY_TOKENS,
                     samples,
                     rng.randrange(10**9, 10**10),
                     names[sample % len(names)],
@@ -71,7 +76,9 @@ def question_prompts(
 
 def _tokens(tokenizer: Any, prompt: str) -> list[int]:
     if tokenizer.chat_template is None:
-        return list(tokenizer(prompt, verbose=False)["input_ids"])
+        # No token that ends a text: the reply goes on from here.
+        ids = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+        return special_prefix(tokenizer) + list(ids)
     messages = [{"role": "user", "content": prompt}]
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
     return list(ids["input_ids"])

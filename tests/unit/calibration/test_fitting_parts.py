@@ -12,6 +12,7 @@ from dam_vllm.calibration.fitting.bases import KeyCovariance
 from dam_vllm.calibration.fitting.rows import split_rows
 from dam_vllm.calibration.fitting.simulate import Simulation
 from dam_vllm.calibration.fitting.states import LayerStates, hooked, prepare, run
+from dam_vllm.calibration.fitting.texts import REPLY_TOKENS, question_prompts, with_reply
 from dam_vllm.masks.mask_set import HeadMode
 from tests.unit.calibration.conftest import build
 
@@ -132,3 +133,20 @@ def test_prepared_models_compute_what_eager_ones_do(rng, kind):
     with hooked(lambda states: seen.append(states.layer)):
         torch.testing.assert_close(run(model, ids, [5, 39]), expected, rtol=1e-4, atol=1e-4)
     assert seen == list(range(model.config.num_hidden_layers))
+
+
+def test_a_model_without_chat_template_goes_on_with_a_text(tokenizer):
+    for kind, ids in question_prompts(tokenizer, [700], 2, 0):
+        assert ids[0] == tokenizer.bos_token_id, kind
+        assert tokenizer.eos_token_id not in ids
+        assert 600 < len(ids) <= 700 - REPLY_TOKENS
+
+
+@pytest.mark.parametrize("kind", ["gqa", "gemma"])
+def test_replies_are_those_of_the_eager_model(rng, kind):
+    register()
+    prompt = rng.integers(3, 64, 50).tolist()
+    expected = with_reply(build(kind), "lines", prompt)
+    model = build(kind)
+    prepare(model)
+    assert with_reply(model, "lines", prompt) == expected
