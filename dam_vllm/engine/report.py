@@ -1,9 +1,11 @@
 """The table that serving logs at start: which masks, how dense, which layers are not masked."""
 
+import json
+
 import numpy as np
 
 from dam_vllm.engine.admission import Serving, logger
-from dam_vllm.masks.mask_set import HeadMode
+from dam_vllm.masks.mask_set import HeadMode, MaskSet
 from dam_vllm.masks.pages import density
 
 REASONS = {"sliding": "left to vLLM: sliding window", "other": "left to vLLM: no plain attention"}
@@ -34,7 +36,33 @@ def describe(serving: Serving, page: int, length: int) -> list[str]:
     for layer, kind in enumerate(masks.header.layer_types):
         note = REASONS.get(kind) or _modes(masks.modes[layer])
         lines.append(f"{layer:5d}  {kv_density[0, layer].mean():7.3f}  {note}")
+    return lines + _dynamic(masks, page) + _quality(masks)
+
+
+def _dynamic(masks: MaskSet, page: int) -> list[str]:
+    """What dynamic heads cost in memory, and whether budgets were fitted for this page size."""
+    if masks.dynamic is None:
+        return []
+    count = int((masks.modes == HeadMode.DYNAMIC).sum())
+    size = masks.dynamic.rotations.shape[-1] ** 2 * 4 * count
+    lines = [
+        f"{count} dynamic KV heads: their keys are stored rotated, {size / 2**20:.2f} MiB of bases "
+        "over all ranks, nothing beside the KV cache"
+    ]
+    fitted = masks.header.parameters.get("fit", {}).get("page", page)
+    if fitted != page:
+        lines.append(
+            f"budgets were fitted for pages of {fitted} tokens: with {page}, density and accuracy "
+            f"differ from what the file says"
+        )
     return lines
+
+
+def _quality(masks: MaskSet) -> list[str]:
+    """The stored evaluation's worst task, in a line."""
+    if masks.header.quality is None:
+        return []
+    return [f"quality report: {json.dumps(masks.header.quality.get('worst'))} (dam-vllm inspect)"]
 
 
 def _modes(modes: np.ndarray) -> str:

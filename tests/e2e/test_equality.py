@@ -136,3 +136,5 @@ def test_start_up_table(answers):
     assert "PCL 333, page 32, dense below 0, kernel auto; density at 4096 tokens" in log
     assert "1 dense" in log
     assert "DAM masks" not in answers(Setup(masks=None)).log
+    dynamic = answers(Setup("dynamic")).log
+    assert "8 dynamic KV heads: their keys are stored rotated, 0.03 MiB of bases" in dynamic

@@ -21,6 +21,8 @@ class FitConfig(BaseModel):
         mus: shares of a pattern's cells that are tried for static heads.
         ranks: channels that score a token, or None for an eighth, a quarter, a half and all of a
             head's.
+        scoring_cost: time that scoring takes a token and channel over that of attention; measured
+            on CPU by `dam-vllm bench scoring`.
         seed: of questions and tiles.
     """
 
@@ -37,6 +39,7 @@ class FitConfig(BaseModel):
     taus: list[float] = Field(default=[0.05, 0.1, 0.2, 0.3], min_length=1)
     mus: list[float] = Field(default=[0.6, 0.8], min_length=1)
     ranks: list[int] | None = None
+    scoring_cost: float = Field(default=2.4, ge=0)
     seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")

@@ -79,7 +79,7 @@ def fit_cost(prompts: list[Prompt], shape: ModelShape, config: FitConfig) -> int
     """Tokens times layers of all passes, as `Work` counts them."""
     layers = len(shape.layer_types)
     passes = sum(len(ids) for _, ids in prompts) * (sum(WEIGHTS.values()) - WEIGHTS["probe"])
-    probed = shape.layer_types.count("full") * shape.kv_heads * 2
+    probed = shape.layer_types.count("full") * (shape.kv_heads + 1) * 2
     kinds = dict.fromkeys(kind for kind, _ in prompts)
     return (passes + probed * len(kinds) * _probe_length(config)) * layers
 
@@ -129,7 +129,9 @@ class _Fit:
         errors = relative_errors(sums)
         by_kind = worst_by_kind(errors, sums.groups)
         risks = by_kind * self._sensitivities(fitted, by_kind, sums.groups, rotations)[..., None]
-        points = curve(risks, densities, self.layers)
+        points = curve(
+            risks, densities, densities + self._scoring(rotations.shape[-1]), self.layers
+        )
         point = pick(points, self.config.target_error, self.config.target_density)
         masks = assemble(
             self.inputs.patterns,
@@ -212,7 +214,7 @@ class _Fit:
         groups: list[str],
         rotations: FloatArray,
     ) -> np.ndarray:
-        """KL per squared error: [layers, kinds, kv_heads]; heads are probed one by one."""
+        """KL per squared error [layers, kinds, kv_heads]; heads are probed alone and by layer."""
         shape, kinds = self.inputs.shape, kinds_of(groups)
         probes = [BARE, self._probe()]
         no_shares = np.zeros((*by_kind.shape[::2], len(self.candidates)))
@@ -229,12 +231,12 @@ class _Fit:
         full = [
             run(self.inputs.model, text.ids, each) for text, each in zip(probed, rows, strict=True)
         ]
-        kls = np.zeros((len(probes), len(shape.layer_types), len(kinds), shape.kv_heads))
+        kls = np.zeros((len(probes), len(shape.layer_types), len(kinds), shape.kv_heads + 1))
         for layer in self.layers:
             stored = self.inputs.store.probes(layer)
             if stored is not None:
                 kls[:, layer] = stored
-            for probe, head in np.ndindex(len(probes), shape.kv_heads):
+            for probe, head in np.ndindex(len(probes), shape.kv_heads + 1):
                 single = alone(masks[probe], layer, head)
                 for kind, text in enumerate(probed):
                     if stored is None:
@@ -275,6 +277,11 @@ class _Fit:
                     share = float(shares[layer, head, index])
                     result[layer, head, index] = dynamic_density(candidate.budget, pages, share)
         return result
+
+    def _scoring(self, head_size: int) -> np.ndarray:
+        """Cost of scoring, in units of dense attention: [candidates]."""
+        ranks = np.array([candidate.rank or 0 for candidate in self.candidates])
+        return ranks / (2 * head_size) * self.config.scoring_cost
 
     def _report(
         self, texts: list[FitText], points: list[Point], point: Point, risks: np.ndarray

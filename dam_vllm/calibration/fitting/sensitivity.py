@@ -4,6 +4,8 @@ The same relative error is harmless in one head and ruins the next token in anot
 is therefore probed alone, all others attending to everything: the mean KL of the next-token
 distribution over its squared error is its sensitivity. It hardly depends on the size of the
 error, so that errors times sensitivities, summed over heads, predict the KL of a whole choice.
+Heads may stand in for each other, so that none is missed alone: all heads of a layer are probed
+together too, and a head's sensitivity is at least its layer's.
 """
 
 from dataclasses import replace
@@ -46,25 +48,37 @@ def relative_errors(sums: Sums) -> np.ndarray:
 
 
 def alone(masks: MaskSet, layer: int, head: int) -> MaskSet:
-    """Masks under which one KV head is as it is and all others read everything."""
+    """Masks under which some of a layer's KV heads are as they are, and all others are dense.
+
+    Args:
+        masks: the mask set.
+        layer: global layer index.
+        head: the KV head, or the number of KV heads for all of the layer's.
+
+    Returns:
+        The masks.
+    """
     modes = np.full_like(masks.modes, HeadMode.DENSE)
-    modes[layer, head] = masks.modes[layer, head]
+    heads = slice(None) if head == masks.kv_heads else head
+    modes[layer, heads] = masks.modes[layer, heads]
     return replace(masks, modes=modes)
 
 
 def sensitivities(kls: np.ndarray, errors: np.ndarray) -> np.ndarray:
-    """KL per squared error, the larger of the probes'.
+    """KL per squared error, the larger of the probes' and of a head's own and its layer's.
 
     Args:
-        kls: [probes, layers, kinds, kv_heads], mean KL that each probe causes.
-        errors: [probes, layers, kinds, kv_heads], its squared error.
+        kls: [probes, layers, kinds, kv_heads + 1], mean KL that each probe causes, the one of all
+            heads together last.
+        errors: [probes, layers, kinds, kv_heads], squared error of each head under the probe.
 
     Returns:
         float64 [layers, kinds, kv_heads]; where no probe errs enough, the largest of all heads.
     """
-    known = errors > LEAST_ERROR
-    each = np.where(known, np.maximum(kls, 0.0) / np.maximum(errors, LEAST_ERROR), -1.0)
+    both = np.concatenate([errors, errors.sum(axis=-1, keepdims=True)], axis=-1)
+    each = np.where(both > LEAST_ERROR, np.maximum(kls, 0) / np.maximum(both, LEAST_ERROR), -1.0)
     found = each.max(axis=0)
+    found = np.maximum(found[..., :-1], found[..., -1:])
     return np.where(found < 0, max(found.max(), 0.0), found)
 
 

@@ -1,0 +1,172 @@
+"""Which candidate each head takes, and what decides it."""
+
+import dataclasses
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from dam_vllm.attention.choose import Budget
+from dam_vllm.attention.naive import dynamic_mask, masked_attention, page_mask
+from dam_vllm.calibration.errors import CalibrationError
+from dam_vllm.calibration.fitting.assemble import assemble
+from dam_vllm.calibration.fitting.candidates import Candidate, Pattern, candidates, layer_patterns
+from dam_vllm.calibration.fitting.choice import DENSE, curve, pick
+from dam_vllm.calibration.fitting.losses import Sums, TextLosses, group_names, text_blocks
+from dam_vllm.calibration.fitting.sensitivity import (
+    alone,
+    relative_errors,
+    sensitivities,
+    worst_by_kind,
+)
+from dam_vllm.calibration.fitting.states import LayerStates
+from dam_vllm.calibration.fitting.texts import FitText
+from dam_vllm.masks.dynamic import BudgetKind
+from dam_vllm.masks.mask_set import HeadMode
+
+PAGE, SIZE = 16, 8
+
+
+def test_a_local_head_turns_static_a_seeking_one_dynamic_a_diffuse_one_dense():
+    costs = np.array([[[0.1, 0.4]] * 3])
+    costs = costs.reshape(1, 3, 2)
+    local, seeking, diffuse = [1e-9, 1e-9], [0.5, 1e-6], [0.9, 0.9]
+    risks = np.array([[local, seeking, diffuse]])[:, None]
+    tight = pick(curve(risks, costs, costs, [0]), 1e-3, None)
+    assert tight.chosen.tolist() == [[0, 1, DENSE]]
+    assert tight.density == pytest.approx((0.1 + 0.4 + 1) / 3)
+    assert tight.loss == pytest.approx(1e-6, rel=0.01)
+    loose = pick(curve(risks, costs, costs, [0]), 2.0, None)
+    assert loose.chosen.tolist() == [[0, 0, 0]]
+
+
+def test_loosening_never_costs_more(rng):
+    risks = rng.random((3, 2, 4, 9)) ** 4
+    densities = rng.random((3, 4, 9))
+    costs = densities + rng.random(9) * 0.2
+    points = curve(risks, densities, costs, [0, 2])
+    assert (points[0].loss, points[0].density) == (0.0, 1.0)
+    for target in (0.01, 0.1, 1.0):
+        found = pick(points, target, None)
+        assert found.loss <= target
+        assert found.cost == min(point.cost for point in points if point.loss <= target)
+        taken = [
+            risks[layer, :, head, index]
+            for layer in (0, 2)
+            for head, index in enumerate(found.chosen[layer])
+            if index != DENSE
+        ]
+        assert found.loss == pytest.approx(float(np.sum(taken, axis=0).max()))
+    assert pick(points, None, 0.5).density <= 0.5
+    with pytest.raises(CalibrationError, match=r"target_density is 1e-05, must be at least 0\."):
+        pick(points, None, 1e-5)
+
+
+def test_a_head_matters_as_its_layer_does():
+    """Two heads that stand in for each other: neither is missed alone, both together are."""
+    errors = np.full((1, 1, 1, 2), 0.5)
+    kls = np.array([[[[0.0, 0.001, 3.0]]]])
+    np.testing.assert_allclose(sensitivities(kls, errors), [[[3.0, 3.0]]])
+    kls = np.array([[[[0.0, 4.0, 3.0]]]])
+    np.testing.assert_allclose(sensitivities(kls, errors), [[[3.0, 8.0]]])
+    unknown = np.concatenate([errors, np.zeros((1, 1, 1, 2))], axis=1)
+    kls = np.array([[[[0.0, 1.0, 0.5]], [[9.0, 9.0, 9.0]]]])
+    np.testing.assert_allclose(sensitivities(kls, unknown)[1], [[2.0, 2.0]])
+
+
+def test_alone(random_masks):
+    masks = random_masks(layers=2, heads=4, kv_heads=2, dynamic=True)
+    dense = HeadMode.DENSE
+    assert alone(masks, 1, 1).modes.tolist() == [[dense, dense], [dense, HeadMode.DYNAMIC]]
+    assert alone(masks, 0, 2).modes.tolist() == [masks.modes[0].tolist(), [dense, dense]]
+
+
+def test_worst_row_group_of_each_kind_counts():
+    errors = np.arange(4.0).reshape(1, 4, 1, 1)
+    groups = ["plain/context", "kv/context", "kv/reply", "lines/context"]
+    assert worst_by_kind(errors, groups).ravel().tolist() == [0.0, 2.0, 3.0]
+
+
+@pytest.fixture
+def patterns(rng, random_masks):
+    """A bare pattern and a random one, of the same shape."""
+    some = random_masks(layers=1, heads=4, kv_heads=2, pcl=64, share=0.05)
+    bare = dataclasses.replace(
+        some,
+        columns=np.zeros_like(some.columns),
+        diagonals=np.zeros_like(some.diagonals),
+        true_bits=np.zeros_like(some.true_bits),
+    )
+    return [Pattern(str(number), partial(copy, each)) for number, each in enumerate((bare, some))]
+
+
+def copy(masks):
+    names = ("columns", "diagonals", "true_bits")
+    return dataclasses.replace(masks, **{name: getattr(masks, name).copy() for name in names})
+
+
+def test_losses_are_those_of_the_masks_that_are_served(rng, patterns):
+    """Every candidate's error, against naive attention under the assembled masks."""
+    torch.manual_seed(int(rng.integers(2**31)))
+    prompt, tokens = 300, 309
+    text = FitText("kv", [0] * tokens, prompt)
+    states = LayerStates(
+        0, torch.randn(4, tokens, SIZE) * 2, torch.randn(2, tokens, SIZE),
+        torch.randn(2, tokens, SIZE), 0.4, 0.0,
+    )  # fmt: skip
+    rotations = np.linalg.qr(rng.normal(size=(1, 2, SIZE, SIZE)))[0].astype("f4")
+    mass = Candidate(0, 5, Budget(BudgetKind.MASS, 0.8, 1, 3))
+    each = [*candidates(patterns, 0, [5])[::4], mass, Candidate(1)]
+    groups = group_names(["kv"])
+    sums = Sums.empty(groups, 1, 2, len(each))
+    blocks = text_blocks(text, groups, 2, PAGE, 128, rng)
+    pages = layer_patterns(patterns, 0, [0], PAGE)
+    TextLosses(text, sums, blocks, pages, each, rotations, PAGE)(states)
+    whole = naive(states, torch.ones(4, tokens, tokens, dtype=torch.bool).tril())
+    rows = {index: [] for index in range(len(groups))}
+    for block in blocks:
+        rows[block.group] += block.position.flatten().tolist()
+    assert set(rows[groups.index("kv/reply")]) == set(range(prompt, tokens))
+    for index, candidate in enumerate(each):
+        masks = assemble(
+            patterns, each, np.full((1, 2), index), rotations, np.zeros((1, 2, len(each))), PAGE
+        )
+        for head in range(2):
+            error = naive(states, served(masks, states, head, prompt)) - whole
+            error = error[:, 2 * head : 2 * head + 2].square().sum(dim=(1, 2))
+            for group, positions in rows.items():
+                expected = float(error[positions].sum())
+                found = sums.error[0, group, head, index]
+                assert found == pytest.approx(expected, rel=1e-3, abs=1e-4), (candidate, groups)
+    norms = whole.square().sum(dim=(1, 2))
+    for group, positions in rows.items():
+        assert sums.norm[0, group] == pytest.approx(float(norms[positions].sum()), rel=1e-4)
+    np.testing.assert_allclose(
+        relative_errors(sums)[0, 1], sums.error[0, 1] / sums.norm[0, 1], rtol=1e-9
+    )
+
+
+def naive(states, mask):
+    query, key, value = (part.transpose(0, 1) for part in (states.query, states.key, states.value))
+    return masked_attention(query, key, value, mask, states.scale)
+
+
+def served(masks, states, head, prompt):
+    """Masks of all heads; the prompt's queries a page together, later ones on their own."""
+    tokens = states.query.shape[1]
+    if masks.dynamic is None:
+        return torch.from_numpy(page_mask(masks, 0, 0, tokens, PAGE))
+    static = page_mask(masks, 0, 0, tokens, PAGE, tile=PAGE)
+    result = torch.from_numpy(static.copy())
+    rotation = torch.from_numpy(masks.dynamic.rotations[0, head])
+    query = states.query[2 * head : 2 * head + 2].transpose(0, 1) @ rotation
+    key = states.key[head] @ rotation
+    parts = [(0, prompt), *((row, row + 1) for row in range(prompt, tokens))]
+    for start, stop in parts:
+        mask = dynamic_mask(
+            masks, 0, head, query[start:stop], key[:stop], static[2 * head, start:stop, :stop],
+            PAGE, states.scale,
+        )  # fmt: skip
+        result[2 * head : 2 * head + 2, start:stop, :stop] = torch.from_numpy(mask)
+    return result
