@@ -167,7 +167,8 @@ def _print_fit(console: "Console", fit: dict[str, Any]) -> None:
     for name in ("target_error", "target_density"):
         if fit[name] is not None:
             table.add_row(name, str(fit[name]))
-    table.add_row("reached", f"density {chosen['density']:.4f}, loss {chosen['loss']:.4f}")
+    reached = ", ".join(f"{name} {chosen[name]:.4f}" for name in ("density", "loss", "cost"))
+    table.add_row("reached", reached)
     table.add_row("curve", f"{len(fit['curve'])} points, see --plot")
     for name in sorted(fit.keys() - FIT_SHOWN):
         table.add_row(name, json.dumps(fit[name]))

@@ -19,10 +19,10 @@ FIT = {
     "seed": 7,
     "texts": [["plain", 20, 20]],
     "heads": [[{"mode": "dense", "error": 0.0}]],
-    "chosen": {"density": 0.1234, "loss": 0.5678, "threshold": 0.2},
+    "chosen": {"density": 0.1234, "loss": 0.5678, "cost": 0.1357},
     "curve": [
-        {"density": 1.0, "loss": 0.0, "threshold": 0.0},
-        {"density": 0.1234, "loss": 0.5678, "threshold": 0.2},
+        {"density": 1.0, "loss": 0.0, "cost": 1.0},
+        {"density": 0.1234, "loss": 0.5678, "cost": 0.1357},
     ],
     "check": {"kv/reply": {"kl": 0.01234, "top1": 0.9876}},
 }
@@ -61,7 +61,7 @@ def test_budgets_target_and_check_are_shown(fitted):
         "1 static",
         "1 dynamic",
         *(words for *_, words in KINDS),
-        "density 0.1234, loss 0.5678",
+        "density 0.1234, loss 0.5678, cost 0.1357",
         "target_density",
         "2 points",
         "kv/reply",

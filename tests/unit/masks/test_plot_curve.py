@@ -5,8 +5,12 @@ from dam_vllm.masks.plot_curve import plot_curve
 
 FIT = {
     "lengths": [2048, 8192],
-    "curve": [{"density": d, "loss": e} for d, e in ((0.5, 0.1), (1.0, 0.0), (0.02, 0.9))],
-    "chosen": {"density": 0.5, "loss": 0.1},
+    "curve": [
+        {"density": 1.0, "cost": 1.0, "loss": 0.0},
+        {"density": 0.5, "cost": 0.6, "loss": 0.1},
+        {"density": 0.02, "cost": 0.3, "loss": 0.9},
+    ],
+    "chosen": {"density": 0.5, "cost": 0.6, "loss": 0.1},
 }
 
 
@@ -16,8 +20,9 @@ def test_points_and_choice_are_drawn(tmp_path, monkeypatch):
     plot_curve(FIT, tmp_path / "curve.png")
     monkeypatch.undo()
     (axes,) = kept[0].axes
-    curve, chosen = axes.lines
-    assert curve.get_xydata().tolist() == [[0.02, 0.9], [0.5, 0.1], [1.0, 0.0]]
+    density, cost, chosen = axes.lines
+    assert density.get_xydata().tolist() == [[1.0, 0.0], [0.5, 0.1], [0.02, 0.9]]
+    assert cost.get_xydata().tolist() == [[1.0, 0.0], [0.6, 0.1], [0.3, 0.9]]
     assert chosen.get_xydata().tolist() == [[0.5, 0.1]]
     assert "8192 tokens" in axes.get_xlabel()
     plt.close(kept[0])
