@@ -137,7 +137,7 @@ def dynamic_mask(
 def _chosen(
     masks: MaskSet, layer: int, head: int, mass: np.ndarray, read: np.ndarray, page: int
 ) -> list[int]:
-    """Pages that a tile chooses, from each row's shares of mass [pages, queries, group]."""
+    """Pages that a tile chooses, of equal ones all; shares of mass [pages, queries, group]."""
     assert masks.dynamic is not None
     kind, budget = masks.dynamic.kinds[layer, head], float(masks.dynamic.budgets[layer, head])
     floor, cap = masks.dynamic.floors[layer, head], masks.dynamic.caps[layer, head]
@@ -153,7 +153,8 @@ def _chosen(
     else:
         count = int(np.ceil(budget / page))
     floor, cap = -(-floor // page), -(-cap // page)
-    return others[: min(max(count, floor), max(cap, floor))]
+    count = min(max(count, floor), max(cap, floor), len(others))
+    return [each for each in others if count and best[each] >= best[others[count - 1]]]
 
 
 def exact_mask(

@@ -66,14 +66,32 @@ def dynamic_masks(kv_heads: int, group: int, head_size: int, rank: int, tokens: 
         kv_heads: KV heads.
         group: query heads a KV head.
         head_size: channels a head.
-        rank: leading channels that score; the basis is the identity, which costs the same.
+        rank: leading channels that score.
         tokens: tokens chosen, rounded up to pages.
 
     Returns:
         The mask set, with a fingerprint that fits no model.
     """
     masks = streaming_masks(kv_heads, 0, 1, group)
-    shape = (1, kv_heads)
+    return with_dynamic_heads(masks, kv_heads, head_size, rank, tokens)
+
+
+def with_dynamic_heads(
+    masks: MaskSet, count: int, head_size: int, rank: int, tokens: int
+) -> MaskSet:
+    """Lets the first KV heads of every layer choose pages beside those that they read anyway.
+
+    Args:
+        masks: the mask set.
+        count: KV heads of each layer that choose.
+        head_size: channels a head.
+        rank: leading channels that score; the basis is the identity, which costs the same.
+        tokens: tokens chosen, rounded up to pages.
+
+    Returns:
+        The mask set.
+    """
+    shape = masks.modes.shape
     dynamic = Dynamic(
         rotations=np.tile(np.eye(head_size, dtype=np.float32), (*shape, 1, 1)),
         ranks=np.full(shape, rank, dtype=np.int32),
@@ -83,5 +101,6 @@ def dynamic_masks(kv_heads: int, group: int, head_size: int, rank: int, tokens: 
         caps=np.full(shape, tokens, dtype=np.int32),
         expected=np.zeros(shape, dtype=np.float32),
     )
-    modes = np.full(shape, HeadMode.DYNAMIC, dtype=np.uint8)
-    return replace(masks, modes=modes, dynamic=dynamic)
+    modes = masks.modes.copy()
+    modes[:, :count] = HeadMode.DYNAMIC
+    return replace(masks, modes=modes, dynamic=dynamic if count else None)

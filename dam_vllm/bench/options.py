@@ -77,6 +77,12 @@ def heads_option(heads: int, kv_heads: int, head_size: int) -> None:
         )
 
 
+def dynamic_option(dynamic: int, kv_heads: int) -> None:
+    """Raises OptionError for more KV heads than there are."""
+    if not 0 <= dynamic <= kv_heads:
+        raise OptionError(f"--dynamic is {dynamic}: must be from 0 to {kv_heads} KV heads")
+
+
 def _integers(text: str) -> list[int]:
     """The numbers of a comma-separated list, or none if one is not a whole number."""
     try:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from dam_vllm.bench.masks import with_dynamic_heads
 from dam_vllm.bench.model import Llama, write_model
 from dam_vllm.masks.baselines import streaming
 from dam_vllm.masks.file import save_mask_set
@@ -15,6 +16,7 @@ from dam_vllm.masks.mask_set import MaskSet
 from dam_vllm.server import Server
 
 CACHE_BYTES = 1_000_000_000
+RANK = 16
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Setup:
         page: tokens a page.
         window: latest tokens that every head reads, beside the first one.
         arguments: further arguments of `vllm serve`.
+        dynamic: KV heads of each layer that choose as many tokens more, by `RANK` channels.
     """
 
     shape: Llama
@@ -34,6 +37,7 @@ class Setup:
     page: int
     window: int
     arguments: tuple[str, ...] = ()
+    dynamic: int = 0
 
 
 @contextmanager
@@ -54,7 +58,7 @@ def serve(
     cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
     with TemporaryDirectory(prefix="dam-bench-") as folder, ExitStack() as stack:
         model = write_model(Path(folder) / "model", setup.shape, setup.length)
-        masks = streaming(str(model), 1, setup.window)
+        masks = _masks(setup, model)
         file = Path(folder) / "masks.safetensors"
         save_mask_set(masks, file)
         common = [
@@ -71,6 +75,11 @@ def serve(
             arguments = common if options is None else [*common, *_choice(file, options)]
             servers[name] = stack.enter_context(Server(model, arguments, environment, 600.0))
         yield servers, masks
+
+
+def _masks(setup: Setup, model: Path) -> MaskSet:
+    masks = streaming(str(model), 1, setup.window)
+    return with_dynamic_heads(masks, setup.dynamic, setup.shape.head_size, RANK, setup.window - 1)
 
 
 def _choice(masks: Path, options: Mapping[str, object]) -> list[str]:

@@ -19,7 +19,8 @@ from dam_vllm.calibration.coverage import Coverage
 from dam_vllm.calibration.errors import CalibrationError, CalibrationStopped
 from dam_vllm.calibration.fit import fit_masks, with_measures
 from dam_vllm.calibration.fitting.candidates import Pattern
-from dam_vllm.calibration.fitting.run import FitInputs, Prompt, fit_cost, fit_modes, fit_prompts
+from dam_vllm.calibration.fitting.inputs import FitInputs, Prompt, fit_cost, fit_prompts
+from dam_vllm.calibration.fitting.run import fit_modes
 from dam_vllm.calibration.fitting.store import FitStore
 from dam_vllm.calibration.lengths import choose_lengths, full_layers, map_memory
 from dam_vllm.calibration.map_capture import MapPlan, capture_maps

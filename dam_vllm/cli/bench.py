@@ -1,7 +1,7 @@
 """`dam-vllm bench kernel|scoring|plan|e2e|all`: speed beside a peer in the same run, as ratios."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +13,7 @@ EAGER = ("--enforce-eager",)
 LENGTHS = "1024,2048,4096,8192,16384"
 KERNEL_LENGTHS, PAGES, DENSITIES = "4096,8192,16384", "32,128", "0.05,0.1,0.2"
 HEAD_SIZES, SCORING_LENGTHS, RANKS = "32,64,128", "16384", "16,32"
-PAGE, WINDOW, ROUNDS, FLEX_UP_TO = 128, 513, 3, 8192
+PAGE, WINDOW, HEAD_SIZE, ROUNDS, FLEX_UP_TO = 128, 513, 64, 3, 8192
 FILE_WIDTH = 130  # where output goes to a file, no column needs to be cut
 
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the rows to this file.")]
@@ -93,12 +93,17 @@ def e2e(
     page: Page = PAGE,
     window: Window = WINDOW,
     rounds: Rounds = ROUNDS,
+    head_size: Annotated[int, typer.Option(min=32, help="Channels a head.")] = HEAD_SIZE,
+    dynamic: Annotated[
+        int, typer.Option(min=0, help="KV heads of 8 that choose as many tokens more.")
+    ] = 0,
     crossover: Crossover = False,
     enforce_eager: Eager = False,
     json: Json = None,
 ) -> None:
     """Time to the first and to each later token over HTTP, stock `vllm serve` and dam in turn."""
-    _finish([_e2e(lengths, page, window, rounds, crossover, enforce_eager)], json)
+    heads = (head_size, dynamic)
+    _finish([_e2e(lengths, page, window, heads, rounds, crossover, enforce_eager)], json)
 
 
 @app.command(name="all")
@@ -108,7 +113,7 @@ def every(json: Json = None) -> None:
         _kernel(KERNEL_LENGTHS, PAGES, DENSITIES, (32, 8, 64), FLEX_UP_TO, 5),
         _scoring(HEAD_SIZES, SCORING_LENGTHS, PAGES, RANKS, 4, 5),
         _plan(PAGE, WINDOW, ROUNDS, False),
-        _e2e(LENGTHS, PAGE, WINDOW, ROUNDS, True, False),
+        _e2e(LENGTHS, PAGE, WINDOW, (HEAD_SIZE, 0), ROUNDS, True, False),
     ]
     _finish(benchmarks, json)
 
@@ -174,19 +179,37 @@ def _plan(page: int, window: int, rounds: int, eager: bool) -> Benchmark:
 
 
 def _e2e(
-    lengths: str, page: int, window: int, rounds: int, crossover: bool, eager: bool
+    lengths: str,
+    page: int,
+    window: int,
+    heads: tuple[int, int],
+    rounds: int,
+    crossover: bool,
+    eager: bool,
 ) -> Benchmark:
     from dam_vllm.bench import e2e
     from dam_vllm.bench.model import LONG
-    from dam_vllm.bench.options import lengths_option, pages_option, window_option
+    from dam_vllm.bench.options import (
+        dynamic_option,
+        heads_option,
+        lengths_option,
+        pages_option,
+        window_option,
+    )
     from dam_vllm.bench.serving import Setup
 
     tokens = lengths_option(lengths, 128, 32768)
     pages_option(str(page), "--page")
     window_option(window)
-    setup = Setup(LONG, max(tokens) + 128, page, window, EAGER if eager else ())
+    head_size, dynamic = heads
+    heads_option(LONG.heads, LONG.kv_heads, head_size)
+    dynamic_option(dynamic, LONG.kv_heads)
+    shape = replace(LONG, head_size=head_size)
+    arguments = EAGER if eager else ()
+    setup = Setup(shape, max(tokens) + 128, page, window, arguments, dynamic)
+    choosing = f", {dynamic} KV heads choose" if dynamic else ""
     return Benchmark(
-        f"over HTTP, {LONG.describe()}, page {page}, first token and window of {window}",
+        f"over HTTP, {shape.describe()}, page {page}, first token and window of {window}{choosing}",
         e2e.TARGETS,
         1 + len(tokens),
         lambda advance: e2e.measure(setup, tokens, rounds, crossover, advance),

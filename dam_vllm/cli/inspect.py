@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from dam_vllm.masks.mask_set import MaskSet
 
 DEFAULT_PAGE = 16
-FIT_SHOWN = {"target_error", "target_density", "chosen", "curve", "check", "heads", "texts"}
+FIT_SHOWN = {"target_error", "target_density", "chosen", "proven", "check"}
+FIT_HIDDEN = {"curves", "heads", "texts"}
 
 
 def inspect(
@@ -169,8 +170,9 @@ def _print_fit(console: "Console", fit: dict[str, Any]) -> None:
             table.add_row(name, str(fit[name]))
     reached = ", ".join(f"{name} {chosen[name]:.4f}" for name in ("density", "loss", "cost"))
     table.add_row("reached", reached)
-    table.add_row("curve", f"{len(fit['curve'])} points, see --plot")
-    for name in sorted(fit.keys() - FIT_SHOWN):
+    proven = ", ".join(f"{each['density']:.4f} {each['loss']:.4f}" for each in fit["proven"])
+    table.add_row("measured", f"density and loss: {proven}; curves: see --plot")
+    for name in sorted(fit.keys() - FIT_SHOWN - FIT_HIDDEN):
         table.add_row(name, json.dumps(fit[name]))
     console.print(table)
     check = Table(title="check on other texts")

@@ -4,12 +4,17 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+# How far the predictions of the loss trust probes of whole layers over those of single heads.
+TRUSTS = (0.0, 0.25, 0.5, 0.75, 1.0)
+PROOFS_A_CURVE = 3  # choices measured at most for an error; for a density one is enough
+
 
 class FitConfig(BaseModel):
     """How heads' modes and budgets are fitted.
 
     Attributes:
-        target_error: largest context-aware loss, or None.
+        target_error: largest context-aware loss: mean KL of the next token in nats, of the kind of
+            text that loses most; or None.
         target_density: largest density of a prompt of the longest length, or None.
         page: tokens a page, as served.
         lengths: tokens of the texts with a question.
@@ -50,3 +55,8 @@ class FitConfig(BaseModel):
                 f"{self.target_density}: exactly one of them must be given"
             )
         return self
+
+    @property
+    def proofs(self) -> int:
+        """Choices that are measured at most."""
+        return len(TRUSTS) * (1 if self.target_error is None else PROOFS_A_CURVE)

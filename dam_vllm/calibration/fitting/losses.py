@@ -1,11 +1,12 @@
 """The context-aware loss: what a KV head's candidates change in its layer's attention output.
 
-Errors are summed apart for each group of rows: a kind of text, and whether the row is plain
-context, lies in the page that ends a question, or belongs to the reply. A few rows of a reply
-that need something far back then count as much as thousands of rows that look at their own
-surroundings.
+Errors are summed apart for each group of rows: a kind of text, its length, and whether the row is
+plain context, lies in the page that ends a question, or belongs to the reply. A few rows of a
+long text's reply that need something far back then count as much as thousands of rows that look
+at their own surroundings.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -27,7 +28,7 @@ class Sums:
     """What one text adds; a row of each array is a layer.
 
     Attributes:
-        groups: names "kind/part" of the groups of rows.
+        groups: names "kind/part/length" of the groups of rows.
         error: float64 [layers, groups, kv_heads, candidates], squared errors.
         norm: float64 [layers, groups], squared norms of the layer's whole attention output.
         chosen: float64 [layers, kv_heads, candidates], pages chosen in prefill.
@@ -56,10 +57,31 @@ class Sums:
             getattr(self, name)[...] += getattr(other, name)
 
 
-def group_names(kinds: list[str]) -> list[str]:
-    """All groups of some kinds of text."""
-    parts = {kind: (CONTEXT,) if kind == PLAIN else (CONTEXT, QUESTION, REPLY) for kind in kinds}
-    return [f"{kind}/{part}" for kind in kinds for part in parts[kind]]
+def group_names(texts: Sequence[FitText], lengths: Sequence[int]) -> list[str]:
+    """All groups of some texts' rows.
+
+    Args:
+        texts: the texts.
+        lengths: that those with a question were made for.
+
+    Returns:
+        Names, in order of the texts.
+    """
+    parts = {PLAIN: (CONTEXT,)}
+    return list(
+        dict.fromkeys(
+            _group(text, part, lengths)
+            for text in texts
+            for part in parts.get(text.kind, (CONTEXT, QUESTION, REPLY))
+        )
+    )
+
+
+def _group(text: FitText, part: str, lengths: Sequence[int]) -> str:
+    if text.kind == PLAIN:
+        return f"{text.kind}/{part}/any"
+    nearest = min(lengths, key=lambda length: abs(length - text.prompt))
+    return f"{text.kind}/{part}/{nearest}"
 
 
 @dataclass(frozen=True)
@@ -140,13 +162,20 @@ class TextLosses:
 
 
 def text_blocks(
-    text: FitText, groups: list[str], tiles: int, page: int, tile: int, rng: np.random.Generator
+    text: FitText,
+    groups: list[str],
+    lengths: Sequence[int],
+    tiles: int,
+    page: int,
+    tile: int,
+    rng: np.random.Generator,
 ) -> list[Block]:
     """Chooses the rows of a text that are measured.
 
     Args:
         text: the text.
         groups: names of all groups.
+        lengths: that texts with a question were made for.
         tiles: static tiles of context, evenly spread.
         page: tokens a page.
         tile: tokens a static tile.
@@ -158,15 +187,15 @@ def text_blocks(
     whole = text.prompt // tile
     edges = np.linspace(0, whole, min(tiles, whole) + 1)
     places = [int(rng.uniform(low, high)) for low, high in pairwise(edges)]
-    context = groups.index(f"{text.kind}/{CONTEXT}")
+    context = groups.index(_group(text, CONTEXT, lengths))
     blocks = [
         Block(context, torch.arange(place * tile, (place + 1) * tile).view(-1, page), True)
         for place in places
     ]
     if text.kind != PLAIN:
         last = torch.arange((text.prompt - 1) // page * page, text.prompt)[None]
-        blocks.append(Block(groups.index(f"{text.kind}/{QUESTION}"), last, False))
-        reply = groups.index(f"{text.kind}/{REPLY}")
+        blocks.append(Block(groups.index(_group(text, QUESTION, lengths)), last, False))
+        reply = groups.index(_group(text, REPLY, lengths))
         # A static tile's selection holds for all of its rows, so rows are cut at tiles.
         for start in range(text.prompt // tile * tile, len(text.ids), tile):
             rows = torch.arange(max(start, text.prompt), min(start + tile, len(text.ids)))

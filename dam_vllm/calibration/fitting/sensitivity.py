@@ -5,7 +5,8 @@ is therefore probed alone, all others attending to everything: the mean KL of th
 distribution over its squared error is its sensitivity. It hardly depends on the size of the
 error, so that errors times sensitivities, summed over heads, predict the KL of a whole choice.
 Heads may stand in for each other, so that none is missed alone: all heads of a layer are probed
-together too, and a head's sensitivity is at least its layer's.
+together too. Where all of them fail, that KL is far beyond what some of them failing causes, so
+that the truth lies between the two; see `dam_vllm.calibration.fitting.proving`.
 """
 
 from dataclasses import replace
@@ -30,7 +31,7 @@ def worst_by_kind(errors: np.ndarray, groups: list[str]) -> np.ndarray:
 
     Args:
         errors: squared relative errors [layers, groups, kv_heads, candidates].
-        groups: names "kind/part".
+        groups: names "kind/part/length".
 
     Returns:
         float64 [layers, kinds, kv_heads, candidates].
@@ -64,13 +65,14 @@ def alone(masks: MaskSet, layer: int, head: int) -> MaskSet:
     return replace(masks, modes=modes)
 
 
-def sensitivities(kls: np.ndarray, errors: np.ndarray) -> np.ndarray:
-    """KL per squared error, the larger of the probes' and of a head's own and its layer's.
+def sensitivities(kls: np.ndarray, errors: np.ndarray, trust: float) -> np.ndarray:
+    """KL per squared error: the probes' largest of a head alone, moved towards its layer's.
 
     Args:
         kls: [probes, layers, kinds, kv_heads + 1], mean KL that each probe causes, the one of all
             heads together last.
         errors: [probes, layers, kinds, kv_heads], squared error of each head under the probe.
+        trust: how far probes of whole layers count, 0 to 1, on a scale of ratios.
 
     Returns:
         float64 [layers, kinds, kv_heads]; where no probe errs enough, the largest of all heads.
@@ -78,8 +80,9 @@ def sensitivities(kls: np.ndarray, errors: np.ndarray) -> np.ndarray:
     both = np.concatenate([errors, errors.sum(axis=-1, keepdims=True)], axis=-1)
     each = np.where(both > LEAST_ERROR, np.maximum(kls, 0) / np.maximum(both, LEAST_ERROR), -1.0)
     found = each.max(axis=0)
-    found = np.maximum(found[..., :-1], found[..., -1:])
-    return np.where(found < 0, max(found.max(), 0.0), found)
+    single, layer = found[..., :-1], np.maximum(found[..., :-1], found[..., -1:])
+    blended = np.maximum(single, 0) ** (1 - trust) * np.maximum(layer, 0) ** trust
+    return np.where(single < 0, max(layer.max(), 0.0), blended)
 
 
 def mean_kl(full: torch.Tensor, other: torch.Tensor) -> float:

@@ -1,4 +1,4 @@
-"""What an unfinished fit has done so far: texts, bases, and each text's sums."""
+"""What an unfinished fit has done so far: texts, bases, sums, probes and proofs."""
 
 import json
 import os
@@ -63,6 +63,21 @@ class FitStore:
     def save_probes(self, layer: int, kls: np.ndarray) -> None:
         """Stores the KL of a layer's probes."""
         self._write(f"fit-probes-{layer:04}", {"kl": kls})
+
+    def proof(self, key: str) -> float | None:
+        """The loss that a choice was measured to have."""
+        return self._proofs().get(key)
+
+    def save_proof(self, key: str, loss: float) -> None:
+        """Stores a choice's measured loss."""
+        path = self._folder / "fit-proofs.json"
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self._proofs() | {key: loss}), encoding="utf-8")
+        os.replace(temporary, path)
+
+    def _proofs(self) -> dict[str, float]:
+        path = self._folder / "fit-proofs.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
     def _write(self, name: str, arrays: dict[str, np.ndarray]) -> None:
         temporary = self._folder / f"{name}.tmp"

@@ -22,6 +22,7 @@ def test_lengths_are_sorted_and_unique():
         (options.window_option, (0,), "--window is 0.*from 1 to 8192"),
         (options.heads_option, (10, 4, 64), "--heads is 10.*multiple of --kv-heads, 4"),
         (options.heads_option, (8, 4, 60), "--head-size is 60.*one of 32, 64"),
+        (options.dynamic_option, (9, 8), "--dynamic is 9.*from 0 to 8 KV heads"),
     ],
 )
 def test_a_bad_value_is_refused_by_name(check, values, said):

@@ -12,8 +12,9 @@ from dam_vllm.attention.naive import dynamic_mask, masked_attention, page_mask
 from dam_vllm.calibration.errors import CalibrationError
 from dam_vllm.calibration.fitting.assemble import assemble
 from dam_vllm.calibration.fitting.candidates import Candidate, Pattern, candidates, layer_patterns
-from dam_vllm.calibration.fitting.choice import DENSE, curve, pick
+from dam_vllm.calibration.fitting.choice import DENSE, Point, curve, pick
 from dam_vllm.calibration.fitting.losses import Sums, TextLosses, group_names, text_blocks
+from dam_vllm.calibration.fitting.proving import prove
 from dam_vllm.calibration.fitting.sensitivity import (
     alone,
     relative_errors,
@@ -63,16 +64,47 @@ def test_loosening_never_costs_more(rng):
         pick(points, None, 1e-5)
 
 
-def test_a_head_matters_as_its_layer_does():
+def test_a_head_matters_between_itself_and_its_layer():
     """Two heads that stand in for each other: neither is missed alone, both together are."""
     errors = np.full((1, 1, 1, 2), 0.5)
-    kls = np.array([[[[0.0, 0.001, 3.0]]]])
-    np.testing.assert_allclose(sensitivities(kls, errors), [[[3.0, 3.0]]])
+    kls = np.array([[[[0.0, 0.02, 2.0]]]])
+    np.testing.assert_allclose(sensitivities(kls, errors, 0.0), [[[0.0, 0.04]]])
+    np.testing.assert_allclose(sensitivities(kls, errors, 0.5), [[[0.0, np.sqrt(0.04 * 2)]]])
+    np.testing.assert_allclose(sensitivities(kls, errors, 1.0), [[[2.0, 2.0]]])
     kls = np.array([[[[0.0, 4.0, 3.0]]]])
-    np.testing.assert_allclose(sensitivities(kls, errors), [[[3.0, 8.0]]])
+    np.testing.assert_allclose(sensitivities(kls, errors, 1.0), [[[3.0, 8.0]]])
     unknown = np.concatenate([errors, np.zeros((1, 1, 1, 2))], axis=1)
     kls = np.array([[[[0.0, 1.0, 0.5]], [[9.0, 9.0, 9.0]]]])
-    np.testing.assert_allclose(sensitivities(kls, unknown)[1], [[2.0, 2.0]])
+    for trust in (0.0, 0.5, 1.0):
+        np.testing.assert_allclose(sensitivities(kls, unknown, trust)[1], [[2.0, 2.0]])
+
+
+def point(loss, density):
+    return Point(loss, density, density + 0.1, np.full((1, 1), round(density * 100)))
+
+
+HOPEFUL = [point(0.0, 1.0), point(0.1, 0.4), point(0.2, 0.2), point(0.9, 0.05)]
+WARY = [point(0.0, 1.0), point(0.1, 0.6), point(1.0, 0.3), point(2.0, 0.1)]
+
+
+def test_the_measured_loss_decides_within_a_density():
+    truth = {0.2: 3.0, 0.3: 0.4}
+    asked = []
+    proven = prove(
+        [HOPEFUL, WARY], None, 0.35, lambda each: asked.append(each) or truth[each.density]
+    )
+    assert [(each.density, each.loss) for each in proven] == [(0.3, 0.4), (0.2, 3.0)]
+    assert len(asked) == 2
+
+
+def test_an_error_is_kept_as_measured():
+    """A hopeful prediction is corrected until its proposal holds, or dense is left."""
+    truth = {0.05: 8.0, 0.2: 1.5, 0.4: 0.6, 0.3: 0.7, 0.6: 0.05, 1.0: 0.0}
+    proven = prove([HOPEFUL, WARY], 1.0, None, lambda each: truth[each.density])
+    assert (proven[0].density, proven[0].loss) == (0.3, 0.7)
+    assert [each.density for each in proven[1:]] == [0.05, 0.4]
+    hopeless = prove([HOPEFUL], 1.0, None, lambda each: 9.0 * (each.density < 1.0))
+    assert (hopeless[0].density, hopeless[0].loss) == (1.0, 0.0)
 
 
 def test_alone(random_masks):
@@ -84,8 +116,16 @@ def test_alone(random_masks):
 
 def test_worst_row_group_of_each_kind_counts():
     errors = np.arange(4.0).reshape(1, 4, 1, 1)
-    groups = ["plain/context", "kv/context", "kv/reply", "lines/context"]
+    groups = ["plain/context/any", "kv/context/256", "kv/reply/512", "lines/context/256"]
     assert worst_by_kind(errors, groups).ravel().tolist() == [0.0, 2.0, 3.0]
+
+
+def test_groups_tell_kinds_parts_and_lengths_apart():
+    texts = [FitText("plain", [], 700), FitText("kv", [], 240), FitText("kv", [], 500)]
+    assert group_names(texts, [256, 512]) == [
+        "plain/context/any",
+        *(f"kv/{part}/{length}" for length in (256, 512) for part in ("context", "question", "reply")),
+    ]  # fmt: skip
 
 
 @pytest.fixture
@@ -118,16 +158,16 @@ def test_losses_are_those_of_the_masks_that_are_served(rng, patterns):
     rotations = np.linalg.qr(rng.normal(size=(1, 2, SIZE, SIZE)))[0].astype("f4")
     mass = Candidate(0, 5, Budget(BudgetKind.MASS, 0.8, 1, 3))
     each = [*candidates(patterns, 0, [5])[::4], mass, Candidate(1)]
-    groups = group_names(["kv"])
+    groups = group_names([text], [256, 512])
     sums = Sums.empty(groups, 1, 2, len(each))
-    blocks = text_blocks(text, groups, 2, PAGE, 128, rng)
+    blocks = text_blocks(text, groups, [256, 512], 2, PAGE, 128, rng)
     pages = layer_patterns(patterns, 0, [0], PAGE)
     TextLosses(text, sums, blocks, pages, each, rotations, PAGE)(states)
     whole = naive(states, torch.ones(4, tokens, tokens, dtype=torch.bool).tril())
     rows = {index: [] for index in range(len(groups))}
     for block in blocks:
         rows[block.group] += block.position.flatten().tolist()
-    assert set(rows[groups.index("kv/reply")]) == set(range(prompt, tokens))
+    assert set(rows[groups.index("kv/reply/256")]) == set(range(prompt, tokens))
     for index, candidate in enumerate(each):
         masks = assemble(
             patterns, each, np.full((1, 2), index), rotations, np.zeros((1, 2, len(each))), PAGE

@@ -12,7 +12,8 @@ from dam_vllm.calibration.capture import register
 from dam_vllm.calibration.errors import CalibrationStopped
 from dam_vllm.calibration.fitting.candidates import Pattern
 from dam_vllm.calibration.fitting.config import FitConfig
-from dam_vllm.calibration.fitting.run import FitInputs, fit_modes
+from dam_vllm.calibration.fitting.inputs import FitInputs
+from dam_vllm.calibration.fitting.run import fit_modes
 from dam_vllm.calibration.fitting.store import FitStore
 from dam_vllm.calibration.progress import Reporter, Work
 from dam_vllm.masks.mask_set import HeadMode
@@ -74,9 +75,11 @@ def test_a_stopped_fit_goes_on_to_the_same_masks(tmp_path, share):
 def test_the_file_tells_what_was_fitted(tmp_path):
     masks, _ = fit(tmp_path)
     told = masks.header.parameters["fit"]
-    assert told["chosen"] in told["curve"]
+    assert told["chosen"] == told["proven"][0]
+    assert told["chosen"]["loss"] == min(each["loss"] for each in told["proven"])
+    assert len(told["proven"]) == len(told["curves"]) == CONFIG.proofs
     assert told["chosen"]["density"] <= CONFIG.target_density
     assert set(told["check"]) == set(LENGTHS)
     assert sorted(length for _, length, _ in told["texts"]) == sorted(sum(LENGTHS.values(), ()))
-    modes = [[head["mode"].split()[0] for head in layer] for layer in told["heads"]]
+    modes = [[head.split()[0] for head in layer] for layer in told["heads"]]
     assert modes == [[HeadMode(mode).name.lower() for mode in layer] for layer in masks.modes]

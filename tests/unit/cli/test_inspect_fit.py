@@ -18,12 +18,18 @@ FIT = {
     "lengths": [2048, 8192],
     "seed": 7,
     "texts": [["plain", 20, 20]],
-    "heads": [[{"mode": "dense", "error": 0.0}]],
+    "heads": [["dense"]],
     "chosen": {"density": 0.1234, "loss": 0.5678, "cost": 0.1357},
-    "curve": [
-        {"density": 1.0, "loss": 0.0, "cost": 1.0},
+    "proven": [
         {"density": 0.1234, "loss": 0.5678, "cost": 0.1357},
+        {"density": 0.1111, "loss": 0.6789, "cost": 0.1246},
     ],
+    "curves": {
+        "0.5": [
+            {"density": 1.0, "loss": 0.0, "cost": 1.0},
+            {"density": 0.1234, "loss": 0.4, "cost": 0.1357},
+        ]
+    },
     "check": {"kv/reply": {"kl": 0.01234, "top1": 0.9876}},
 }
 KINDS = (
@@ -63,13 +69,13 @@ def test_budgets_target_and_check_are_shown(fitted):
         *(words for *_, words in KINDS),
         "density 0.1234, loss 0.5678, cost 0.1357",
         "target_density",
-        "2 points",
+        "0.1234 0.5678, 0.1111 0.6789",
         "kv/reply",
         "0.01234",
         "0.9876",
     ):
         assert words in shown.output
-    for words in ("target_error", '"curve"'):
+    for words in ("target_error", '"curves"'):
         assert words not in shown.output
 
 

@@ -5,12 +5,12 @@ from dam_vllm.masks.plot_curve import plot_curve
 
 FIT = {
     "lengths": [2048, 8192],
-    "curve": [
-        {"density": 1.0, "cost": 1.0, "loss": 0.0},
-        {"density": 0.5, "cost": 0.6, "loss": 0.1},
-        {"density": 0.02, "cost": 0.3, "loss": 0.9},
-    ],
-    "chosen": {"density": 0.5, "cost": 0.6, "loss": 0.1},
+    "curves": {
+        "0.0": [{"density": 1.0, "loss": 0.0}, {"density": 0.5, "loss": 0.1}],
+        "1.0": [{"density": 1.0, "loss": 0.0}, {"density": 0.02, "loss": 0.9}],
+    },
+    "proven": [{"density": 0.5, "loss": 0.2}, {"density": 0.02, "loss": 0.3}],
+    "chosen": {"density": 0.5, "loss": 0.2},
 }
 
 
@@ -20,10 +20,11 @@ def test_points_and_choice_are_drawn(tmp_path, monkeypatch):
     plot_curve(FIT, tmp_path / "curve.png")
     monkeypatch.undo()
     (axes,) = kept[0].axes
-    density, cost, chosen = axes.lines
-    assert density.get_xydata().tolist() == [[1.0, 0.0], [0.5, 0.1], [0.02, 0.9]]
-    assert cost.get_xydata().tolist() == [[1.0, 0.0], [0.6, 0.1], [0.3, 0.9]]
-    assert chosen.get_xydata().tolist() == [[0.5, 0.1]]
+    alone, layers, measured, chosen = (line.get_xydata().tolist() for line in axes.lines)
+    assert alone == [[1.0, 0.0], [0.5, 0.1]]
+    assert layers == [[1.0, 0.0], [0.02, 0.9]]
+    assert measured == [[0.5, 0.2], [0.02, 0.3]]
+    assert chosen == [[0.5, 0.2]]
     assert "8192 tokens" in axes.get_xlabel()
     plt.close(kept[0])
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
