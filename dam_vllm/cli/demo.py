@@ -18,7 +18,11 @@ def demo(
     seed: Annotated[int, typer.Option(help="Of the questions.")] = 0,
     output: Annotated[Path, typer.Option(help="Folder for masks and picture.")] = Path("out/demo"),
 ) -> None:
-    """Calibrates the demo model, serves it densely and with its masks, and asks both."""
+    """Serves the demo model dense, with static masks and with fitted ones, and asks all three.
+
+    The static masks are the paper's, calibrated now; the fitted ones come with the model.
+    """
+    from dam_vllm.config import MASKS_IN_MODEL
     from dam_vllm.demo import model_dir
 
     if where:
@@ -33,14 +37,17 @@ def demo(
 
     sizes = _lengths(lengths)
     console = Console()
-    masks = _calibrate(output)
-    picture = output / "masks.png"
-    plot_masks(load_mask_set(masks), picture)
+    masks = {"static (paper)": _calibrate(output), "fitted": model_dir() / MASKS_IN_MODEL}
+    for name, file in masks.items():
+        plot_masks(load_mask_set(file), output / f"{name.split()[0]}.png")
     with Progress(console=console) as bar:
-        task = bar.add_task("asking two servers over HTTP", total=2 * samples * len(sizes))
+        total = (1 + len(masks)) * samples * len(sizes)
+        task = bar.add_task("asking three servers over HTTP", total=total)
         rows = serve_and_ask(masks, sizes, samples, seed, lambda: bar.advance(task))
     _print(console, rows)
-    console.print(f"masks:   {masks}\npicture: {picture}", soft_wrap=True)
+    for name, file in masks.items():
+        picture = output / f"{name.split()[0]}.png"
+        console.print(f"{name} masks: {file}, picture: {picture}", soft_wrap=True)
 
 
 def _lengths(text: str) -> list[int]:
@@ -64,13 +71,13 @@ def _calibrate(output: Path) -> Path:
     from dam_vllm.demo import model_dir
 
     folder = model_dir().parent
-    masks = output / "masks.safetensors"
+    masks = output / "static.safetensors"
     output.mkdir(parents=True, exist_ok=True)
     calibrate(
         model=str(folder / "model"),
         data=str(folder / "texts.jsonl"),
         output=masks,
-        config=folder / "calibration.yaml",
+        config=folder / "paper.yaml",
     )
     return masks
 

@@ -1,9 +1,10 @@
-"""The demo: calibrate the packaged model, serve it with and without masks, ask both."""
+"""The demo: serve the packaged model dense, with the paper's masks and with fitted ones."""
 
+import contextlib
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from dam_vllm.masks.file import load_mask_set
 from dam_vllm.masks.pages import density
 from dam_vllm.server import Server, rest
 
+DENSE = "dense"
 PAGE = 32
 MAX_LENGTH = 8704
 REPLY_TOKENS = 48
@@ -23,7 +25,7 @@ class Row:
     """One line of the demo's table.
 
     Attributes:
-        masks: "dense" or the mask file's kind.
+        masks: "dense", or the mask file's name.
         tokens: length of the prompts.
         accuracy: share of right answers.
         density: pages read over pages of dense attention, in the prompt's prefill.
@@ -40,22 +42,24 @@ class Row:
 
 
 def serve_and_ask(
-    masks: Path, lengths: list[int], samples: int, seed: int, advance: Callable[[], None]
+    masks: Mapping[str, Path],
+    lengths: list[int],
+    samples: int,
+    seed: int,
+    advance: Callable[[], None],
 ) -> list[Row]:
-    """Asks the dense server and the one with masks the same questions, length by length.
+    """Asks the dense server and those with masks the same questions, length by length.
 
     Args:
-        masks: mask file of the demo model.
-        lengths: lengths of the prompts in tokens.
+        masks: mask files by the name shown.
+        lengths: tokens of the prompts.
         samples: questions a length.
         seed: of the questions.
         advance: called after every answer.
 
     Returns:
-        Two rows a length.
+        A row for each server and length.
     """
-    options = {"dam": {"masks": str(masks), "dense_below": 0}}
-    dam = ["--attention-backend=dam", "--additional-config", json.dumps(options)]
     common = [
         f"--block-size={PAGE}",
         f"--max-model-len={MAX_LENGTH}",
@@ -63,11 +67,18 @@ def serve_and_ask(
         "--no-enable-prefix-caching",
         "--enforce-eager",
     ]
-    with Server(model_dir(), common) as dense, Server(model_dir(), [*common, *dam]) as sparse:
+    with contextlib.ExitStack() as stack:
+        servers = {DENSE: stack.enter_context(Server(model_dir(), common))}
+        for name, file in masks.items():
+            options = {"dam": {"masks": str(file), "dense_below": 0}}
+            dam = ["--attention-backend=dam", "--additional-config", json.dumps(options)]
+            servers[name] = stack.enter_context(Server(model_dir(), [*common, *dam]))
         rows: list[Row] = []
         for tokens, questions in _questions(lengths, samples, seed):
-            dense_answers = _ask_all(dense.url, questions, advance)
-            rows += _rows(masks, tokens, dense_answers, _ask_all(sparse.url, questions, advance))
+            answers = {
+                name: _ask_all(server.url, questions, advance) for name, server in servers.items()
+            }
+            rows += [_row(name, masks.get(name), tokens, answers) for name in servers]
     return rows
 
 
@@ -82,7 +93,7 @@ def _questions(lengths: list[int], samples: int, seed: int) -> Iterator[tuple[in
 def _ask_all(
     url: str, questions: list[Question], advance: Callable[[], None]
 ) -> list[tuple[bool, float]]:
-    """Asks one server alone, after the other has gone to sleep."""
+    """Asks one server alone, after the others have gone to sleep."""
     rest()
     _ask(url, questions[0])
     answers = []
@@ -115,15 +126,12 @@ def _ask(url: str, question: Question) -> tuple[bool, float]:
     return is_correct(question, reply), first or time.perf_counter() - began
 
 
-def _rows(
-    masks: Path, tokens: int, dense: list[tuple[bool, float]], sparse: list[tuple[bool, float]]
-) -> list[Row]:
-    loaded = load_mask_set(masks)
-    share = float(density(loaded, [tokens], PAGE)[1].mean())
-    base = statistics.median(seconds for _, seconds in dense)
-    rows = []
-    for name, read, answers in (("dense", 1.0, dense), (loaded.header.kind, share, sparse)):
-        seconds = statistics.median(seconds for _, seconds in answers)
-        accuracy = sum(right for right, _ in answers) / len(answers)
-        rows.append(Row(name, tokens, accuracy, read, seconds, base / seconds))
-    return rows
+def _row(
+    name: str, masks: Path | None, tokens: int, answers: Mapping[str, list[tuple[bool, float]]]
+) -> Row:
+    mine = answers[name]
+    share = 1.0 if masks is None else float(density(load_mask_set(masks), [tokens], PAGE)[1].mean())
+    base = statistics.median(seconds for _, seconds in answers[DENSE])
+    seconds = statistics.median(seconds for _, seconds in mine)
+    accuracy = sum(right for right, _ in mine) / len(mine)
+    return Row(name, tokens, accuracy, share, seconds, base / seconds)

@@ -4,7 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from dam_vllm.config import MASKS_IN_MODEL
+from dam_vllm.demo import model_dir
 from dam_vllm.masks.file import load_mask_set
+from dam_vllm.masks.fingerprint import fingerprint
+from dam_vllm.masks.mask_set import HeadMode
 
 pytestmark = pytest.mark.e2e
 
@@ -18,11 +22,23 @@ def test_demo_goes_the_whole_way(tmp_path):
         capture_output=True,
         text=True,
     ).stdout
-    assert load_mask_set(tmp_path / "masks.safetensors").header.kind == "calibrated"
-    assert (tmp_path / "masks.png").stat().st_size > 10_000
-    assert output.count("dense ") >= 2
-    assert output.count("calibrated") >= 2
-    assert str(tmp_path / "masks.png") in output
+    static = load_mask_set(tmp_path / "static.safetensors")
+    assert static.header.kind == "calibrated"
+    assert (static.modes == HeadMode.STATIC).all()
+    assert "fit" not in static.header.parameters
+    for name in ("static", "fitted"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+        assert str(tmp_path / f"{name}.png") in output
+    for name in ("dense ", "static (paper)", "fitted "):
+        assert output.count(name) >= 2
+
+
+def test_shipped_masks_are_fitted():
+    """What serving finds beside the demo model: its own, with dynamic heads and a check."""
+    masks = load_mask_set(model_dir() / MASKS_IN_MODEL)
+    assert masks.header.fingerprint == fingerprint(str(model_dir()))
+    assert (masks.modes == HeadMode.DYNAMIC).any()
+    assert masks.header.parameters["fit"]["check"].keys() == {"plain", "lines", "kv", "needle"}
 
 
 @pytest.mark.parametrize("lengths", ["100", "4k", "9000", ""])
