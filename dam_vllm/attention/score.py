@@ -7,7 +7,7 @@ for a query whatever else is in the batch, so that scores do not depend on it.
 
 import torch
 
-KEY_BLOCK = 2048
+KEY_BLOCK = 4096
 
 
 def peaks_of_rows(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
