@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from dam_vllm.attention.naive import masked_attention, page_mask
-from dam_vllm.attention.plan import build_plan, cut_tiles
+from dam_vllm.attention.plan import VirtualPages, build_plan, cut_tiles
 from dam_vllm.attention.select import PageSelector
 from dam_vllm.masks.pages import page_tables
 
@@ -96,7 +96,8 @@ def test_plan_computes_masked_attention(rng, random_masks, page, dense_below):
     masks = random_masks(layers=2, heads=6, kv_heads=3, pcl=150, share=0.01, dense=True)
     batch = Batch(rng, masks, page, [(777, 411), (300, 1), (129, 129), (5, 5), (640, 2), (1, 1)])
     tiles = cut_tiles(batch.starts, batch.lens, selector_of(masks, page).tile)
-    plan = build_plan(selector_of(masks, page, dense_below), tiles, batch.block_table)
+    where = VirtualPages.of_layers(batch.block_table, masks.layers, masks.kv_heads)
+    plan = build_plan(selector_of(masks, page, dense_below), tiles, where)
     assert plan.block_table.dtype == plan.seq_lens.dtype == torch.int32
     for layer in range(masks.layers):
         result = run(plan, layer, batch, masks.kv_heads)
