@@ -156,7 +156,7 @@ def test_groups_tell_kinds_parts_and_lengths_apart():
     texts = [FitText("plain", [], 700), FitText("kv", [], 240), FitText("kv", [], 500)]
     assert group_names(texts, [256, 512]) == [
         "plain/context/any",
-        *(f"kv/{part}/{length}" for length in (256, 512) for part in ("context", "question", "reply")),
+        *(f"kv/{part}/{size}" for size in (256, 512) for part in ("context", "question", "reply")),
     ]  # fmt: skip
 
 
