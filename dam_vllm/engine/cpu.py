@@ -218,13 +218,16 @@ class DamCPUImpl(CPUAttentionBackendImpl):
         admit(self.config)
         self.dynamic: LayerDynamic | None = None
         self.split: SplitLayers | None = None
+        self.loaded = False
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         super().process_weights_after_loading(act_dtype)
         layers = self.config.compilation_config.static_forward_context.values()
-        ours = (layer.impl for layer in layers if isinstance(layer.impl, DamCPUImpl))
-        if next(ours) is self:
+        impls = (getattr(layer, "impl", None) for layer in layers)
+        # The first layer acts for all, and only once: weights may be loaded again.
+        if next(impl for impl in impls if isinstance(impl, DamCPUImpl)) is self and not self.loaded:
             free_kv_heads(self.config)
+        self.loaded = True
 
     def do_kv_cache_update(
         self,

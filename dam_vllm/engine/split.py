@@ -2,8 +2,9 @@
 
 Each layer is cut into *units* of as many KV heads. To vLLM a unit is a layer: the attention layer
 itself stands for its first unit, a `HeadUnit` for each other one. All units' caches lie in one
-allocation, [blocks, heads a unit, page, 2 * head_size] each, one after the other; seen as one pool
-of virtual pages, a layer's attention is still one call of the kernel, and so is storing its keys.
+allocation, [blocks, heads a unit, page, 2 * head_size] each, one after the other or on top of each
+other where their groups differ; seen as one pool of virtual pages, a layer's attention is still
+one call of the kernel, and so is storing its keys.
 """
 
 import functools
@@ -118,6 +119,10 @@ class SplitLayers:
             kv_cache_dtype=impl.kv_cache_dtype,
         )
 
+    @functools.cached_property
+    def _rows(self) -> dict[str, int]:
+        return {name: row for row, name in enumerate(self.units)}
+
     def _slots(self, name: str) -> torch.Tensor:
         """Slots of new tokens in the pool, int64 [tokens, kv_heads]; negative ones are padding."""
         mappings = get_forward_context().slot_mapping
@@ -125,7 +130,7 @@ class SplitLayers:
         slots = torch.stack(
             [mappings[self.units[name][at // self.heads]] for at in range(len(order))], dim=1
         )
-        offset = self.offset[list(self.units).index(name)][order]
+        offset = self.offset[self._rows[name]][order]
         page = self.pool.shape[2]
         within = (slots // page * self.heads + offset) * page + slots % page
         placed = torch.empty_like(slots)
