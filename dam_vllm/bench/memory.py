@@ -15,11 +15,15 @@ from dam_vllm.bench.model import Llama, write_model
 from dam_vllm.bench.report import Row
 from dam_vllm.bench.timing import Advance
 from dam_vllm.demo import model_dir
+from dam_vllm.engine.memory_run import RESULT
 from dam_vllm.masks.baselines import streaming
 from dam_vllm.masks.file import load_mask_set, save_mask_set
 from dam_vllm.masks.mask_set import HeadMode, MaskSet
 
-TARGETS = "target: capacity ratio >= 1.4 with half of the heads bounded"
+TARGETS = (
+    "target: capacity ratio >= 1.4 with half of the heads bounded; rates are requests a second "
+    "over those of the stock backend, and of dam with kv_free off"
+)
 SHAPE = Llama(layers=16, hidden=128, heads=4, kv_heads=4, head_size=32)
 LIMITS, BOUNDED = (32768, 131072), (0.25, 0.5, 0.75, 1.0)
 PAGE, CHUNK, SINKS, WINDOW = 128, 1024, 4, 512
@@ -90,7 +94,8 @@ class Case:
         )
         if done.returncode:
             raise RuntimeError(f"vLLM ended:\n{(done.stdout + done.stderr)[-6000:]}")
-        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        (line,) = (line for line in done.stdout.splitlines() if line.startswith(RESULT))
+        found: dict[str, Any] = json.loads(line.removeprefix(RESULT))
         return found
 
 

@@ -236,8 +236,8 @@ def _memory(masks: Path | None, plot: Path | None) -> Benchmark:
     file_option(masks, "--masks")
     image_option(plot, "--plot")
     return Benchmark(
-        f"KV memory, random weights: {memory.SHAPE.describe()}, page {memory.PAGE}, chunks of "
-        f"{memory.CHUNK}, {memory.SINKS} sinks and window of {memory.WINDOW}",
+        f"KV memory: {memory.SHAPE.describe()}, page {memory.PAGE}, chunks of {memory.CHUNK}, "
+        f"{memory.SINKS} sinks, window of {memory.WINDOW}",
         memory.TARGETS,
         memory.total(masks),
         lambda advance: memory.measure(masks, plot, advance),

@@ -1,7 +1,7 @@
 """One vLLM engine whose pool of pages is watched: `python -m dam_vllm.engine.memory_run JSON`.
 
-Scheduler and worker run in this process, so that the pool can be seen at every step. The last
-line of the output is the result.
+Scheduler and worker run in this process, so that the pool can be seen at every step. The result
+is the line that starts with RESULT.
 """
 
 import json
@@ -10,6 +10,7 @@ import sys
 import time
 from typing import Any
 
+RESULT = "RESULT "
 MULTIPROCESSING = "VLLM_ENABLE_V1_MULTIPROCESSING"
 
 
@@ -75,4 +76,4 @@ def _answer(llm: Any, requests: int, tokens: int, new: int) -> None:
 
 if __name__ == "__main__":
     os.environ[MULTIPROCESSING] = "0"
-    print("\n" + json.dumps(measure(json.loads(sys.argv[1]))))
+    print(f"\n{RESULT}{json.dumps(measure(json.loads(sys.argv[1])))}", flush=True)

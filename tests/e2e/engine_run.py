@@ -1,6 +1,6 @@
 """One vLLM engine in a process of its own, scheduler and worker at hand: `python -m ... JSON`.
 
-Prints one JSON line: answers, and what became of the pool's pages.
+Prints one line, RESULT and JSON: answers, and what became of the pool's pages.
 """
 
 import json
@@ -11,6 +11,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 PAGE = 32
+RESULT = "RESULT "
 CANCELLED = "cancelled"
 
 
@@ -20,6 +21,10 @@ def main(setup):
 
     if setup.get("sliding_window"):
         use_sliding_window()
+    if setup.get("ranks"):
+        cores = sorted(os.sched_getaffinity(0))
+        ranks = (str(cores[rank % len(cores)]) for rank in range(setup["ranks"]))
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(ranks)
     llm = LLM(**arguments(setup))
     engine = llm.llm_engine.engine_core.engine_core
     pool = engine.scheduler.kv_cache_manager.block_pool
@@ -39,7 +44,7 @@ def main(setup):
         "preempted": watch.preempted,
         "hits": watch.hits,
     }
-    print("\n" + json.dumps(result))
+    print(f"\n{RESULT}{json.dumps(result)}", flush=True)
 
 
 def arguments(setup):
@@ -51,6 +56,7 @@ def arguments(setup):
         "model": str(model_dir()),
         "dtype": setup.get("dtype", "float32"),
         "kv_cache_dtype": setup.get("cache_dtype", "auto"),
+        "tensor_parallel_size": setup.get("ranks", 1),
         "attention_backend": "dam",
         "block_size": PAGE,
         "max_model_len": length,

@@ -16,7 +16,7 @@ from dam_vllm.masks.fingerprint import fingerprint
 from dam_vllm.masks.mask_set import HeadMode
 from dam_vllm.memory.bounds import Bounds, head_bounds
 from tests.conftest import random_mask_set
-from tests.e2e.engine_run import PAGE
+from tests.e2e.engine_run import PAGE, RESULT
 
 pytestmark = pytest.mark.e2e
 
@@ -78,7 +78,8 @@ def run(masks, seed, tmp_path_factory):
             assert done.returncode != 0
             return {}, log
         assert done.returncode == 0, log[-6000:]
-        return json.loads(done.stdout.splitlines()[-1]), log
+        (line,) = (line for line in done.stdout.splitlines() if line.startswith(RESULT))
+        return json.loads(line.removeprefix(RESULT)), log
 
     return ask
 
@@ -170,4 +171,13 @@ def test_fp8_cache_and_dense_requests(run):
     found, log = run(SHORTER, "head", max_len=8192, poison=True, **setup)
     assert "units of 1 KV heads" in log
     assert_close(expected, found, BF16_ROUNDING)
+    assert_whole(found)
+
+
+def test_tensor_parallel(run):
+    """Each rank frees heads of its own, as many as the other."""
+    expected, _ = run(LENGTHS, "off", "mixed")
+    found, log = run(LENGTHS, "head", "mixed", ranks=2)
+    assert "DAM frees KV pages" in log
+    assert_close(expected, found)
     assert_whole(found)
