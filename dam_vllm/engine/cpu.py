@@ -72,11 +72,14 @@ class DamCPUMetadata(CPUAttentionMetadata):
             vLLM's own path reads every page.
         dynamic: what dynamic heads need to choose pages; None where they read every page.
         naive: by layer name, with `kernel: naive`.
+        slots: int64 [groups, tokens], where new tokens go in the pool of split layers, but for
+            each head's offset.
     """
 
     virtual: dict[str, VirtualBatch | None] | None = None
     dynamic: DynamicStep | None = None
     naive: dict[str, NaiveBatch] | None = None
+    slots: torch.Tensor | None = None
 
 
 class DamCPUMetadataBuilder(CPUAttentionMetadataBuilder):

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 import torch
 
-from dam_vllm.attention.plan import Tiles, VirtualPages, build_plan, cut_tiles, plan_pages
+from dam_vllm.attention.plan import VirtualPages, build_plan, cut_tiles
 from dam_vllm.attention.select import PageSelector
 from dam_vllm.engine.admission import Serving
 from dam_vllm.engine.counters import COUNTS
@@ -124,20 +124,21 @@ class Planner:
 
         Arguments and result as for `virtual`.
         """
-        tiles = cut_tiles(step.query_start_loc, step.seq_lens, max(1, self.dense_until))
-        pages = (int(tiles.stop.max()) - 1) // self.selector.page + 1
-        shape = (len(self.layers), len(self._all), len(tiles.index), pages)
-        every = torch.ones(shape, dtype=torch.bool)
-        plan = plan_pages(every, where, tiles, self.selector.page)
+        heads, tokens = len(self._all), int(step.query_start_loc[-1])
+        tables = where.tables().flatten(1, 2)
+        rows = torch.arange(heads)[:, None] * tokens + step.query_start_loc[:-1]
+        starts = torch.cat([rows.flatten(), torch.tensor([heads * tokens])]).int()
+        lens = step.seq_lens.repeat(heads)
+        schedule = self._scheduler.schedule(starts, lens)
         return {
-            name: self._scheduler.static(plan, row, len(self._all), self._all)
+            name: VirtualBatch(None, tables[row], lens, starts, schedule)
             for row, name in enumerate(self.layers)
         }
 
     def count_dense(self, step: Step) -> None:
         """Counts what a dense step reads."""
         if step.max_query_len > 1:
-            tiles: Tiles = cut_tiles(step.query_start_loc, step.seq_lens, self.selector.tile)
+            tiles = cut_tiles(step.query_start_loc, step.seq_lens, self.selector.tile)
             causal = (tiles.stop - 1) // self.selector.page + 1
             pages = causal.expand(self.selector.layers, self.selector.heads, -1)
             COUNTS.add(pages, tiles, step.query_start_loc.diff(), self.selector.page)

@@ -20,6 +20,8 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from dam_vllm.attention.plan import VirtualPages
 from dam_vllm.engine.planner import Planner
 
+PADDING = -(2**62)  # negative, whatever is added
+
 
 class HeadUnit(AttentionLayerBase):
     """Further KV heads of an attention layer, with a cache and a block table of their own."""
@@ -119,23 +121,21 @@ class SplitLayers:
             kv_cache_dtype=impl.kv_cache_dtype,
         )
 
+    def _slots(self, name: str) -> torch.Tensor:
+        """Slots of new tokens in the pool, int64 [tokens, kv_heads]; negative ones are padding."""
+        context = get_forward_context()
+        metadata, page = context.attn_metadata[self.home], self.pool.shape[2]
+        group, members = self._groups
+        if metadata.slots is None:
+            slots = torch.stack([context.slot_mapping[unit] for unit in members])
+            placed = slots // page * (self.heads * page) + slots % page
+            metadata.slots = torch.where(slots < 0, PADDING, placed)
+        row = self._rows[name]
+        return (metadata.slots[group[row]] + self.offset[row, :, None] * page).t()
+
     @functools.cached_property
     def _rows(self) -> dict[str, int]:
         return {name: row for row, name in enumerate(self.units)}
-
-    def _slots(self, name: str) -> torch.Tensor:
-        """Slots of new tokens in the pool, int64 [tokens, kv_heads]; negative ones are padding."""
-        mappings = get_forward_context().slot_mapping
-        order = self.order[name]
-        slots = torch.stack(
-            [mappings[self.units[name][at // self.heads]] for at in range(len(order))], dim=1
-        )
-        offset = self.offset[self._rows[name]][order]
-        page = self.pool.shape[2]
-        within = (slots // page * self.heads + offset) * page + slots % page
-        placed = torch.empty_like(slots)
-        placed[:, order] = torch.where(slots < 0, slots, within)
-        return placed
 
     def _where(self, step: Mapping[str, Any], tokens: int) -> VirtualPages:
         """This step's virtual pages of all layers and heads, for requests of at most `tokens`."""

@@ -166,7 +166,9 @@ def pages_held(masks, lengths):
 
 def test_fp8_cache_and_dense_requests(run):
     """Requests below `dense_below` read everything, longer ones beyond it what masks say."""
-    setup = {"dtype": "bfloat16", "cache_dtype": "fp8", "options": {"dense_below": 1600}}
+    setup = {
+        "dtype": "bfloat16", "cache_dtype": "fp8", "options": {"dense_below": 1600}, "alone": True,
+    }  # fmt: skip
     expected, _ = run(SHORTER, "off", max_len=8192, **setup)
     found, log = run(SHORTER, "head", max_len=8192, poison=True, **setup)
     assert "units of 1 KV heads" in log
