@@ -29,10 +29,10 @@ LIMITS, BOUNDED = (32768, 131072), (0.25, 0.5, 0.75, 1.0)
 PAGE, CHUNK, SINKS, WINDOW = 128, 1024, 4, 512
 WATCHED = 16384
 DEMO_LIMIT, DEMO_PAGE = 8192, 32
-# Requests that fit into the cache where nothing is freed.
 ROOM = 2.2
 # Throughput in a cache of fixed size.
-REQUESTS, TOKENS, NEW, BUSY_LENGTH, BUSY_BOUNDED = 12, 4096, 64, 4352, 0.5
+REQUESTS, TOKENS, NEW, BUSY_LENGTH, BUSY_ROOM = 8, 4096, 384, 4608, 1.2
+BUSY_BOUNDED = (0.5, 0.75)
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,14 @@ class Case:
     page_bytes: int
     dummy: bool
 
-    def run(self, dam: Mapping[str, Any] | None, **setup: int) -> dict[str, Any]:
+    def run(
+        self, dam: Mapping[str, Any] | None, room: float = ROOM, **setup: int
+    ) -> dict[str, Any]:
         """Starts an engine.
 
         Args:
             dam: `dam` options beside the masks, or None for the stock backend.
+            room: requests of the model's length that fit into the cache with all pages kept.
             setup: further parts of `dam_vllm.engine.memory_run.measure`'s setup.
 
         Returns:
@@ -79,7 +82,7 @@ class Case:
             "block_size": self.page,
             "max_model_len": self.length,
             "max_num_batched_tokens": CHUNK,
-            "kv_cache_memory_bytes": int(ROOM * -(-self.length // self.page) * self.page_bytes),
+            "kv_cache_memory_bytes": int(room * -(-self.length // self.page) * self.page_bytes),
             "enable_prefix_caching": False,
             "enforce_eager": True,
         }
@@ -101,7 +104,8 @@ class Case:
 
 def total(demo_masks: Path | None) -> int:
     """Engines that `measure` starts."""
-    return len(LIMITS) * (1 + len(BOUNDED)) + 3 + (0 if demo_masks is None else 2)
+    throughput = 1 + 2 * len(BUSY_BOUNDED)
+    return len(LIMITS) * (1 + len(BOUNDED)) + throughput + (0 if demo_masks is None else 2)
 
 
 def measure(demo_masks: Path | None, plot: Path | None, advance: Advance) -> list[Row]:
@@ -120,7 +124,7 @@ def measure(demo_masks: Path | None, plot: Path | None, advance: Advance) -> lis
     with TemporaryDirectory(prefix="dam-bench-") as folder:
         for cases in _cases(Path(folder), demo_masks):
             rows += _compare(cases, curves, advance)
-        rows.append(_throughput(Path(folder), advance))
+        rows += _throughput(Path(folder), advance)
     if plot is not None:
         plot_held(curves, plot)
     return rows
@@ -170,15 +174,7 @@ def _compare(
     for case in cases:
         found = case.run({}, prompt=prompt)
         advance()
-        row: Row = {
-            "bench": "memory",
-            "case": case.name,
-            "bounded": case.bounded,
-            "max_model_len": case.length,
-            "capacity_dense": dense["capacity"],
-            "capacity_dam": found["capacity"],
-            "capacity_ratio": found["capacity"] / dense["capacity"],
-        }
+        row = _capacity(case, case.name, dense["capacity"], found["capacity"])
         if prompt:
             curves[f"{case.name}, {case.bounded:.0%} of heads bounded"] = found["held"]
             row |= {"watched_tokens": prompt, "peak_mib_dense": _peak(dense)}
@@ -191,28 +187,36 @@ def _peak(found: Mapping[str, Any]) -> float:
     return float(max(held for _, held in found["held"]) / 2**20)
 
 
-def _throughput(folder: Path, advance: Advance) -> Row:
-    """Requests a second in a cache that holds about two dense requests."""
-    case = _case(folder, BUSY_LENGTH, BUSY_BOUNDED)
-    rates = {}
-    for name, options in (
-        ("dense", None),
-        ("kept", {"dense_below": 0, "kv_free": "off"}),
-        ("dam", {"dense_below": 0}),
-    ):
-        found = case.run(options, requests=REQUESTS, tokens=TOKENS, new=NEW)
-        rates[name] = {"rate": REQUESTS / found["seconds"], "capacity": found["capacity"]}
+def _throughput(folder: Path, advance: Advance) -> list[Row]:
+    """Requests a second in a cache that holds one dense request and little more."""
+
+    def rate(case: Case, options: Mapping[str, Any] | None) -> tuple[float, float]:
+        found = case.run(options, BUSY_ROOM, requests=REQUESTS, tokens=TOKENS, new=NEW)
         advance()
+        return REQUESTS / found["seconds"], found["capacity"]
+
+    cases = [_case(folder, BUSY_LENGTH, share) for share in BUSY_BOUNDED]
+    dense, dense_capacity = rate(cases[0], None)
+    rows: list[Row] = []
+    for case in cases:
+        kept, _ = rate(case, {"dense_below": 0, "kv_free": "off"})
+        dam, capacity = rate(case, {"dense_below": 0})
+        rows.append(
+            _capacity(case, f"{REQUESTS} requests at once", dense_capacity, capacity)
+            | {"rate_over_dense": dam / dense, "rate_over_kept": dam / kept}
+        )
+    return rows
+
+
+def _capacity(case: Case, name: str, dense: float, dam: float) -> Row:
     return {
         "bench": "memory",
-        "case": f"{REQUESTS} requests at once",
-        "bounded": BUSY_BOUNDED,
-        "max_model_len": BUSY_LENGTH,
-        "capacity_dense": rates["dense"]["capacity"],
-        "capacity_dam": rates["dam"]["capacity"],
-        "capacity_ratio": rates["dam"]["capacity"] / rates["dense"]["capacity"],
-        "rate_over_dense": rates["dam"]["rate"] / rates["dense"]["rate"],
-        "rate_over_kept": rates["dam"]["rate"] / rates["kept"]["rate"],
+        "case": name,
+        "bounded": case.bounded,
+        "max_model_len": case.length,
+        "capacity_dense": dense,
+        "capacity_dam": dam,
+        "capacity_ratio": dam / dense,
     }
 
 

@@ -19,8 +19,8 @@ def test_share_of_bounded_heads(share):
 
 
 def test_every_engine_is_counted(tmp_path):
-    assert total(None) == 13
-    assert total(tmp_path) == 15
+    assert total(None) == 15
+    assert total(tmp_path) == 17
 
 
 def test_plot_of_pages_held(tmp_path):
