@@ -37,7 +37,7 @@ def free_kv_heads(config: VllmConfig) -> None:
         choices = _choices(config, serving, heads)
         if choices:
             _apply(config, serving, heads, choices[0])
-            _log(config, serving, choices)
+            _log(serving, choices)
             return
         reason = "no choice of bounded KV heads gains enough"
     if get_tensor_model_parallel_rank() == 0:
@@ -85,7 +85,7 @@ def _choices(config: VllmConfig, serving: Serving, heads: HeadBounds) -> list[Fr
     )
 
 
-def _log(config: VllmConfig, serving: Serving, choices: list[Freeing]) -> None:
+def _log(serving: Serving, choices: list[Freeing]) -> None:
     if get_tensor_model_parallel_rank() != 0:
         return
     local = shard(serving.masks.kv_heads)

@@ -2,9 +2,12 @@
 
 import functools
 import json
+import os
+import queue
 import random
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -52,17 +55,25 @@ def masks(tmp_path_factory, seed):
 
 @pytest.fixture(scope="module")
 def run(masks, seed, tmp_path_factory):
-    """Function that runs an engine once a setup: its result, and its log."""
+    """Function that runs an engine once a setup, on a core of its own: its result, and its log."""
     folder = tmp_path_factory.mktemp("runs")
+    cores = queue.SimpleQueue()
+    for core in sorted(os.sched_getaffinity(0))[:2]:
+        cores.put(core)
 
     @functools.cache
     def start(text):
         file = folder / f"{hash(text)}.json"
         file.write_text(text)
-        return subprocess.run(
-            [sys.executable, "-m", "tests.e2e.engine_run", str(file)],
-            capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
+        core = cores.get()
+        try:
+            return subprocess.run(
+                [sys.executable, "-m", "tests.e2e.engine_run", str(file)],
+                env=os.environ | {"VLLM_CPU_OMP_THREADS_BIND": str(core)},
+                capture_output=True, text=True, timeout=300,
+            )  # fmt: skip
+        finally:
+            cores.put(core)
 
     def ask(lengths, free, kind="mixed", pages=1200, fails=False, **setup):
         rng = random.Random(seed)
@@ -82,6 +93,12 @@ def run(masks, seed, tmp_path_factory):
         return json.loads(line.removeprefix(RESULT)), log
 
     return ask
+
+
+def together(*calls):
+    """Results of functions, two at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        return [job.result() for job in [pool.submit(call) for call in calls]]
 
 
 def assert_close(first, second, rounding=ROUNDING):
@@ -113,8 +130,10 @@ SMALL = 480
 )
 def test_equal_in_memory_that_is_too_small_without(run, free, kind):
     """Freed pages are filled with NaN: a stale id that is dereferenced would be seen."""
-    expected, _ = run(LENGTHS, "off", kind)
-    found, log = run(LENGTHS, free, kind, pages=SMALL, poison=True)
+    (expected, _), (found, log) = together(
+        lambda: run(LENGTHS, "off", kind),
+        lambda: run(LENGTHS, free, kind, pages=SMALL, poison=True),
+    )
     assert "DAM frees KV pages" in log
     assert found["poisoned"] > 0
     assert_close(expected, found)
@@ -128,8 +147,10 @@ def test_too_small_without(run):
 
 def test_a_sliding_window_differs(run):
     """The negative control: without sinks the answers are others."""
-    expected, _ = run(LENGTHS, "off", "static")
-    found, _ = run(LENGTHS, "head", "static", pages=SMALL, sliding_window=True)
+    (expected, _), (found, _) = together(
+        lambda: run(LENGTHS, "off", "static"),
+        lambda: run(LENGTHS, "head", "static", pages=SMALL, sliding_window=True),
+    )
     with pytest.raises(AssertionError):
         assert_close(expected, found)
 
@@ -140,10 +161,18 @@ SHORTER = (3001, 1999, 1537, 777, 150)
 def test_prefix_cache_preemption_and_cancellation(run, masks):
     """In chunks that end inside pages; all prompts fit into the pool, what is generated not."""
     new, setup = 160, {"max_len": 4096, "chunk": 500, "kind": "halves", "rounds": 2}
-    expected, _ = run(SHORTER, "off", new=new, **setup)
     needed = pages_held(load_mask_set(Path(masks["halves"])), [n + new - 1 for n in SHORTER])
-    found, log = run(
-        SHORTER, "head", new=new, prefix_caching=True, cancel=True, pages=(needed - 3) / 2, **setup
+    (expected, _), (found, log) = together(
+        lambda: run(SHORTER, "off", new=new, **setup),
+        lambda: run(
+            SHORTER,
+            "head",
+            new=new,
+            prefix_caching=True,
+            cancel=True,
+            pages=(needed - 3) / 2,
+            **setup,
+        ),
     )
     assert "by whole layers (2 of 4)" in log
     assert found["preempted"] > 0
@@ -169,8 +198,10 @@ def test_fp8_cache_and_dense_requests(run):
     setup = {
         "dtype": "bfloat16", "cache_dtype": "fp8", "options": {"dense_below": 1600}, "alone": True,
     }  # fmt: skip
-    expected, _ = run(SHORTER, "off", max_len=8192, **setup)
-    found, log = run(SHORTER, "head", max_len=8192, poison=True, **setup)
+    (expected, _), (found, log) = together(
+        lambda: run(SHORTER, "off", max_len=8192, **setup),
+        lambda: run(SHORTER, "head", max_len=8192, poison=True, **setup),
+    )
     assert "units of 1 KV heads" in log
     assert_close(expected, found, BF16_ROUNDING)
     assert_whole(found)
@@ -178,8 +209,9 @@ def test_fp8_cache_and_dense_requests(run):
 
 def test_tensor_parallel(run):
     """Each rank frees heads of its own, as many as the other."""
-    expected, _ = run(LENGTHS, "off", "mixed")
-    found, log = run(LENGTHS, "head", "mixed", ranks=2)
+    (expected, _), (found, log) = together(
+        lambda: run(LENGTHS, "off", "mixed"), lambda: run(LENGTHS, "head", "mixed", ranks=2)
+    )
     assert "DAM frees KV pages" in log
     assert_close(expected, found)
     assert_whole(found)
