@@ -66,8 +66,8 @@ def fit_cost(prompts: list[Prompt], shape: ModelShape, config: FitConfig) -> int
     once = sum(WEIGHTS[kind] for kind in ("reply", "basis", "loss", "check"))
     passes = sum(len(ids) for _, ids in prompts) * once
     probed = shape.layer_types.count("full") * (shape.kv_heads + 1) * 2
-    kinds = dict.fromkeys(kind for kind, _ in prompts)
-    passes += probed * len(kinds) * probe_length(config)
+    kinds = {kind: 1 if kind == PLAIN else 2 for kind, _ in prompts}
+    passes += probed * sum(kinds.values()) * probe_length(config)
     proven = sum(len(ids) for kind, ids in prompts if is_proof(config, kind, len(ids)))
     passes += proven * (1 + config.proofs) * WEIGHTS["proof"]
     return passes * len(shape.layer_types)

@@ -193,7 +193,7 @@ def text_blocks(
         for place in places
     ]
     if text.kind != PLAIN:
-        last = torch.arange((text.prompt - 1) // page * page, text.prompt)[None]
+        last = torch.arange(text.asking(page), text.prompt)[None]
         blocks.append(Block(groups.index(_group(text, QUESTION, lengths)), last, False))
         reply = groups.index(_group(text, REPLY, lengths))
         # A static tile's selection holds for all of its rows, so rows are cut at tiles.

@@ -38,6 +38,8 @@ def probe(
 ) -> np.ndarray:
     """Runs every probe on every head alone and on all of a layer's heads together.
 
+    Context is probed apart from the rows that look back, those that end a question and its reply.
+
     Args:
         inputs: of the fit.
         candidates: all candidates.
@@ -46,7 +48,8 @@ def probe(
         kinds: kinds of text.
 
     Returns:
-        Mean KL float64 [probes, layers, kinds, kv_heads + 1], the whole layer's last.
+        Mean KL float64 [probes, 2, layers, kinds, kv_heads + 1]: context, then rows that look
+        back; the whole layer's last.
 
     Raises:
         CalibrationStopped: if the caller stopped it; the store holds the finished layers.
@@ -63,21 +66,28 @@ def probe(
     probed = [_text(inputs, texts, kind) for kind in kinds]
     rows = [compared_rows(text, ROWS) for text in probed]
     full = [run(inputs.model, text.ids, each) for text, each in zip(probed, rows, strict=True)]
-    kls = np.zeros((len(masks), size[0], len(kinds), shape.kv_heads + 1))
+    kls = np.zeros((len(masks), 2, size[0], len(kinds), shape.kv_heads + 1))
     for layer in inputs.layers:
         stored = inputs.store.probes(layer)
         if stored is not None:
-            kls[:, layer] = stored
+            kls[:, :, layer] = stored
         for index, head in np.ndindex(len(masks), shape.kv_heads + 1):
             single = alone(masks[index], layer, head)
             for kind, text in enumerate(probed):
-                if stored is None:
-                    with hooked(Simulation(single, page, text.prompt)):
-                        found = run(inputs.model, text.ids, rows[kind])
-                    kls[index, layer, kind, head] = mean_kl(full[kind], found)
-                inputs.advance("probe", text.ids)
-        inputs.store.save_probes(layer, kls[:, layer])
+                for part, span in enumerate(_spans(text, page)):
+                    if stored is None:
+                        with hooked(Simulation(single, page, text.prompt, span)):
+                            found = run(inputs.model, text.ids, rows[kind])
+                        kls[index, part, layer, kind, head] = mean_kl(full[kind], found)
+                    inputs.advance("probe", text.ids)
+        inputs.store.save_probes(layer, kls[:, :, layer])
     return kls
+
+
+def _spans(text: FitText, page: int) -> list[tuple[int, int]]:
+    """Rows of context, and of question and reply where there are any."""
+    asking, end = text.asking(page), len(text.ids)
+    return [(0, asking)] if asking == end else [(0, asking), (asking, end)]
 
 
 def _text(inputs: FitInputs, texts: list[FitText], kind: str) -> FitText:

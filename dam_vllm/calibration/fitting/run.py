@@ -25,7 +25,7 @@ from dam_vllm.calibration.fitting.sensitivity import (
     kinds_of,
     relative_errors,
     sensitivities,
-    worst_by_kind,
+    worst_by_part,
 )
 from dam_vllm.calibration.fitting.states import hooked, prepare, run
 from dam_vllm.calibration.fitting.texts import PLAIN, FitText, with_reply
@@ -98,11 +98,12 @@ class _Fit:
 
     def _risks(self, sums: Sums, texts: list[FitText], rotations: FloatArray) -> list[np.ndarray]:
         """Predicted KL of each candidate [layers, kinds, kv_heads, candidates], by each trust."""
-        by_kind = worst_by_kind(relative_errors(sums), sums.groups)
+        by_part = worst_by_part(relative_errors(sums), sums.groups)
         kinds = kinds_of(sums.groups)
         kls = probe(self.inputs, self.candidates, rotations, texts, kinds)
-        errors = np.stack([by_kind[..., index] for index in probes(self.candidates)])
-        return [by_kind * sensitivities(kls, errors, trust)[..., None] for trust in TRUSTS]
+        errors = np.stack([by_part[..., index] for index in probes(self.candidates)])
+        weights = [sensitivities(kls, errors, trust)[..., None] for trust in TRUSTS]
+        return [(by_part * weight).sum(axis=0) for weight in weights]
 
     def _texts(self) -> list[FitText]:
         """All texts with the model's replies."""

@@ -24,10 +24,13 @@ class Simulation:
         masks: the mask set.
         page: tokens a page.
         prompt: tokens of the prompt.
+        rows: range of the queries that masks hold for, or None for all.
     """
 
-    def __init__(self, masks: MaskSet, page: int, prompt: int) -> None:
-        self.masks, self.page, self.prompt = masks, page, prompt
+    def __init__(
+        self, masks: MaskSet, page: int, prompt: int, rows: tuple[int, int] | None = None
+    ) -> None:
+        self.masks, self.page, self.prompt, self.rows = masks, page, prompt, rows
 
     def __call__(self, states: LayerStates) -> torch.Tensor | None:
         if self.masks.header.layer_types[states.layer] != "full":
@@ -35,13 +38,13 @@ class Simulation:
         sparse = np.flatnonzero(self.masks.modes[states.layer] != HeadMode.DENSE)
         if not len(sparse):
             return None
-        tokens = states.query.shape[1]
+        first, last = self.rows or (0, states.query.shape[1])
         result = _dense(states)
         for head in sparse.tolist():
             pages = self._pages(states, head)
             heads = slice(head * states.group, (head + 1) * states.group)
-            for start in range(0, tokens, ROWS):
-                stop = min(start + ROWS, tokens)
+            for start in range(first, last, ROWS):
+                stop = min(start + ROWS, last)
                 mask = pages[start:stop].repeat_interleave(self.page, dim=1)[:, :stop]
                 mask = mask & torch.ones(stop - start, stop, dtype=torch.bool).tril(start)
                 result[heads, start:stop] = _attend(states, head, heads, start, stop, mask)

@@ -37,6 +37,10 @@ class FitText:
     ids: list[int]
     prompt: int
 
+    def asking(self, page: int) -> int:
+        """First row of the page that ends the question; with a reply's, these rows look back."""
+        return len(self.ids) if self.kind == PLAIN else (self.prompt - 1) // page * page
+
 
 def question_prompts(
     tokenizer: Any, lengths: list[int], samples: int, seed: int

@@ -19,7 +19,7 @@ from dam_vllm.calibration.fitting.sensitivity import (
     alone,
     relative_errors,
     sensitivities,
-    worst_by_kind,
+    worst_by_part,
 )
 from dam_vllm.calibration.fitting.states import LayerStates
 from dam_vllm.calibration.fitting.texts import FitText
@@ -146,10 +146,13 @@ def test_alone(random_masks):
     assert alone(masks, 0, 2).modes.tolist() == [masks.modes[0].tolist(), [dense, dense]]
 
 
-def test_worst_row_group_of_each_kind_counts():
-    errors = np.arange(4.0).reshape(1, 4, 1, 1)
-    groups = ["plain/context/any", "kv/context/256", "kv/reply/512", "lines/context/256"]
-    assert worst_by_kind(errors, groups).ravel().tolist() == [0.0, 2.0, 3.0]
+def test_worst_length_counts_in_context_and_in_replies():
+    errors = np.arange(5.0).reshape(1, 5, 1, 1)
+    groups = ["plain/context/any", "kv/context/256", "kv/reply/512", "kv/question/256",
+              "lines/context/256"]  # fmt: skip
+    context, asking = worst_by_part(errors, groups)
+    assert context.ravel().tolist() == [0.0, 1.0, 4.0]
+    assert asking.ravel().tolist() == [0.0, 3.0, 0.0]
 
 
 def test_groups_tell_kinds_parts_and_lengths_apart():

@@ -78,6 +78,10 @@ def test_simulation_is_attention_over_the_served_pages(
             mask[head * group : (head + 1) * group] = served(masks, states, head, prompt)
         expected = expected_output(states, torch.from_numpy(mask))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        full = expected_output(states, torch.ones_like(torch.from_numpy(mask)).tril())
+        some = Simulation(masks, PAGE, prompt, (17, tokens - 3))(states)
+        expected[:, :17], expected[:, tokens - 3 :] = full[:, :17], full[:, tokens - 3 :]
+        torch.testing.assert_close(some, expected, rtol=1e-4, atol=1e-4)
 
 
 def served(masks, states, head, prompt):
