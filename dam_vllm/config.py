@@ -23,6 +23,8 @@ class DamOptions(BaseModel):
         dense_below: query positions below it attend densely, in tokens; a request shorter than
             this runs dense. Rounded up to whole tiles. The default is the measured length up to
             which sparse attention does not pay on CPU (`dam-vllm bench`).
+        kv_free: "layer" gives KV-cache pages that no head of a layer can read again back to vLLM;
+            "head" those of single KV heads too, where that gains more; "off" keeps all.
         kernel: "auto" is the platform's paged kernel; "naive" is a slow float32 oracle for
             debugging and tests.
         granularity: "page" rounds masks up to pages; "token" is exact, and only the naive
@@ -35,6 +37,7 @@ class DamOptions(BaseModel):
 
     masks: str | None = None
     dense_below: int = Field(default=2048, ge=0)
+    kv_free: Literal["off", "layer", "head"] = "head"
     kernel: Literal["auto", "naive"] = "auto"
     granularity: Literal["page", "token"] = "page"
     fingerprint: Literal["strict", "config"] = "strict"

@@ -22,7 +22,6 @@ class DynamicHeads:
     """A layer's dynamic heads on one worker.
 
     Attributes:
-        heads: local KV heads.
         ranks: leading channels that score, a head.
         budgets: a head.
         static: page tables of these heads, one layer, tiles of one page.
@@ -32,7 +31,6 @@ class DynamicHeads:
         stored: dtype of an fp8 cache, whose keys are handed over as bytes; else None.
     """
 
-    heads: list[int]
     ranks: list[int]
     budgets: list[Budget]
     static: PageSelector
@@ -53,7 +51,7 @@ def select_dynamic(
     query: torch.Tensor,
     keys: torch.Tensor,
     tiles: Tiles,
-    block_table: torch.Tensor,
+    tables: torch.Tensor,
 ) -> torch.Tensor:
     """Selects the pages of each tile from its queries and the cache.
 
@@ -61,10 +59,10 @@ def select_dynamic(
         dynamic: the layer's dynamic heads.
         query: [dynamic heads, tokens, group, channels], rotated; the leading channels, as many as
             the largest rank.
-        keys: [blocks, kv_heads, head_size, page], rotated keys of the cache, these queries' own
+        keys: [virtual pages, head_size, page], rotated keys of the cache, these queries' own
             included.
         tiles: the batch's queries, cut at pages.
-        block_table: int32 [requests, blocks].
+        tables: int32 [dynamic heads, requests, pages], each head's virtual pages.
 
     Returns:
         bool [dynamic heads, tiles, pages], static and own pages included, causal.
@@ -74,12 +72,12 @@ def select_dynamic(
     single = tiles.stop - tiles.start == 1
     query = query.to(dynamic.computed)
     if single.any():
-        _choose_decode(dynamic, query, keys, tiles.take(single), block_table, single, selected)
+        _choose_decode(dynamic, query, keys, tiles.take(single), tables, single, selected)
     for request in tiles.request[~single].unique().tolist():
         longer = (tiles.request == request) & ~single
         mine = tiles.take(longer)
-        table = block_table[request]
-        for at in range(len(dynamic.heads)):
+        for at in range(len(dynamic.ranks)):
+            table = tables[at, request]
             chosen = _choose_prefill(dynamic, at, query[at], keys, mine, table, pages)
             selected[at, longer] |= chosen
     return selected
@@ -90,18 +88,17 @@ def _choose_decode(
     query: torch.Tensor,
     keys: torch.Tensor,
     tiles: Tiles,
-    block_table: torch.Tensor,
+    tables: torch.Tensor,
     single: torch.Tensor,
     selected: torch.Tensor,
 ) -> None:
     """Adds pages for all tiles of one query to `selected`, whose rows `single` they are."""
     own = tiles.index
     each = torch.arange(len(own))
-    table = block_table[tiles.request, : selected.shape[2]]
     after = torch.arange(selected.shape[2])[:, None] > own
-    place = (tiles.stop - 1) % keys.shape[3]
+    place = (tiles.stop - 1) % keys.shape[2]
     for at, rank in enumerate(dynamic.ranks):
-        cached = _gather(dynamic, at, keys, table)
+        cached = _gather(dynamic, at, keys, tables[at, tiles.request, : selected.shape[2]])
         asked = query[at, tiles.row, :, :rank]
         peaks = peaks_of_rows(asked, cached)
         peaks[own, each] = peaks_of_own_page(asked[:, None], cached[each, own], place)
@@ -127,7 +124,7 @@ def _choose_prefill(
     Returns:
         bool [tiles, pages].
     """
-    page, group, rank = keys.shape[3], query.shape[1], dynamic.ranks[at]
+    page, group, rank = keys.shape[2], query.shape[1], dynamic.ranks[at]
     start, stop = int(tiles.start[0]), int(tiles.stop[-1])
     size = max(1, SPAN_ROWS // group // page) * page
     base, end = start // size * size, -(-stop // size) * size
@@ -177,9 +174,9 @@ def _hide_later_pages(logits: torch.Tensor, own: torch.Tensor) -> None:
 def _gather(
     dynamic: DynamicHeads, at: int, keys: torch.Tensor, table: torch.Tensor
 ) -> torch.Tensor:
-    """Leading channels of a head's keys in some pages: contiguous [..., rank, page]."""
-    page, rank = keys.shape[3], dynamic.ranks[at]
-    flat = keys[:, dynamic.heads[at]].flatten(1)[:, : rank * page]
+    """Leading channels of a head's keys in some virtual pages: contiguous [..., rank, page]."""
+    page, rank = keys.shape[2], dynamic.ranks[at]
+    flat = keys.flatten(1)[:, : rank * page]
     found = flat.index_select(0, table.flatten())
     if dynamic.stored is not None:
         found = found.view(dynamic.stored)

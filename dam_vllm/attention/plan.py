@@ -91,43 +91,74 @@ def cut_tiles(query_start_loc: torch.Tensor, seq_lens: torch.Tensor, tile: int) 
     )
 
 
-def build_plan(selector: PageSelector, tiles: Tiles, block_table: torch.Tensor) -> Plan:
+@dataclass(frozen=True)
+class VirtualPages:
+    """Where the virtual pages of a batch's requests lie: id = block * scale + offset.
+
+    Attributes:
+        blocks: int32 [groups, requests, n], block tables of vLLM's cache groups.
+        group: int64 [layers, heads], the group of each head.
+        offset: int64 [layers, heads].
+        scale: virtual pages a block.
+    """
+
+    blocks: torch.Tensor
+    group: torch.Tensor
+    offset: torch.Tensor
+    scale: int
+
+    @classmethod
+    def of_layers(cls, block_table: torch.Tensor, layers: int, kv_heads: int) -> "VirtualPages":
+        """Pages of layers whose caches [blocks, kv_heads, page, ...] share one block table.
+
+        Args:
+            block_table: int32 [requests, n].
+            layers: how many.
+            kv_heads: KV heads of each.
+
+        Returns:
+            The pages, ids counted from the start of each layer's own cache.
+        """
+        offset = torch.arange(kv_heads).expand(layers, kv_heads)
+        return cls(block_table[None], torch.zeros_like(offset), offset, kv_heads)
+
+    def take(self, layer: int, heads: torch.Tensor) -> "VirtualPages":
+        """The pages of some heads of one layer; heads as int64 [n]."""
+        where = (slice(layer, layer + 1), heads)
+        return VirtualPages(self.blocks, self.group[where], self.offset[where], self.scale)
+
+    def tables(self) -> torch.Tensor:
+        """Block tables of virtual pages, int32 [layers, heads, requests, n]."""
+        ids = self.blocks[self.group] * self.scale + self.offset[..., None, None]
+        return ids.int()
+
+
+def build_plan(selector: PageSelector, tiles: Tiles, where: VirtualPages) -> Plan:
     """Turns the selections of all layers and heads into virtual sequences.
 
     Args:
         selector: the worker's page tables.
         tiles: the batch's tiles.
-        block_table: int32 [requests, blocks] of vLLM's cache.
+        where: virtual pages of the same layers and heads.
 
     Returns:
         The plan.
     """
     pages = int((tiles.stop.max() - 1) // selector.page) + 1
-    selected = selector.select(tiles.index, pages)
-    heads = torch.arange(selector.heads)
-    return plan_pages(selected, heads, selector.heads, tiles, block_table, selector.page)
+    return plan_pages(selector.select(tiles.index, pages), where, tiles, selector.page)
 
 
-def plan_pages(
-    selected: torch.Tensor,
-    heads: torch.Tensor,
-    kv_heads: int,
-    tiles: Tiles,
-    block_table: torch.Tensor,
-    page: int,
-) -> Plan:
+def plan_pages(selected: torch.Tensor, where: VirtualPages, tiles: Tiles, page: int) -> Plan:
     """Turns selected pages into virtual sequences.
 
     Args:
         selected: bool [layers, heads, tiles, pages], own pages included.
-        heads: int64 [heads], the KV heads that these are.
-        kv_heads: KV heads of the cache.
+        where: virtual pages of the same layers and heads.
         tiles: the batch's tiles.
-        block_table: int32 [requests, blocks] of vLLM's cache.
         page: tokens a page.
 
     Returns:
-        The plan; its queries hold the listed heads alone, in that order.
+        The plan; its queries hold these heads alone, in that order.
     """
     layers, count, _, pages = selected.shape
     last = tiles.stop - 1
@@ -135,9 +166,7 @@ def plan_pages(
     selected = selected & (torch.arange(pages) <= last_page[:, None])
     shape = (layers, count * len(last))
     counts = selected.sum(-1, dtype=torch.int32).view(shape)
-    ids = block_table[tiles.request, :pages] * kv_heads
-    ids = heads.to(ids.dtype)[:, None, None] + ids
-    table = _compact(selected.view(*shape, pages), counts, ids.view(shape[1], pages))
+    table = _compact(selected.view(*shape, pages), counts, where, tiles.request)
     tail = (last - last_page * page + 1).repeat(count)
     rows = torch.arange(count)[:, None] * tiles.tokens + tiles.row
     return Plan(
@@ -147,13 +176,16 @@ def plan_pages(
     )
 
 
-def _compact(selected: torch.Tensor, counts: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Moves the selected ids to the front of each row.
+def _compact(
+    selected: torch.Tensor, counts: torch.Tensor, where: VirtualPages, request: torch.Tensor
+) -> torch.Tensor:
+    """Moves the ids of selected pages to the front of each row.
 
     Args:
-        selected: bool [layers, n, pages].
+        selected: bool [layers, n, pages], n = heads * tiles.
         counts: int32 [layers, n], selected pages of each row.
-        ids: int32 [n, pages], ids of all pages, the same for every layer.
+        where: virtual pages.
+        request: int64 [tiles].
 
     Returns:
         int32 [layers, n, counts.max()].
@@ -163,5 +195,9 @@ def _compact(selected: torch.Tensor, counts: torch.Tensor, ids: torch.Tensor) ->
     table = torch.zeros((*counts.shape, width), dtype=torch.int32)
     flat = counts.flatten()
     position = torch.arange(len(page)) - torch.repeat_interleave(flat.cumsum(0) - flat, flat)
-    table[layer, row, position] = ids[row, page]
+    _, requests, blocks = where.blocks.shape
+    start = ((where.group[..., None] * requests + request) * blocks).view(counts.shape)
+    offset = where.offset[..., None].expand(*where.offset.shape, len(request)).flatten(1)
+    block = where.blocks.flatten()[start[layer, row] + page]
+    table[layer, row, position] = (block * where.scale + offset[layer, row]).int()
     return table

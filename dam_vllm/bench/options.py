@@ -1,8 +1,11 @@
 """The benchmarks' options, checked: one error names option, value and what is allowed."""
 
+from pathlib import Path
+
 from dam_vllm.config import OptionError
 
 MIN_PAGE, MAX_PAGE, MAX_CHANNELS = 32, 512, 256
+IMAGES = (".png", ".svg", ".pdf")
 
 
 def lengths_option(text: str, least: int, most: int) -> list[int]:
@@ -74,6 +77,21 @@ def heads_option(heads: int, kv_heads: int, head_size: int) -> None:
     if head_size not in sizes:
         raise OptionError(
             f"--head-size is {head_size}: must be one of {', '.join(map(str, sizes))}"
+        )
+
+
+def file_option(path: Path | None, option: str) -> None:
+    """Raises OptionError for a path that is no file."""
+    if path is not None and not path.is_file():
+        raise OptionError(f"{option} is {str(path)!r}: must be an existing file")
+
+
+def image_option(path: Path | None, option: str) -> None:
+    """Raises OptionError for an image that cannot be written."""
+    if path is not None and (path.suffix not in IMAGES or not path.parent.is_dir()):
+        raise OptionError(
+            f"{option} is {str(path)!r}: must end in {', '.join(IMAGES)} and lie in a folder "
+            f"that exists"
         )
 
 

@@ -15,6 +15,7 @@ AmplificationName = Literal[
 
 
 TARGETS = ("target_error", "target_density")
+MEMORY_TARGET = "target_kv_memory"
 
 
 class Amplification(BaseModel):
@@ -105,7 +106,8 @@ def load_config(path: str | Path | None, overrides: dict[str, Any]) -> Calibrati
 
     Args:
         path: the file, or None for the defaults.
-        overrides: values by field name, those of TARGETS for the fit; None means not given.
+        overrides: values by field name, those of TARGETS and MEMORY_TARGET for the fit; None
+            means not given.
 
     Returns:
         The validated settings.
@@ -117,10 +119,12 @@ def load_config(path: str | Path | None, overrides: dict[str, Any]) -> Calibrati
     values = _read(Path(path)) if path is not None else {}
     given = {key: value for key, value in overrides.items() if value is not None}
     targets = {key: given.pop(key) for key in TARGETS if key in given}
+    memory = {key: given.pop(key) for key in (MEMORY_TARGET,) if key in given}
     values |= given
-    if targets:
+    if targets or memory:
         fit = values.get("fit") or {}
-        values["fit"] = {key: fit[key] for key in fit if key not in TARGETS} | targets
+        kept = {key: fit[key] for key in fit if key not in TARGETS or not targets}
+        values["fit"] = kept | targets | memory
     try:
         return CalibrationConfig.model_validate(values)
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""`dam-vllm bench kernel|scoring|plan|e2e|all`: speed beside a peer in the same run, as ratios."""
+"""`dam-vllm bench kernel|scoring|plan|e2e|memory|all`: figures beside a peer in the same run."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -106,14 +106,27 @@ def e2e(
     _finish([_e2e(lengths, page, window, heads, rounds, crossover, enforce_eager)], json)
 
 
+@app.command()
+def memory(
+    masks: Annotated[
+        Path | None, typer.Option(help="Masks for the demo model, which is left out without.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Image of the pages held by tokens.")] = None,
+    json: Json = None,
+) -> None:
+    """Requests that fit into the KV cache, pages held, and throughput, dense against dam."""
+    _finish([_memory(masks, plot)], json)
+
+
 @app.command(name="all")
 def every(json: Json = None) -> None:
-    """All with their defaults, and the crossover; about twenty minutes."""
+    """All with their defaults, and the crossover; about half an hour."""
     benchmarks = [
         _kernel(KERNEL_LENGTHS, PAGES, DENSITIES, (32, 8, 64), FLEX_UP_TO, 5),
         _scoring(HEAD_SIZES, SCORING_LENGTHS, PAGES, RANKS, 4, 5),
         _plan(PAGE, WINDOW, ROUNDS, False),
         _e2e(LENGTHS, PAGE, WINDOW, (HEAD_SIZE, 0), ROUNDS, True, False),
+        _memory(None, None),
     ]
     _finish(benchmarks, json)
 
@@ -213,6 +226,21 @@ def _e2e(
         e2e.TARGETS,
         1 + len(tokens),
         lambda advance: e2e.measure(setup, tokens, rounds, crossover, advance),
+    )
+
+
+def _memory(masks: Path | None, plot: Path | None) -> Benchmark:
+    from dam_vllm.bench import memory
+    from dam_vllm.bench.options import file_option, image_option
+
+    file_option(masks, "--masks")
+    image_option(plot, "--plot")
+    return Benchmark(
+        f"KV memory: {memory.SHAPE.describe()}, page {memory.PAGE}, chunks of {memory.CHUNK}, "
+        f"{memory.SINKS} sinks, window of {memory.WINDOW}",
+        memory.TARGETS,
+        memory.total(masks),
+        lambda advance: memory.measure(masks, plot, advance),
     )
 
 

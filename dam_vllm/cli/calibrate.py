@@ -53,6 +53,13 @@ def calibrate(
         float | None,
         typer.Option(help="Fit every KV head's mode: the lowest error with at most this density."),
     ] = None,
+    target_kv_memory: Annotated[
+        float | None,
+        typer.Option(
+            help="With one of the two: the largest share of KV heads that keep all their KV-cache "
+            "pages while serving; those of the others are freed."
+        ),
+    ] = None,
     texts: Annotated[int | None, typer.Option(help="Largest number of windows.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Windows a forward pass.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the choice and split of texts.")] = None,
@@ -89,6 +96,7 @@ def calibrate(
         "seed": seed,
         "target_error": target_error,
         "target_density": target_density,
+        "target_kv_memory": target_kv_memory,
     }
     try:
         _check(memory_gib, dtype, output)

@@ -20,15 +20,15 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-from dam_vllm.attention.plan import build_plan, cut_tiles
-from dam_vllm.attention.select import PageSelector
 from dam_vllm.config import OptionError
 from dam_vllm.engine.admission import admit
-from dam_vllm.engine.counters import COUNTS
-from dam_vllm.engine.dynamic import DynamicStep, LayerDynamic, layer_dynamic
-from dam_vllm.engine.heads import Shard, shard
-from dam_vllm.engine.naive import FP8_DTYPES, NaiveBatch, serve_naive
+from dam_vllm.engine.dynamic import DynamicStep, LayerDynamic
+from dam_vllm.engine.heads import shard
+from dam_vllm.engine.kv_free import free_kv_heads
+from dam_vllm.engine.naive import NaiveBatch, serve_naive
+from dam_vllm.engine.planner import Planner
 from dam_vllm.engine.report import log_masks
+from dam_vllm.engine.split import SplitLayers
 from dam_vllm.engine.virtual import Scheduler, VirtualBatch, attend
 from dam_vllm.masks.mask_set import HeadMode
 
@@ -68,50 +68,46 @@ class DamCPUMetadata(CPUAttentionMetadata):
     """vLLM's metadata for layers that read everything, and ours for the others.
 
     Attributes:
-        virtual: static and dense heads by layer name, None for a layer without; empty where the
-            whole step reads every page.
-        dynamic: what dynamic heads need, where `virtual` is not empty.
+        virtual: heads whose pages are known by layer name, None for a layer without; empty where
+            vLLM's own path reads every page.
+        dynamic: what dynamic heads need to choose pages; None where they read every page.
         naive: by layer name, with `kernel: naive`.
+        slots: int64 [groups, tokens], where new tokens go in the pool of split layers, but for
+            each head's offset.
     """
 
     virtual: dict[str, VirtualBatch | None] | None = None
     dynamic: DynamicStep | None = None
     naive: dict[str, NaiveBatch] | None = None
+    slots: torch.Tensor | None = None
 
 
 class DamCPUMetadataBuilder(CPUAttentionMetadataBuilder):
-    """Builds the plan of a step for the layers of one KV-cache group."""
+    """Builds the plan of a step for the layers of one KV-cache group.
+
+    Layers whose KV heads lie in several groups are planned together, by `SplitLayers`.
+    """
 
     def __init__(
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: Any
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.serving = admit(vllm_config)
-        self.masked = self._masked_layers(layer_names)
-        self.all_masked = len(self.masked) == len(layer_names)
-        self.static: dict[str, list[int]] = {}
-        self.selector: PageSelector | None = None
         dynamic = (self.serving.masks.modes == HeadMode.DYNAMIC).any()
         if dynamic or self.serving.options.kernel == "naive":
             self._read_plain_layout(layer_names)
-        self.scheduler = Scheduler(
-            group=self.num_heads // self.num_kv_heads,
-            head_size=self.head_dim,
-            dtype=self.dtype,
-            isa=self.isa,
-            kv_cache_dtype=self.kv_cache_dtype,
-        )
-        if self.masked:
-            masks, options = self.serving.masks, self.serving.options
-            local = shard(masks.kv_heads)
-            tables = [local.tables(masks, layer, self.block_size) for layer in self.masked.values()]
-            self.selector = PageSelector(tables, options.dense_below)
-            self._set_up_dynamic(local, self.selector)
-            if get_tensor_model_parallel_rank() == 0:
-                log_masks(self.serving, self.block_size, vllm_config.model_config.max_model_len)
+        attention = vllm_config.compilation_config.static_forward_context
+        self.split: SplitLayers | None = attention[layer_names[0]].impl.split
+        self.planner: Planner | None = None
+        if self.split is None:
+            masked = self._masked_layers(layer_names)
+            self.all_masked = len(masked) == len(layer_names)
+            self.planner = self._planner(masked) if masked else None
+        elif self.split.home in layer_names:
+            self.split.planner = self._planner(self._masked_layers(list(self.split.units)))
 
     def _masked_layers(self, layer_names: list[str]) -> dict[str, int]:
-        """Global indices of this group's layers that the masks hold; the rest is vLLM's."""
+        """Global indices of the layers that the masks hold; the rest is vLLM's."""
         layers = self.vllm_config.compilation_config.static_forward_context
         types = self.serving.masks.header.layer_types
         result = {}
@@ -122,25 +118,22 @@ class DamCPUMetadataBuilder(CPUAttentionMetadataBuilder):
                 result[name] = index
         return result
 
-    def _set_up_dynamic(self, local: Shard, selector: PageSelector) -> None:
-        """Hands dynamic heads to their layers' implementations; keeps the other heads' ids."""
-        layers = self.vllm_config.compilation_config.static_forward_context
-        for name, index in self.masked.items():
-            attention = layers[name]
-            impl = attention.impl
-            impl.dynamic = layer_dynamic(
-                self.serving.masks,
-                index,
-                local,
-                page=self.block_size,
-                dense_below=selector.dense_tiles * selector.tile,
-                scale=impl.scale * (attention._k_scale_float if impl.is_fp8_kv_cache else 1.0),
-                softcap=impl.logits_soft_cap,
-                stored=FP8_DTYPES.get(self.kv_cache_dtype),
-                scheduler=self.scheduler,
-            )
-            dynamic = local.dynamic_heads(self.serving.masks, index)
-            self.static[name] = [head for head in range(selector.heads) if head not in dynamic]
+    def _planner(self, layers: dict[str, int]) -> Planner:
+        masks = self.serving.masks
+        scheduler = Scheduler(
+            group=masks.heads // masks.kv_heads,
+            head_size=self.head_dim,
+            dtype=self.dtype,
+            isa=self.isa,
+            kv_cache_dtype=self.kv_cache_dtype,
+        )
+        local = shard(masks.kv_heads)
+        planner = Planner(self.serving, layers, local, scheduler, self.block_size)
+        planner.set_up_dynamic(self.vllm_config.compilation_config.static_forward_context)
+        if get_tensor_model_parallel_rank() == 0:
+            length = self.vllm_config.model_config.max_model_len
+            log_masks(self.serving, self.block_size, length)
+        return planner
 
     def _read_plain_layout(self, layer_names: list[str]) -> None:
         """Keeps keys in the plain layout that we read ourselves, also where AMX is."""
@@ -154,19 +147,28 @@ class DamCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         fast_build: bool = False,
     ) -> DamCPUMetadata:
         common = common_attn_metadata
-        selector = self.selector
-        if selector is not None and self.serving.options.kernel == "naive":
-            return self._build_naive(common_prefix_len, common, fast_build)
-        dense_until = 0 if selector is None else selector.dense_tiles * selector.tile
-        if selector is None or int(common.seq_lens.max()) <= dense_until:
-            if selector is not None and common.max_query_len > 1:
-                self._count_dense(selector, common)
+        if self.split is not None:
+            return self._geometry(common)
+        planner = self.planner
+        if planner is not None and self.serving.options.kernel == "naive":
+            return self._build_naive(planner, common_prefix_len, common, fast_build)
+        if planner is None or planner.is_dense(common):
+            if planner is not None:
+                planner.count_dense(common)
             return self._stock(common_prefix_len, common, fast_build)
-        virtual, dynamic = self._virtual(selector, common), self._dynamic(common)
-        if not self.all_masked:
+        if self.all_masked:
+            metadata = self._geometry(common)
+        else:
             metadata = self._stock(common_prefix_len, common, fast_build)
-            metadata.virtual, metadata.dynamic = virtual, dynamic
-            return metadata
+        pages = -(-int(common.seq_lens.max()) // self.block_size)
+        where = planner.whole_layers(common.block_table_tensor[:, :pages])
+        metadata.virtual = planner.virtual(common, where)
+        metadata.dynamic = planner.dynamic(common, where)
+        return metadata
+
+    @staticmethod
+    def _geometry(common: CommonAttentionMetadata) -> DamCPUMetadata:
+        """Metadata without a schedule for vLLM's own path."""
         return DamCPUMetadata(
             num_actual_tokens=common.num_actual_tokens,
             max_query_len=common.max_query_len,
@@ -176,8 +178,6 @@ class DamCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             block_table=common.block_table_tensor,
             slot_mapping=common.slot_mapping,
             scheduler_metadata=None,
-            virtual=virtual,
-            dynamic=dynamic,
         )
 
     def _stock(
@@ -186,40 +186,17 @@ class DamCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         stock = super().build(common_prefix_len, common, fast_build)
         return DamCPUMetadata(**vars(stock))
 
-    def _virtual(
-        self, selector: PageSelector, common: CommonAttentionMetadata
-    ) -> dict[str, VirtualBatch | None]:
-        """Virtual sequences of the heads that need no queries to choose their pages."""
-        tiles = cut_tiles(common.query_start_loc, common.seq_lens, selector.tile)
-        plan = build_plan(selector, tiles, common.block_table_tensor)
-        result: dict[str, VirtualBatch | None] = {}
-        for row, name in enumerate(self.masked):
-            heads = self.static[name]
-            result[name] = self.scheduler.static(plan, row, selector.heads, heads)
-            if common.max_query_len > 1:
-                pages = (plan.seq_lens[row] + selector.page - 1) // selector.page
-                new = common.query_start_loc.diff()
-                COUNTS.add(pages.view(selector.heads, -1)[heads], tiles, new, selector.page)
-        return result
-
-    @staticmethod
-    def _count_dense(selector: PageSelector, common: CommonAttentionMetadata) -> None:
-        tiles = cut_tiles(common.query_start_loc, common.seq_lens, selector.tile)
-        causal = (tiles.stop - 1) // selector.page + 1
-        pages = causal.expand(selector.layers, selector.heads, -1)
-        COUNTS.add(pages, tiles, common.query_start_loc.diff(), selector.page)
-
-    def _dynamic(self, common: CommonAttentionMetadata) -> DynamicStep:
-        tiles = cut_tiles(common.query_start_loc, common.seq_lens, self.block_size)
-        return DynamicStep(tiles, common.query_start_loc.diff(), common.block_table_tensor)
-
     def _build_naive(
-        self, common_prefix_len: int, common: CommonAttentionMetadata, fast_build: bool
+        self,
+        planner: Planner,
+        common_prefix_len: int,
+        common: CommonAttentionMetadata,
+        fast_build: bool,
     ) -> DamCPUMetadata:
         metadata = self._stock(common_prefix_len, common, fast_build)
         metadata.naive = {
             name: NaiveBatch(self.serving, layer, shard(self.serving.masks.kv_heads))
-            for name, layer in self.masked.items()
+            for name, layer in planner.layers.items()
         }
         return metadata
 
@@ -240,8 +217,20 @@ class DamCPUImpl(CPUAttentionBackendImpl):
                     f"--attention-backend dam: this model has {feature}, which DAM does not "
                     f"serve; leave the option away"
                 )
-        admit(get_current_vllm_config())
+        self.config = get_current_vllm_config()
+        admit(self.config)
         self.dynamic: LayerDynamic | None = None
+        self.split: SplitLayers | None = None
+        self.loaded = False
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        super().process_weights_after_loading(act_dtype)
+        layers = self.config.compilation_config.static_forward_context.values()
+        impls = (getattr(layer, "impl", None) for layer in layers)
+        # The first layer acts for all, and only once: weights may be loaded again.
+        if next(impl for impl in impls if isinstance(impl, DamCPUImpl)) is self and not self.loaded:
+            free_kv_heads(self.config)
+        self.loaded = True
 
     def do_kv_cache_update(
         self,
@@ -253,6 +242,9 @@ class DamCPUImpl(CPUAttentionBackendImpl):
     ) -> None:
         if self.dynamic is not None:
             key = self.dynamic.rotated_keys(key)
+        if self.split is not None:
+            self.split.store(self, layer, key, value)
+            return
         super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
 
     def forward(
@@ -271,6 +263,9 @@ class DamCPUImpl(CPUAttentionBackendImpl):
             name = layer.layer_name
             if self.dynamic is not None:
                 query = self.dynamic.rotated_queries(query, self.num_kv_heads)
+            if self.split is not None:
+                self._serve(layer, query, self.split.pool, self.split.plan(), output)
+                return output
             if attn_metadata.virtual and name in attn_metadata.virtual:
                 self._serve(layer, query, kv_cache, attn_metadata, output)
                 return output
@@ -290,14 +285,21 @@ class DamCPUImpl(CPUAttentionBackendImpl):
         metadata: DamCPUMetadata,
         output: torch.Tensor,
     ) -> None:
-        """Reads the selected pages; shapes as in vLLM's `forward`, queries rotated."""
+        """Reads the selected pages.
+
+        Args:
+            layer: the attention layer.
+            query: [tokens, heads, head_size], rotated where a head is dynamic.
+            kv_cache: [blocks, kv_heads, page, 2 * head_size], virtual pages in order.
+            metadata: the step's, planned.
+            output: [tokens, heads, head_size], written.
+        """
         tokens, (heads, size) = metadata.num_actual_tokens, query.shape[1:]
         shape = (tokens, self.num_kv_heads, heads // self.num_kv_heads, size)
         asked, result = query[:tokens].view(shape), output[:tokens].view(shape)
         assert metadata.virtual is not None
         batches = [metadata.virtual[layer.layer_name]]
-        if self.dynamic is not None:
-            assert metadata.dynamic is not None
+        if self.dynamic is not None and metadata.dynamic is not None:
             batches.append(self.dynamic.virtual(asked, kv_cache, metadata.dynamic))
         for batch in batches:
             if batch is not None:

@@ -11,7 +11,7 @@ import torch
 
 from dam_vllm.attention.choose import Budget
 from dam_vllm.attention.dynamic import DynamicHeads, select_dynamic
-from dam_vllm.attention.plan import Tiles, plan_pages
+from dam_vllm.attention.plan import Tiles, VirtualPages, plan_pages
 from dam_vllm.attention.rotate import rotate
 from dam_vllm.attention.select import PageSelector
 from dam_vllm.engine.counters import COUNTS
@@ -27,12 +27,12 @@ class DynamicStep:
     Attributes:
         tiles: the batch's queries, cut at pages.
         new: int64 [requests], queries of each request.
-        block_table: int32 [requests, blocks].
+        where: virtual pages of all KV heads of these layers.
     """
 
     tiles: Tiles
     new: torch.Tensor
-    block_table: torch.Tensor
+    where: VirtualPages
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,16 @@ class LayerDynamic:
     """Dynamic heads of one layer on this worker.
 
     Attributes:
-        dynamic: the heads, local ids.
-        heads: int64, the same ids.
+        dynamic: how they choose.
+        heads: int64, their local ids.
+        row: the layer among the step's layers.
         rotations: float32 [heads, head_size, head_size].
         scheduler: makes virtual batches.
     """
 
     dynamic: DynamicHeads
     heads: torch.Tensor
+    row: int
     rotations: torch.Tensor
     scheduler: Scheduler
 
@@ -72,26 +74,29 @@ class LayerDynamic:
 
         Args:
             query: [tokens, kv_heads, group, head_size], rotated.
-            kv_cache: [blocks, kv_heads, page, 2 * head_size], which holds these queries' keys.
+            kv_cache: [blocks, kv_heads, page, 2 * head_size], which holds these queries' keys;
+                all virtual pages in order.
             step: the step.
 
         Returns:
             Virtual sequences of the dynamic heads.
         """
-        blocks, kv_heads, page, width = kv_cache.shape
-        keys = kv_cache.view(blocks, kv_heads, 2, width // 2, page)[:, :, 0]
+        page, width = kv_cache.shape[2:]
+        keys = kv_cache.view(-1, 2, width // 2, page)[:, 0]
         scoring = query.transpose(0, 1)[..., : max(self.dynamic.ranks)]
+        where = step.where.take(self.row, self.heads)
         selected = select_dynamic(
-            self.dynamic, scoring[self.heads], keys, step.tiles, step.block_table
+            self.dynamic, scoring[self.heads], keys, step.tiles, where.tables()[0]
         )
         COUNTS.add(selected.sum(-1), step.tiles, step.new, page)
-        plan = plan_pages(selected[None], self.heads, kv_heads, step.tiles, step.block_table, page)
+        plan = plan_pages(selected[None], where, step.tiles, page)
         return self.scheduler.dynamic(plan, self.heads)
 
 
 def layer_dynamic(
     masks: MaskSet,
     layer: int,
+    row: int,
     shard: Shard,
     page: int,
     dense_below: int,
@@ -105,6 +110,7 @@ def layer_dynamic(
     Args:
         masks: the mask set.
         layer: global layer index.
+        row: the layer among the step's layers.
         shard: KV heads of this rank.
         page: tokens a page.
         dense_below: positions below it read everything, a multiple of static heads' tile.
@@ -123,7 +129,6 @@ def layer_dynamic(
     tables = shard.tables(masks, layer, page, tile=page).take(local)
     few_digits = scheduler.dtype == torch.bfloat16
     dynamic = DynamicHeads(
-        heads=local,
         ranks=[int(masks.dynamic.ranks[layer, head]) for head in heads],
         budgets=[Budget.of(masks.dynamic, layer, head, page) for head in heads],
         static=PageSelector([tables], dense_below),
@@ -133,4 +138,4 @@ def layer_dynamic(
         stored=stored,
     )
     rotations = torch.from_numpy(masks.dynamic.rotations[layer, heads])
-    return LayerDynamic(dynamic, torch.tensor(local), rotations, scheduler)
+    return LayerDynamic(dynamic, torch.tensor(local), row, rotations, scheduler)

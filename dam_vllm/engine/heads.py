@@ -28,18 +28,24 @@ class Shard:
         return [head for head, mode in enumerate(modes) if mode == HeadMode.DYNAMIC]
 
 
-def shard(kv_heads: int) -> Shard:
-    """KV heads of this rank: an even slice, or one head that several ranks share.
+def shards(kv_heads: int, ranks: int) -> list[Shard]:
+    """KV heads of every rank: even slices, or one head that several ranks share.
 
     Args:
         kv_heads: KV heads of the whole model.
+        ranks: tensor-parallel ranks.
 
     Returns:
-        The shard (vllm/model_executor/layers/linear.py, QKVParallelLinear).
+        The shards (vllm/model_executor/layers/linear.py, QKVParallelLinear).
     """
-    rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-    if kv_heads >= size:
-        each = kv_heads // size
-        return Shard(rank * each, (rank + 1) * each)
-    head = rank // (size // kv_heads)
-    return Shard(head, head + 1)
+    if kv_heads >= ranks:
+        each = kv_heads // ranks
+        return [Shard(rank * each, (rank + 1) * each) for rank in range(ranks)]
+    heads = [rank // (ranks // kv_heads) for rank in range(ranks)]
+    return [Shard(head, head + 1) for head in heads]
+
+
+def shard(kv_heads: int) -> Shard:
+    """KV heads of this rank, of `kv_heads` of the whole model."""
+    ranks = shards(kv_heads, get_tensor_model_parallel_world_size())
+    return ranks[get_tensor_model_parallel_rank()]

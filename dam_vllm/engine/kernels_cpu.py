@@ -9,7 +9,7 @@ from vllm import _custom_ops as ops
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
 from dam_vllm.attention.dynamic import select_dynamic
-from dam_vllm.attention.plan import build_plan, cut_tiles
+from dam_vllm.attention.plan import VirtualPages, build_plan, cut_tiles
 from dam_vllm.attention.select import PageSelector
 from dam_vllm.engine.dynamic import DynamicStep, layer_dynamic
 from dam_vllm.engine.heads import Shard
@@ -235,14 +235,14 @@ def dynamic_steps(prompt: Prompt, masks: MaskSet) -> DynamicSteps:
     """
     shape, page = prompt.shape, prompt.shape.page
     every = Shard(0, shape.kv_heads)
-    dynamic = layer_dynamic(masks, 0, every, page, 0, shape.scale, 0.0, None, shape.scheduler())
+    dynamic = layer_dynamic(masks, 0, 0, every, page, 0, shape.scale, 0.0, None, shape.scheduler())
     assert dynamic is not None
     starts, lens = prompt.batch.query_start_loc, prompt.batch.seq_lens
     tiles = cut_tiles(starts, lens, page)
-    step = DynamicStep(tiles, starts.diff(), prompt.batch.block_table_tensor)
+    where = VirtualPages.of_layers(prompt.batch.block_table_tensor, 1, shape.kv_heads)
+    step = DynamicStep(tiles, starts.diff(), where)
     grouped = prompt.query.view(len(prompt.query), shape.kv_heads, -1, shape.head_size)
-    blocks = len(prompt.cache)
-    keys = prompt.cache.view(blocks, shape.kv_heads, 2, shape.head_size, page)[:, :, 0]
+    keys = prompt.cache.view(-1, 2, shape.head_size, page)[:, 0]
     output = torch.empty_like(prompt.query)
     impl = SimpleNamespace(scale=shape.scale, logits_soft_cap=0.0, kv_cache_dtype="auto")
 
@@ -252,7 +252,7 @@ def dynamic_steps(prompt: Prompt, masks: MaskSet) -> DynamicSteps:
 
     def select() -> torch.Tensor:
         asked = grouped.transpose(0, 1)[..., : max(dynamic.dynamic.ranks)][dynamic.heads]
-        return select_dynamic(dynamic.dynamic, asked, keys, tiles, step.block_table)
+        return select_dynamic(dynamic.dynamic, asked, keys, tiles, where.tables()[0])
 
     def whole() -> torch.Tensor:
         rotate()
@@ -278,7 +278,9 @@ def planner(shape: Shape, selector: PageSelector) -> Callable[[Batch], list[Virt
 
     def plan(batch: Batch) -> list[VirtualBatch]:
         tiles = cut_tiles(batch.query_start_loc, batch.seq_lens, selector.tile)
-        made = build_plan(selector, tiles, batch.block_table_tensor)
+        table = batch.block_table_tensor
+        where = VirtualPages.of_layers(table, selector.layers, selector.heads)
+        made = build_plan(selector, tiles, where)
         layers = range(selector.layers)
         batches = (scheduler.static(made, layer, selector.heads, heads) for layer in layers)
         return [batch for batch in batches if batch is not None]

@@ -51,7 +51,7 @@ class Scheduler:
     def dynamic(self, plan: Plan, heads: torch.Tensor) -> VirtualBatch:
         """The batch of a plan of one layer that covers the listed KV heads."""
         table, lens, starts = plan.block_table[0], plan.seq_lens[0], plan.query_start_loc
-        return VirtualBatch(heads, table, lens, starts, self._schedule(starts, lens))
+        return VirtualBatch(heads, table, lens, starts, self.schedule(starts, lens))
 
     def static(self, plan: Plan, row: int, kv_heads: int, heads: list[int]) -> VirtualBatch | None:
         """A layer's part of a plan that covers all KV heads, cut to some of them.
@@ -67,7 +67,7 @@ class Scheduler:
         """
         table, lens, starts = plan.block_table[row], plan.seq_lens[row], plan.query_start_loc
         if len(heads) == kv_heads:
-            return VirtualBatch(None, table, lens, starts, self._schedule(starts, lens))
+            return VirtualBatch(None, table, lens, starts, self.schedule(starts, lens))
         if not heads:
             return None
         each = len(lens) // kv_heads
@@ -75,9 +75,18 @@ class Scheduler:
         table = table.view(kv_heads, each, -1)[heads].flatten(0, 1)
         # Queries lie head by head and as long for every head: the first heads' starts hold.
         starts = starts[: len(lens) + 1].contiguous()
-        return VirtualBatch(torch.tensor(heads), table, lens, starts, self._schedule(starts, lens))
+        return VirtualBatch(torch.tensor(heads), table, lens, starts, self.schedule(starts, lens))
 
-    def _schedule(self, query_start_loc: torch.Tensor, seq_lens: torch.Tensor) -> torch.Tensor:
+    def schedule(self, query_start_loc: torch.Tensor, seq_lens: torch.Tensor) -> torch.Tensor:
+        """How the kernel splits the work of virtual sequences.
+
+        Args:
+            query_start_loc: int32 [n + 1].
+            seq_lens: int32 [n].
+
+        Returns:
+            What the kernel takes; it depends on nothing else.
+        """
         return ops.cpu_attn_get_scheduler_metadata(
             num_reqs=len(seq_lens),
             num_heads=self.group,

@@ -8,7 +8,7 @@ import torch
 
 from dam_vllm.attention.dynamic import select_dynamic
 from dam_vllm.attention.naive import dynamic_mask, masked_attention, page_mask
-from dam_vllm.attention.plan import build_plan, cut_tiles
+from dam_vllm.attention.plan import VirtualPages, build_plan, cut_tiles
 from dam_vllm.attention.select import PageSelector
 from dam_vllm.masks.pages import page_tables
 
@@ -87,9 +87,10 @@ def test_kernel_equals_oracle(
     lens = torch.tensor([stop for stop, _ in REQUESTS], dtype=torch.int32)
     starts = torch.tensor([0, *np.cumsum([count for _, count in REQUESTS])], dtype=torch.int32)
     selector = PageSelector([page_tables(masks, 0, page)])
-    plan = build_plan(selector, cut_tiles(starts, lens, selector.tile), table)
+    where = VirtualPages.of_layers(table, 1, 3)
+    plan = build_plan(selector, cut_tiles(starts, lens, selector.tile), where)
     fixed = [0, 2] if dynamic else [0, 1, 2]
-    step = DynamicStep(cut_tiles(starts, lens, page), starts.diff(), table)
+    step = DynamicStep(cut_tiles(starts, lens, page), starts.diff(), where)
     metadata = SimpleNamespace(
         num_actual_tokens=int(starts[-1]),
         virtual={"layer": scheduler.static(plan, 0, 3, fixed)},
@@ -139,15 +140,16 @@ def own_heads(masks, page, softcap, cache_dtype, scheduler):
 
     scale = SCALE if cache_dtype == "auto" else SCALE * 0.5
     stored = {"fp8": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}.get(cache_dtype)
-    return layer_dynamic(masks, 0, Shard(0, 3), page, 0, scale, softcap, stored, scheduler)
+    return layer_dynamic(masks, 0, 0, Shard(0, 3), page, 0, scale, softcap, stored, scheduler)
 
 
 def dynamic_pages(heads, query, cache, step, row, page):
     """What dynamic head 1 selects for a request's queries, bool [queries, pages * page]."""
-    blocks, kv_heads, _, width = cache.shape
-    keys = cache.view(blocks, kv_heads, 2, width // 2, page)[:, :, 0]
+    kv_heads, _, width = cache.shape[1:]
+    keys = cache.view(-1, 2, width // 2, page)[:, 0]
     asked = query.view(len(query), kv_heads, -1, SIZE)[:, 1].unsqueeze(0)
-    selected = select_dynamic(heads.dynamic, asked, keys, step.tiles, step.block_table)[0]
+    tables = step.where.take(0, heads.heads).tables()[0]
+    selected = select_dynamic(heads.dynamic, asked, keys, step.tiles, tables)[0]
     mine = step.tiles.request == row
     count = (step.tiles.stop - step.tiles.start)[mine]
     return selected[mine].repeat_interleave(count, dim=0).repeat_interleave(page, dim=1)

@@ -16,6 +16,8 @@ class FitConfig(BaseModel):
         target_error: largest context-aware loss: mean KL of the next token in nats, of the kind of
             text that loses most; or None.
         target_density: largest density of a prompt of the longest length, or None.
+        target_kv_memory: largest share of KV heads that keep all their pages while serving, as
+            dynamic and dense ones do; or None. Pages of static heads are freed (`kv_free`).
         page: tokens a page, as served.
         lengths: tokens of the texts with a question.
         questions: texts of each retrieval task and length.
@@ -35,6 +37,7 @@ class FitConfig(BaseModel):
 
     target_error: float | None = Field(default=None, gt=0, lt=1)
     target_density: float | None = Field(default=None, gt=0, le=1)
+    target_kv_memory: float | None = Field(default=None, ge=0, lt=1)
     page: int = Field(default=32, ge=16, multiple_of=16)
     lengths: list[int] = Field(default=[2048, 4096, 8192], min_length=1)
     questions: int = Field(default=2, ge=1)

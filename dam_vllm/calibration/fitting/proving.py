@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from dam_vllm.calibration.errors import CalibrationError
 from dam_vllm.calibration.fitting.choice import Point, pick
 from dam_vllm.calibration.fitting.config import PROOFS_A_CURVE
 from dam_vllm.calibration.fitting.inputs import FitInputs, compared_rows
@@ -94,7 +95,7 @@ def prove(
         All points measured, with their measured loss; the one to take is first.
 
     Raises:
-        CalibrationError: if no point reaches the density.
+        CalibrationError: if no point reaches the density, or the error in the memory.
     """
     measured = []
     for points in curves:
@@ -108,7 +109,15 @@ def prove(
             wanted = min(proposed.loss, wanted) * min(0.5, target_error / found.loss)
     if target_error is None:
         return sorted(measured, key=lambda point: point.loss)
-    dense = curves[0][0]
-    within = [point for point in measured if point.loss <= target_error] or [dense]
+    within = [point for point in measured if point.loss <= target_error]
+    if not within:
+        dense = curves[0][0]
+        if dense.density < 1.0:
+            least = min(point.loss for point in measured)
+            raise CalibrationError(
+                f"target_error is {target_error}, must be at least {least:.4f}, which was measured "
+                f"within target_kv_memory"
+            )
+        within = [dense]
     best = min(within, key=lambda point: point.cost)
     return [best, *(point for point in measured if point is not best)]

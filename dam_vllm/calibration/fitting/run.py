@@ -15,7 +15,7 @@ from dam_vllm.calibration.fitting.candidates import (
     dynamic_density,
     layer_patterns,
 )
-from dam_vllm.calibration.fitting.choice import DENSE, Point, curve
+from dam_vllm.calibration.fitting.choice import DENSE, Memory, Point, curve
 from dam_vllm.calibration.fitting.config import TRUSTS
 from dam_vllm.calibration.fitting.inputs import FitInputs, Prompt, is_proof
 from dam_vllm.calibration.fitting.losses import Sums, TextLosses, group_names, text_blocks
@@ -71,7 +71,7 @@ class _Fit:
         densities = self._densities(patterns, shares)
         costs = densities + self._scoring(rotations.shape[-1])
         curves = [
-            curve(risks, densities, costs, inputs.layers)
+            curve(risks, densities, costs, inputs.layers, self._memory())
             for risks in self._risks(sums, fitted, rotations)
         ]
 
@@ -173,6 +173,11 @@ class _Fit:
                     share = float(shares[layer, head, index])
                     result[layer, head, index] = dynamic_density(candidate.budget, pages, share)
         return result
+
+    def _memory(self) -> Memory | None:
+        target = self.config.target_kv_memory
+        keeps = np.array([candidate.budget is not None for candidate in self.candidates])
+        return None if target is None else Memory(keeps, target)
 
     def _scoring(self, head_size: int) -> np.ndarray:
         """Cost of scoring, in units of dense attention: [candidates]."""

@@ -93,15 +93,14 @@ class Simulation:
         key = states.key[head].float() @ rotation
         cache = pad(key, (0, 0, 0, -len(key) % self.page)).view(-1, self.page, key.shape[1])
         dynamic = DynamicHeads(
-            heads=[0],
             ranks=[int(self.masks.dynamic.ranks[layer, head])],
             budgets=[Budget.of(self.masks.dynamic, layer, head, self.page)],
             static=selector,
             scale=states.scale,
             softcap=states.softcap,
         )
-        table = torch.arange(len(cache), dtype=torch.int32).expand(tiles.tokens + 1, -1)
-        keys = cache.transpose(1, 2)[:, None].contiguous()
+        table = torch.arange(len(cache), dtype=torch.int32).expand(1, tiles.tokens + 1, -1)
+        keys = cache.transpose(1, 2).contiguous()
         return select_dynamic(dynamic, query, keys, tiles, table)[0]
 
 

@@ -9,7 +9,7 @@ import torch
 from dam_vllm.attention.choose import Budget
 from dam_vllm.attention.dynamic import DynamicHeads, select_dynamic
 from dam_vllm.attention.naive import dynamic_mask, page_mask
-from dam_vllm.attention.plan import cut_tiles
+from dam_vllm.attention.plan import VirtualPages, cut_tiles
 from dam_vllm.attention.select import PageSelector
 from dam_vllm.masks.dynamic import BudgetKind
 from dam_vllm.masks.mask_set import HeadMode
@@ -46,7 +46,6 @@ class Batch:
         heads = self.heads(layer)
         tables = page_tables(self.masks, layer, self.page, self.page)
         dynamic = DynamicHeads(
-            heads=heads.tolist(),
             ranks=[int(self.masks.dynamic.ranks[layer, head]) for head in heads],
             budgets=[Budget.of(self.masks.dynamic, layer, head, self.page) for head in heads],
             static=PageSelector([tables.take(heads.tolist())], dense_below),
@@ -58,7 +57,9 @@ class Batch:
         lens = torch.tensor([stop for _, stop in self.requests])
         tiles = cut_tiles(new.cumsum(0).int(), lens.int(), self.page)
         query = torch.cat([query[heads] for query in self.queries], dim=1)
-        selected = select_dynamic(dynamic, query, self.cache, tiles, self.table)
+        table = VirtualPages.of_layers(self.table, 1, self.masks.kv_heads)
+        tables = table.take(0, torch.from_numpy(heads)).tables()[0]
+        selected = select_dynamic(dynamic, query, self.cache.flatten(0, 1), tiles, tables)
         return [
             (selected[:, tiles.request == row], tiles.start[tiles.request == row])
             for row in range(len(self.requests))

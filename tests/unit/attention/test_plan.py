@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from dam_vllm.attention.naive import masked_attention, page_mask
-from dam_vllm.attention.plan import build_plan, cut_tiles
+from dam_vllm.attention.plan import VirtualPages, build_plan, cut_tiles
 from dam_vllm.attention.select import PageSelector
 from dam_vllm.masks.pages import page_tables
 
@@ -96,7 +96,8 @@ def test_plan_computes_masked_attention(rng, random_masks, page, dense_below):
     masks = random_masks(layers=2, heads=6, kv_heads=3, pcl=150, share=0.01, dense=True)
     batch = Batch(rng, masks, page, [(777, 411), (300, 1), (129, 129), (5, 5), (640, 2), (1, 1)])
     tiles = cut_tiles(batch.starts, batch.lens, selector_of(masks, page).tile)
-    plan = build_plan(selector_of(masks, page, dense_below), tiles, batch.block_table)
+    where = VirtualPages.of_layers(batch.block_table, masks.layers, masks.kv_heads)
+    plan = build_plan(selector_of(masks, page, dense_below), tiles, where)
     assert plan.block_table.dtype == plan.seq_lens.dtype == torch.int32
     for layer in range(masks.layers):
         result = run(plan, layer, batch, masks.kv_heads)
@@ -107,3 +108,28 @@ def test_plan_computes_masked_attention(rng, random_masks, page, dense_below):
             )
             found = result[batch.starts[row] : batch.starts[row + 1]]
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_heads_may_lie_in_several_block_tables(rng, random_masks):
+    """Every id is its head's: the page of its group's table, its place in the block."""
+    masks, page, pages = random_masks(pcl=150, share=0.01), 32, 12
+    tiles = cut_tiles(torch.tensor([0, 300, 301]), torch.tensor([300, 380]), 128)
+    shape = (masks.layers, masks.kv_heads)
+    logical = torch.arange(2 * pages, dtype=torch.int32).view(1, 2, pages)
+    zeros = torch.zeros(shape, dtype=torch.int64)
+    selector = selector_of(masks, page)
+    plain = build_plan(selector, tiles, VirtualPages(logical, zeros, zeros, 1))
+    blocks = torch.from_numpy(rng.integers(0, 99, (3, 2, pages))).int()
+    group = torch.from_numpy(rng.integers(0, 3, shape))
+    offset = torch.from_numpy(rng.integers(0, 500, shape))
+    where = VirtualPages(blocks, group, offset, 5)
+    found = build_plan(selector, tiles, where)
+    for layer, row in np.ndindex(*found.seq_lens.shape):
+        head, count = row // len(tiles.index), -(-int(found.seq_lens[layer, row]) // page)
+        index = plain.block_table[layer, row, :count].long()
+        ids = blocks[group[layer, head]].flatten()[index] * 5 + offset[layer, head]
+        assert found.block_table[layer, row, :count].tolist() == ids.tolist()
+    heads = torch.tensor([1])
+    tables = where.take(1, heads).tables()
+    assert tables.dtype == torch.int32
+    assert torch.equal(tables[0, 0], blocks[group[1, 1]] * 5 + offset[1, 1])

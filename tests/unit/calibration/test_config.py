@@ -26,6 +26,17 @@ def test_options_go_before_the_file(tmp_path):
     assert (config.pcl, config.seed, config.amplification.lambda_) == (32, 3, 0.25)
 
 
+def test_targets_of_the_fit(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("held_out: 0.2\nfit: {target_error: 0.1, page: 64}\n")
+    config = load_config(file, {"target_kv_memory": 0.5})
+    assert (config.fit.target_error, config.fit.target_kv_memory) == (0.1, 0.5)
+    config = load_config(file, {"target_density": 0.2})
+    assert (config.fit.target_error, config.fit.target_density, config.fit.page) == (None, 0.2, 64)
+    with pytest.raises(CalibrationError, match="exactly one of them must be given"):
+        load_config(None, {"held_out": 0.2, "target_kv_memory": 0.5})
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

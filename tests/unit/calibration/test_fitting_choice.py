@@ -12,7 +12,7 @@ from dam_vllm.attention.naive import dynamic_mask, masked_attention, page_mask
 from dam_vllm.calibration.errors import CalibrationError
 from dam_vllm.calibration.fitting.assemble import assemble
 from dam_vllm.calibration.fitting.candidates import Candidate, Pattern, candidates, layer_patterns
-from dam_vllm.calibration.fitting.choice import DENSE, Point, curve, pick
+from dam_vllm.calibration.fitting.choice import DENSE, Memory, Point, curve, pick
 from dam_vllm.calibration.fitting.losses import Sums, TextLosses, group_names, text_blocks
 from dam_vllm.calibration.fitting.proving import prove
 from dam_vllm.calibration.fitting.sensitivity import (
@@ -62,6 +62,38 @@ def test_loosening_never_costs_more(rng):
     assert pick(points, None, 0.5).density <= 0.5
     with pytest.raises(CalibrationError, match=r"target_density is 1e-05, must be at least 0\."):
         pick(points, None, 1e-5)
+
+
+def test_memory_bounds_the_heads_that_keep_all_pages(rng):
+    """Candidates 0 to 3 are static; what is kept beyond the target becomes one of them."""
+    risks = rng.random((3, 2, 4, 9)) ** 4
+    densities = rng.random((3, 4, 9))
+    keeps = np.arange(9) > 3
+    layers = [0, 2]
+
+    def kept(point):
+        chosen = point.chosen[layers]
+        return ((chosen == DENSE) | keeps[chosen]).mean()
+
+    losses = []
+    for target in (0.75, 0.5, 0.25, 0.0):
+        points = curve(risks, densities, densities, layers, Memory(keeps, target))
+        assert max(kept(point) for point in points) <= target
+        losses.append(pick(points, None, 0.6).loss)
+    assert losses == sorted(losses)
+    assert losses[-1] > losses[0]
+
+
+def test_no_choice_may_fit_into_the_memory():
+    risks, densities = np.ones((1, 1, 2, 1)), np.ones((1, 2, 1))
+    with pytest.raises(CalibrationError, match=r"target_kv_memory is 0\.5: no choice"):
+        curve(risks, densities, densities, [0], Memory(np.array([True]), 0.5))
+
+
+def test_an_error_that_the_memory_does_not_allow_is_refused():
+    bound = [point(0.1, 0.4), point(0.2, 0.2)]
+    with pytest.raises(CalibrationError, match=r"target_error is 0\.05, must be at least 0\.3000"):
+        prove([bound], 0.05, None, lambda each: 0.3)
 
 
 def test_a_head_matters_between_itself_and_its_layer():

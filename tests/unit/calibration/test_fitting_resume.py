@@ -35,7 +35,7 @@ def window(distance):
     return dataclasses.replace(empty, diagonals=diagonals)
 
 
-def fit(folder, after=None):
+def fit(folder, after=None, config=CONFIG):
     """Fits all heads; stops after some passes."""
     register()
     model = build("gqa")
@@ -50,7 +50,7 @@ def fit(folder, after=None):
     inputs = FitInputs(
         model=model,
         shape=model_shape(model.config),
-        config=CONFIG,
+        config=config,
         patterns=[Pattern("none", partial(window, 0)), Pattern("window", partial(window, 20))],
         store=FitStore(folder),
         work=Work(reporter, 1),
@@ -83,3 +83,12 @@ def test_the_file_tells_what_was_fitted(tmp_path):
     assert sorted(length for _, length, _ in told["texts"]) == sorted(sum(LENGTHS.values(), ()))
     modes = [[head.split()[0] for head in layer] for layer in told["heads"]]
     assert modes == [[HeadMode(mode).name.lower() for mode in layer] for layer in masks.modes]
+
+
+def test_few_heads_keep_all_their_pages(tmp_path):
+    config = CONFIG.model_copy(update={"target_kv_memory": 0.4})
+    free, _ = fit(tmp_path)
+    bound, _ = fit(tmp_path, config=config)
+    assert (free.modes != HeadMode.STATIC).mean() > 0.4
+    assert (bound.modes != HeadMode.STATIC).mean() <= 0.4
+    assert bound.header.parameters["fit"]["target_kv_memory"] == 0.4

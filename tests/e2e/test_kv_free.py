@@ -1,0 +1,217 @@
+"""With pages freed the answers are those without, in memory that is too small without."""
+
+import functools
+import json
+import os
+import queue
+import random
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dam_vllm.demo import model_dir
+from dam_vllm.masks.file import load_mask_set, save_mask_set
+from dam_vllm.masks.fingerprint import fingerprint
+from dam_vllm.masks.mask_set import HeadMode
+from dam_vllm.memory.bounds import Bounds, head_bounds
+from tests.conftest import random_mask_set
+from tests.e2e.engine_run import PAGE, RESULT
+
+pytestmark = pytest.mark.e2e
+
+ROUNDING, BF16_ROUNDING = 2e-3, 0.25
+LONG = 16384
+# Bytes of a page of all the demo model's heads in float32: 4 layers, 4 KV heads of 32 channels.
+PAGE_BYTES = 16 * PAGE * 2 * 32 * 4
+NEW_TOKENS = 24
+SPARSE = {"dense_below": 0}
+
+
+@pytest.fixture(scope="module")
+def masks(tmp_path_factory, seed):
+    """Mask files: heads of all modes, static ones alone, and dense ones in every other layer."""
+    print(f"seed {seed}")
+    folder = tmp_path_factory.mktemp("bounded")
+    rng = np.random.default_rng(seed)
+    identity = fingerprint(str(model_dir()))
+    static = random_mask_set(rng, 4, 8, 4, pcl=333, share=0.006, fingerprint=identity)
+    modes = static.modes.copy()
+    modes[0] = [HeadMode.DYNAMIC, HeadMode.STATIC, HeadMode.DENSE, HeadMode.DYNAMIC]
+    modes[2] = [HeadMode.DYNAMIC, HeadMode.DYNAMIC, HeadMode.STATIC, HeadMode.DYNAMIC]
+    mixed = random_mask_set(
+        rng, 4, 8, 4, pcl=333, share=0.006, dynamic=True, head_size=32, fingerprint=identity
+    )
+    mixed.modes[:] = modes
+    save_mask_set(static, folder / "static")
+    save_mask_set(mixed, folder / "mixed")
+    static.modes[::2] = HeadMode.DENSE
+    save_mask_set(static, folder / "halves")
+    return {name: str(folder / name) for name in ("static", "mixed", "halves")}
+
+
+@pytest.fixture(scope="module")
+def run(masks, seed, tmp_path_factory):
+    """Function that runs an engine once a setup, on a core of its own: its result, and its log."""
+    folder = tmp_path_factory.mktemp("runs")
+    cores = queue.SimpleQueue()
+    for core in sorted(os.sched_getaffinity(0))[:2]:
+        cores.put(core)
+
+    @functools.cache
+    def start(text):
+        file = folder / f"{hash(text)}.json"
+        file.write_text(text)
+        core = cores.get()
+        try:
+            return subprocess.run(
+                [sys.executable, "-m", "tests.e2e.engine_run", str(file)],
+                env=os.environ | {"VLLM_CPU_OMP_THREADS_BIND": str(core)},
+                capture_output=True, text=True, timeout=300,
+            )  # fmt: skip
+        finally:
+            cores.put(core)
+
+    def ask(lengths, free, kind="mixed", pages=1200, fails=False, **setup):
+        rng = random.Random(seed)
+        prompts = [[1, *(rng.randrange(300, 2300) for _ in range(n - 1))] for n in lengths]
+        options = {**SPARSE, "kv_free": free, **setup.pop("options", {})}
+        whole = {
+            "masks": masks[kind], "options": options, "prompts": prompts, "new": NEW_TOKENS,
+            "chunk": 1024, "max_len": LONG, "cache_bytes": int(pages * PAGE_BYTES), **setup,
+        }  # fmt: skip
+        done = start(json.dumps(whole))
+        log = done.stdout + done.stderr
+        if fails:
+            assert done.returncode != 0
+            return {}, log
+        assert done.returncode == 0, log[-6000:]
+        (line,) = (line for line in done.stdout.splitlines() if line.startswith(RESULT))
+        return json.loads(line.removeprefix(RESULT)), log
+
+    return ask
+
+
+def together(*calls):
+    """Results of functions, two at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        return [job.result() for job in [pool.submit(call) for call in calls]]
+
+
+def assert_close(first, second, rounding=ROUNDING):
+    """Equal within rounding as long as the tokens agree; they may part at a tie."""
+    agreed = 0
+    for one, other in zip(first["answers"], second["answers"], strict=True):
+        for at, (token, same) in enumerate(zip(one["tokens"], other["tokens"], strict=True)):
+            ours, theirs = one["logprobs"][at], other["logprobs"][at]
+            shared = ours.keys() & theirs.keys()
+            assert len(shared) >= 3
+            assert max(abs(ours[key] - theirs[key]) for key in shared) < rounding
+            if token != same:
+                break
+            agreed += 1
+    assert agreed > sum(len(one["tokens"]) for one in first["answers"]) * 0.8
+
+
+def assert_whole(result):
+    assert result["free"] == result["pages"]
+
+
+LENGTHS = (16000, 777, 2999, 1537)
+# 780 pages hold one request of 16k tokens and a half where nothing is freed.
+SMALL = 480
+
+
+@pytest.mark.parametrize(
+    ("free", "kind"), [("layer", "mixed"), ("head", "mixed"), ("head", "static")]
+)
+def test_equal_in_memory_that_is_too_small_without(run, free, kind):
+    """Freed pages are filled with NaN: a stale id that is dereferenced would be seen."""
+    (expected, _), (found, log) = together(
+        lambda: run(LENGTHS, "off", kind),
+        lambda: run(LENGTHS, free, kind, pages=SMALL, poison=True),
+    )
+    assert "DAM frees KV pages" in log
+    assert found["poisoned"] > 0
+    assert_close(expected, found)
+    assert_whole(found)
+
+
+def test_too_small_without(run):
+    _, log = run((100,), "off", pages=SMALL, fails=True)
+    assert "larger than the available KV cache memory" in log
+
+
+def test_a_sliding_window_differs(run):
+    """The negative control: without sinks the answers are others."""
+    (expected, _), (found, _) = together(
+        lambda: run(LENGTHS, "off", "static"),
+        lambda: run(LENGTHS, "head", "static", pages=SMALL, sliding_window=True),
+    )
+    with pytest.raises(AssertionError):
+        assert_close(expected, found)
+
+
+SHORTER = (3001, 1999, 1537, 777, 150)
+
+
+def test_prefix_cache_preemption_and_cancellation(run, masks):
+    """In chunks that end inside pages; all prompts fit into the pool, what is generated not."""
+    new, setup = 160, {"max_len": 4096, "chunk": 500, "kind": "halves", "rounds": 2}
+    needed = pages_held(load_mask_set(Path(masks["halves"])), [n + new - 1 for n in SHORTER])
+    (expected, _), (found, log) = together(
+        lambda: run(SHORTER, "off", new=new, **setup),
+        lambda: run(
+            SHORTER,
+            "head",
+            new=new,
+            prefix_caching=True,
+            cancel=True,
+            pages=(needed - 3) / 2,
+            **setup,
+        ),
+    )
+    assert "by whole layers (2 of 4)" in log
+    assert found["preempted"] > 0
+    assert found["hits"] > 1000
+    assert_close(expected, found)
+    assert_whole(found)
+
+
+def pages_held(masks, lengths):
+    """Pages of two layers each that requests hold in the end where every other layer frees."""
+    heads = head_bounds(masks, PAGE, 0)
+    sinks, window = int(heads.sinks[1::2].max()), int(heads.window[1::2].max())
+    bounds = Bounds(PAGE, heads.tile, sinks, window, heads.start)
+    held = 0
+    for tokens in lengths:
+        first, last = bounds.unread(tokens)
+        held += 2 * -(-tokens // PAGE) - (last - first)
+    return held
+
+
+def test_fp8_cache_and_dense_requests(run):
+    """Requests below `dense_below` read everything, longer ones beyond it what masks say."""
+    setup = {
+        "dtype": "bfloat16", "cache_dtype": "fp8", "options": {"dense_below": 1600}, "alone": True,
+    }  # fmt: skip
+    (expected, _), (found, log) = together(
+        lambda: run(SHORTER, "off", max_len=8192, **setup),
+        lambda: run(SHORTER, "head", max_len=8192, poison=True, **setup),
+    )
+    assert "units of 1 KV heads" in log
+    assert_close(expected, found, BF16_ROUNDING)
+    assert_whole(found)
+
+
+def test_tensor_parallel(run):
+    """Each rank frees heads of its own, as many as the other."""
+    (expected, _), (found, log) = together(
+        lambda: run(LENGTHS, "off", "mixed"), lambda: run(LENGTHS, "head", "mixed", ranks=2)
+    )
+    assert "DAM frees KV pages" in log
+    assert_close(expected, found)
+    assert_whole(found)
