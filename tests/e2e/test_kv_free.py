@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dam_vllm.config import MASKS_IN_MODEL
 from dam_vllm.demo import model_dir
 from dam_vllm.masks.file import load_mask_set, save_mask_set
 from dam_vllm.masks.fingerprint import fingerprint
@@ -33,7 +34,7 @@ SPARSE = {"dense_below": 0}
 
 @pytest.fixture(scope="module")
 def masks(tmp_path_factory, seed):
-    """Mask files: heads of all modes, static ones alone, and dense ones in every other layer."""
+    """Mask files: heads of all modes, static, dense in every other layer; the demo model's own."""
     print(f"seed {seed}")
     folder = tmp_path_factory.mktemp("bounded")
     rng = np.random.default_rng(seed)
@@ -50,7 +51,8 @@ def masks(tmp_path_factory, seed):
     save_mask_set(mixed, folder / "mixed")
     static.modes[::2] = HeadMode.DENSE
     save_mask_set(static, folder / "halves")
-    return {name: str(folder / name) for name in ("static", "mixed", "halves")}
+    made = {name: str(folder / name) for name in ("static", "mixed", "halves")}
+    return made | {"fitted": str(model_dir() / MASKS_IN_MODEL)}
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +128,8 @@ SMALL = 480
 
 
 @pytest.mark.parametrize(
-    ("free", "kind"), [("layer", "mixed"), ("head", "mixed"), ("head", "static")]
+    ("free", "kind"),
+    [("layer", "mixed"), ("head", "mixed"), ("head", "static"), ("head", "fitted")],
 )
 def test_equal_in_memory_that_is_too_small_without(run, free, kind):
     """Freed pages are filled with NaN: a stale id that is dereferenced would be seen."""
