@@ -1,6 +1,7 @@
 """`dam-vllm eval` as a user calls it, with pretended servers."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -193,9 +194,7 @@ def test_unknown_model_is_refused(servers):
 
 def test_default_lengths_are_those_that_fit(servers, tmp_path):
     folder = tmp_path / "model"
-    folder.mkdir()
-    for file in Path(MODEL).iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(MODEL, folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2100}))
     servers.limit = 0
