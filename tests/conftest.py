@@ -8,6 +8,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import numpy as np
 import pytest
+import torch
+
+# Read when a kernel is defined: without a GPU, Triton's interpreter runs it.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from dam_vllm.masks.dynamic import BudgetKind, Dynamic
 from dam_vllm.masks.fingerprint import Fingerprint
@@ -20,6 +25,12 @@ def rng() -> np.random.Generator:
     seed = int(np.random.SeedSequence().generate_state(1)[0])
     print(f"seed {seed}")
     return np.random.default_rng(seed)
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where kernels run: a GPU, or this processor under Triton's interpreter."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def random_mask_set(

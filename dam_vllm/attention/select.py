@@ -20,6 +20,10 @@ class PageSelector:
         layers: number of layers.
         heads: KV heads a layer.
         dense_tiles: tiles before this index read every page.
+        near: bool [layers, heads, near_tiles, near_pages], tiles that start below the PCL.
+        columns: bool [layers, heads, n], by page.
+        distances: bool [layers, heads, n], by distance in pages back from the tile's first one;
+            the last entry stands for all farther ones.
     """
 
     def __init__(
@@ -43,9 +47,9 @@ class PageSelector:
         for tile in range(near.shape[2]):
             near[:, :, tile, tile * self.own : (tile + 1) * self.own] = True
         near |= dense[..., None]
-        self._near = torch.from_numpy(near).to(device)
-        self._columns = torch.from_numpy(columns).to(device)
-        self._distances = torch.from_numpy(distances).to(device)
+        self.near = torch.from_numpy(near).to(device)
+        self.columns = torch.from_numpy(columns).to(device)
+        self.distances = torch.from_numpy(distances).to(device)
 
     @property
     def own(self) -> int:
@@ -64,10 +68,10 @@ class PageSelector:
         """
         page = torch.arange(pages, device=tiles.device)
         distance = tiles[:, None] * self.own - page
-        reach = distance.clamp(0, self._distances.shape[2] - 1)
-        selected = self._distances[:, :, reach]
-        columns = min(pages, self._columns.shape[2])
-        selected[..., :columns] |= self._columns[:, :, None, :columns]
+        reach = distance.clamp(0, self.distances.shape[2] - 1)
+        selected = self.distances[:, :, reach]
+        columns = min(pages, self.columns.shape[2])
+        selected[..., :columns] |= self.columns[:, :, None, :columns]
         self._select_near(selected, tiles)
         selected |= (tiles < self.dense_tiles)[:, None]
         selected &= distance > -self.own
@@ -75,9 +79,9 @@ class PageSelector:
 
     def _select_near(self, selected: torch.Tensor, tiles: torch.Tensor) -> None:
         """Overwrites the rows of tiles that start below the PCL by the true mask."""
-        near_tiles, near_pages = self._near.shape[2:]
+        near_tiles, near_pages = self.near.shape[2:]
         rows = (tiles < near_tiles).nonzero().squeeze(1)
         if len(rows) == 0:
             return
         pages = min(selected.shape[3], near_pages)
-        selected[:, :, rows, :pages] = self._near[:, :, tiles[rows], :pages]
+        selected[:, :, rows, :pages] = self.near[:, :, tiles[rows], :pages]
