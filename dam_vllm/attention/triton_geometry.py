@@ -121,9 +121,10 @@ def static_pages(
     reach = tl.minimum(tl.maximum(distance, 0), distances - 1)
     far = tl.load(distances_ptr + head * distances + reach) > 0
     column = tl.load(columns_ptr + head * columns + page, mask=page < columns, other=0) > 0
-    is_near = (index < near_tiles) & (page < near_pages)
+    is_near = page < tl.where(index < near_tiles, near_pages, 0)
     near = tl.load(
         near_ptr + (head * near_tiles + index) * near_pages + page, mask=is_near, other=0
     )
-    read = tl.where(is_near, near > 0, far | column) | (index < dense_tiles)
+    read = tl.where(is_near, near > 0, far | column)
+    read |= page >= tl.where(index < dense_tiles, 0, last_page)  # the last page is the tile's own
     return read & (page <= last_page)
