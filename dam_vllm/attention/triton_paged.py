@@ -65,7 +65,7 @@ def attend_paged(
     kv_heads = plan.table.shape[1]
     group, size, page = query.shape[1] // kv_heads, query.shape[2], key.shape[1]
     rows = tiles.most_queries * group
-    tuned = tuned or tuning(query.device, size, rows)
+    tuned = tuned or tuning(query.device, size, rows, exact is not None)
     block_m = max(16, min(tuned.block_m, triton.next_power_of_2(rows)))
     row_blocks = triton.cdiv(rows, block_m)
     programs = len(tiles) * row_blocks * len(heads)
@@ -79,6 +79,7 @@ def attend_paged(
         q_row=query.stride(0), q_head=query.stride(1),
         k_page=key.stride(0), k_row=key.stride(1), v_page=value.stride(0), v_row=value.stride(1),
         o_row=output.stride(0), o_head=output.stride(1),
+        len_slot=plan.seq_lens.stride(0), len_head=plan.seq_lens.stride(1),
         tokens=len(query), heads=query.shape[1], kv_heads=kv_heads, width=plan.table.shape[2],
         row_blocks=row_blocks,
         scale=softmax.scale, softcap=softmax.softcap, value_scale=softmax.value_scale,
@@ -148,7 +149,7 @@ def _attend_kernel(
     table_ptr, page_ptr, seq_len_ptr, head_ptr,
     request_ptr, offset_ptr, query_start_ptr, request_len_ptr,
     columns_ptr, diagonals_ptr, true_ptr, bytes_each, true_bytes, pcl, reach, dense_below,
-    q_row, q_head, k_page, k_row, v_page, v_row, o_row, o_head,
+    q_row, q_head, k_page, k_row, v_page, v_row, o_row, o_head, len_slot, len_head,
     tokens, heads, kv_heads, width, row_blocks, scale, softcap, value_scale,
     GROUP: tl.constexpr, SIZE: tl.constexpr, SIZE_PADDED: tl.constexpr, TILE: tl.constexpr,  # noqa: N803
     PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAPPED: tl.constexpr,  # noqa: N803
@@ -173,7 +174,7 @@ def _attend_kernel(
     query = tl.load(query_ptr + asked[:, None] + channel[None, :], mask=held, other=0.0)
 
     line = (slot * kv_heads + head).to(tl.int64)
-    length = tl.load(seq_len_ptr + line)
+    length = tl.load(seq_len_ptr + slot * len_slot + head * len_head)
     last_key = length - queries + token
     first_token = block * BLOCK_M // GROUP
     last_token = tl.minimum((block * BLOCK_M + BLOCK_M - 1) // GROUP, queries - 1)

@@ -21,7 +21,7 @@ class DevicePlan:
             not set.
         pages: int32 [slots, kv_heads, width], the same pages by their number in the request, or
             None where nobody asks.
-        seq_lens: int32 [slots, kv_heads], virtual lengths in tokens, 0 for empty slots.
+        seq_lens: int32 [slots, kv_heads], virtual lengths in tokens, 0 for empty slots; strided.
         starts: int32 [slots + 1], first query row of each slot.
     """
 
@@ -31,7 +31,9 @@ class DevicePlan:
     starts: torch.Tensor
 
     @classmethod
-    def empty(cls, tiles: DeviceTiles, kv_heads: int, width: int, numbered: bool) -> "DevicePlan":
+    def empty(
+        cls, tiles: DeviceTiles, kv_heads: int, width: int, numbered: bool = False
+    ) -> "DevicePlan":
         """Room for a plan.
 
         Args:
@@ -45,7 +47,8 @@ class DevicePlan:
         return cls(
             table=table,
             pages=torch.empty_like(table) if numbered else None,
-            seq_lens=torch.empty(slots, kv_heads, **integer),
+            # Each head's lengths lie together, as FlashAttention wants them in prefill.
+            seq_lens=torch.empty(kv_heads, slots, **integer).t(),
             starts=torch.empty(slots + 1, **integer),
         )
 
@@ -80,6 +83,8 @@ def plan_heads(
         *tiles.arguments,
         **page_arguments(selector),
         block_stride=block_table.stride(0),
+        len_slot=plan.seq_lens.stride(0),
+        len_head=plan.seq_lens.stride(1),
         slots=slots,
         kv_heads=kv_heads,
         width=width,
@@ -96,7 +101,7 @@ def _plan_kernel(
     request_ptr, offset_ptr, query_start_ptr, request_len_ptr,
     near_ptr, columns_ptr, distances_ptr,
     near_tiles, near_pages, columns, distances, dense_tiles,
-    block_stride, slots, kv_heads, width,
+    block_stride, len_slot, len_head, slots, kv_heads, width,
     TILE: tl.constexpr, PAGE: tl.constexpr, OWN: tl.constexpr, BLOCK: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
     """One slot and one head: walks the pages up to the tile's last, keeps those that are read."""
@@ -124,7 +129,7 @@ def _plan_kernel(
             tl.store(page_ptr + place, page, mask=read)
         count += tl.sum(read.to(tl.int32), 0)
     length = tl.where(count > 0, (count - 1) * PAGE + stop - last_page * PAGE, 0)
-    tl.store(seq_len_ptr + slot * kv_heads + head, length)
+    tl.store(seq_len_ptr + slot * len_slot + head * len_head, length)
     if at == 0:
         tl.store(start_ptr + slot, row)
         if slot == slots - 1:

@@ -1,9 +1,11 @@
-"""Block sizes of the Triton kernel, by GPU.
+"""Block sizes of the Triton kernel.
 
-The table is small on purpose: two kinds of work (many rows share their keys, or few do) and two
-widths of a head. A block of keys is at most 64 tokens, so that pages of 64 tokens and more need
-one look-up a block; registers decide the rest, since a program holds its rows' output, a block of
-scores and, in shared memory, `stages` blocks of keys and values.
+The table is small on purpose. Three things decide: whether many rows share their keys (prefill) or
+few (decoding), whether a head is wider than 128 channels, and whether a program may use the 227 KiB
+of shared memory of data-centre GPUs (compute capability 9 and 10) or the 99 KiB of all others.
+Within these, an entry is the largest block whose registers do not spill, as the compiler reports
+it; `dam-vllm bench tune` measures the neighbours of an entry on a GPU. Token masks hold positions
+and three look-ups in registers, so they take smaller blocks.
 """
 
 import functools
@@ -31,36 +33,38 @@ class Tuning:
     stages: int
 
 
-# By major compute capability, whether few rows share their keys, whether a head is wide.
+# By shared memory (large or not), whether few rows share their keys, whether a head is wide.
 TABLE = {
-    (8, False, False): Tuning(128, 64, 8, 2),
-    (8, False, True): Tuning(64, 32, 4, 2),
-    (8, True, False): Tuning(32, 64, 4, 2),
-    (8, True, True): Tuning(32, 32, 4, 2),
-    (9, False, False): Tuning(128, 64, 8, 3),
-    (9, False, True): Tuning(128, 32, 8, 2),
-    (9, True, False): Tuning(32, 64, 4, 3),
-    (9, True, True): Tuning(32, 32, 4, 3),
+    (True, False, False): Tuning(128, 64, 8, 3),
+    (True, False, True): Tuning(128, 32, 8, 2),
+    (True, True, False): Tuning(32, 64, 4, 3),
+    (True, True, True): Tuning(32, 32, 4, 3),
+    (False, False, False): Tuning(128, 64, 8, 2),
+    (False, False, True): Tuning(64, 32, 8, 2),
+    (False, True, False): Tuning(32, 64, 4, 2),
+    (False, True, True): Tuning(32, 32, 4, 2),
 }
-OTHER, NEWEST = 8, 9
-INTERPRETED, INTERPRETED_PROCESSORS = Tuning(32, 32, 4, 1), 6
+TOKEN_MASKS = {False: Tuning(64, 32, 8, 2), True: Tuning(32, 32, 4, 2)}
+LARGE_MEMORY = (9, 10)
+INTERPRETED, INTERPRETED_PROCESSORS = Tuning(32, 32, 4, 1), 20
 
 
-def tuning(device: torch.device, head_size: int, rows: int) -> Tuning:
+def tuning(device: torch.device, head_size: int, rows: int, exact: bool) -> Tuning:
     """Block sizes for a launch.
 
     Args:
         device: a GPU, or the CPU under Triton's interpreter.
         head_size: channels a head.
         rows: rows of the longest tile.
-
-    Returns:
-        The table's entry; older GPUs take that of 8.0, newer ones that of 9.0.
+        exact: whether there are token masks.
     """
     if device.type == "cpu":
         return INTERPRETED
-    major = NEWEST if torch.cuda.get_device_capability(device)[0] >= NEWEST else OTHER
-    return TABLE[major, rows <= FEW_ROWS, head_size > NARROW_HEAD]
+    few = rows <= FEW_ROWS
+    if exact:
+        return TOKEN_MASKS[few]
+    large = torch.cuda.get_device_capability(device)[0] in LARGE_MEMORY
+    return TABLE[large, few, head_size > NARROW_HEAD]
 
 
 def split_count(device: torch.device, programs: int, keys: int, block_n: int) -> int:
