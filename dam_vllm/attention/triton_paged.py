@@ -212,7 +212,9 @@ def _attend_kernel(
     else:
         cell = (split * tokens + place) * heads + member
         tl.store(part_ptr + cell[:, None] * SIZE + channel[None, :], found, mask=held)
-        tl.store(sum_ptr + cell, top + tl.log2(tl.where(total > 0, total, 1.0)), mask=token < queries)
+        tl.store(
+            sum_ptr + cell, top + tl.log2(tl.where(total > 0, total, 1.0)), mask=token < queries
+        )
 
 
 @triton.jit
@@ -261,9 +263,7 @@ def _step(
     weights = tl.exp2(scores - shift[:, None])
     fade = tl.exp2(top - shift)
     total = total * fade + tl.sum(weights, 1)
-    found = found * fade[:, None] + _dot(
-        weights.to(query.dtype), value.to(query.dtype), UPCAST
-    )
+    found = found * fade[:, None] + _dot(weights.to(query.dtype), value.to(query.dtype), UPCAST)
     return higher, total, found
 
 

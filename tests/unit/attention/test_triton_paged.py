@@ -62,9 +62,7 @@ def make_batch(rng, device, requests, heads, kv_heads, size, page, dtype, stored
     tiles = DeviceTiles(
         request, offset, starts.to(device), lens.to(device), tile, int(min(new.max(), tile))
     )
-    return Batch(
-        requests, query.to(device), key, value, table.to(device), tiles, keys, values
-    )
+    return Batch(requests, query.to(device), key, value, table.to(device), tiles, keys, values)
 
 
 def check(batch, output, mask_of, dtype, softcap, scales):
