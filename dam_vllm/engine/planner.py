@@ -111,7 +111,7 @@ class Planner:
             if step.max_query_len > 1:
                 pages = (plan.seq_lens[row] + self.selector.page - 1) // self.selector.page
                 new = step.query_start_loc.diff()
-                COUNTS.add(pages.view(len(self._all), -1)[heads], tiles, new, self.selector.page)
+                COUNTS.add_prefill(pages.view(len(self._all), -1)[heads], tiles, new, self.selector.page)
         return result
 
     def dynamic(self, step: Step, where: VirtualPages) -> DynamicStep:
@@ -141,4 +141,4 @@ class Planner:
             tiles = cut_tiles(step.query_start_loc, step.seq_lens, self.selector.tile)
             causal = (tiles.stop - 1) // self.selector.page + 1
             pages = causal.expand(self.selector.layers, self.selector.heads, -1)
-            COUNTS.add(pages, tiles, step.query_start_loc.diff(), self.selector.page)
+            COUNTS.add_prefill(pages, tiles, step.query_start_loc.diff(), self.selector.page)
