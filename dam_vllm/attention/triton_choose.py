@@ -89,6 +89,24 @@ def choose_pages(
 
 
 @triton.jit
+def _mass_between(
+    low, high, tile, first, stop, width, rows, bits_ptr, peak_ptr, largest_ptr, total_ptr,
+    PAGES: tl.constexpr, WHOLE: tl.constexpr, COUNT: tl.constexpr,  # noqa: N803
+):  # fmt: skip
+    """Each row's mass in the pages of a range with low <= rank < high: float32 [WHOLE]."""
+    mass = tl.zeros([WHOLE], tl.float32)
+    for start in range(first, stop, PAGES):
+        page = start + tl.arange(0, PAGES)
+        bits = tl.load(bits_ptr + tile * width + page, mask=page < stop, other=0)
+        shares = mass_of_pages(
+            tile, page, (bits >= low) & (bits < high), width, rows, 0,
+            peak_ptr, largest_ptr, total_ptr, WHOLE, COUNT,
+        )  # fmt: skip
+        mass += tl.sum(shares, axis=0)
+    return mass
+
+
+@triton.jit
 def _between(
     low, high, tile, own, width, rows, counts_mass, bits_ptr, peak_ptr, largest_ptr, total_ptr,
     ANY_MASS: tl.constexpr, SCAN: tl.constexpr, PAGES: tl.constexpr, WHOLE: tl.constexpr,  # noqa: N803
@@ -108,14 +126,10 @@ def _between(
         count += found
         if ANY_MASS:
             if counts_mass & (found > 0):
-                for start in range(first, tl.minimum(first + SCAN, own + 1), PAGES):
-                    page = start + tl.arange(0, PAGES)
-                    bits = tl.load(bits_ptr + tile * width + page, mask=page <= own, other=0)
-                    shares = mass_of_pages(
-                        tile, page, (bits >= low) & (bits < high), width, rows, 0,
-                        peak_ptr, largest_ptr, total_ptr, WHOLE, COUNT,
-                    )  # fmt: skip
-                    mass += tl.sum(shares, axis=0)
+                mass += _mass_between(
+                    low, high, tile, first, tl.minimum(first + SCAN, own + 1), width, rows,
+                    bits_ptr, peak_ptr, largest_ptr, total_ptr, PAGES, WHOLE, COUNT,
+                )  # fmt: skip
     return count, mass
 
 

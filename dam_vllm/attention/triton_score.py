@@ -229,9 +229,13 @@ def _score_pages(
         total = tl.zeros([ROWS], tl.float32)
         for first in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, own + 1), PAGES):
             page = first + token // UNIT
-            virtual = tl.load(
-                table_ptr + request.to(tl.int64) * table_row + page, mask=page <= own, other=0
-            ).to(tl.int64) * kv_heads + head
+            virtual = (
+                tl.load(
+                    table_ptr + request.to(tl.int64) * table_row + page, mask=page <= own, other=0
+                ).to(tl.int64)
+                * kv_heads
+                + head
+            )
             peaks = tl.full([ROWS, PAGES], float("-inf"), tl.float32)
             for part in range(PARTS):
                 place = part * UNIT + token % UNIT

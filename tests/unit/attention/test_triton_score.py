@@ -42,7 +42,9 @@ class Request:
 class Case:
     """A layer's dynamic heads, and requests to them."""
 
-    def __init__(self, rng, random_masks, kinds, group=2, size=24, dtype=torch.float32, stored=None):
+    def __init__(
+        self, rng, random_masks, kinds, group=2, size=24, dtype=torch.float32, stored=None
+    ):
         kv_heads = 2 * len(kinds)
         masks = random_masks(
             layers=1, heads=kv_heads * group, kv_heads=kv_heads, share=0.002, dynamic=True,
