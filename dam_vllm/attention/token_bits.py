@@ -71,14 +71,8 @@ def token_visible(
 ):  # fmt: skip
     """The rule of `masks.extension.token_mask`, dense positions added; causality is not checked.
 
-    Args:
-        query: int32 [M, 1], positions.
-        key: int32 [1, N], positions, not after the query's where the result counts.
-        head: int32 [M, 1], query heads.
-        columns_ptr: and what follows, see `TokenBits`.
-
-    Returns:
-        int1 [M, N].
+    `query` int32 [M, 1] and `key` int32 [1, N] are positions, `head` int32 [M, 1] query heads; for
+    the rest see `TokenBits`. Gives int1 [M, N], which counts where no key lies after its query.
     """
     distance = query - key
     far = (query >= pcl) & (distance >= 0)

@@ -61,7 +61,7 @@ def tile_slots(queries: np.ndarray, tile: int) -> np.ndarray:
 
 
 @triton.jit
-def tile_at(slot, request_ptr, offset_ptr, query_start_ptr, seq_len_ptr, TILE: tl.constexpr):  # noqa: N803
+def tile_at(slot, request_ptr, offset_ptr, query_start_ptr, seq_len_ptr, TILE: tl.constexpr):
     """A slot's tile.
 
     Returns:
@@ -102,20 +102,13 @@ def static_pages(
     page, head, index, last_page,
     near_ptr, columns_ptr, distances_ptr,
     near_tiles, near_pages, columns, distances, dense_tiles,
-    OWN: tl.constexpr,  # noqa: N803
+    OWN: tl.constexpr,
 ):  # fmt: skip
     """Which pages a head reads for a tile, as `PageSelector.select` tells it.
 
-    Args:
-        page: int32 block of pages.
-        head: row of the tables.
-        index: absolute tile index.
-        last_page: the tile's last page; none after it is read.
-        near_ptr: and what follows, see `page_arguments`.
-        OWN: pages a tile.
-
-    Returns:
-        int1 block.
+    `page` is an int32 block, `head` a row of the tables, `index` the absolute tile index; no page
+    after `last_page`, the tile's own last one, is read. A tile has OWN pages; for the rest see
+    `page_arguments`. Gives an int1 block.
     """
     distance = index * OWN - page
     reach = tl.minimum(tl.maximum(distance, 0), distances - 1)

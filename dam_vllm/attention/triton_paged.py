@@ -151,9 +151,9 @@ def _attend_kernel(
     columns_ptr, diagonals_ptr, true_ptr, bytes_each, true_bytes, pcl, reach, dense_below,
     q_row, q_head, k_page, k_row, v_page, v_row, o_row, o_head, len_slot, len_head,
     tokens, heads, kv_heads, width, row_blocks, scale, softcap, value_scale,
-    GROUP: tl.constexpr, SIZE: tl.constexpr, SIZE_PADDED: tl.constexpr, TILE: tl.constexpr,  # noqa: N803
-    PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAPPED: tl.constexpr,  # noqa: N803
-    UPCAST: tl.constexpr,  # noqa: N803
+    GROUP: tl.constexpr, SIZE: tl.constexpr, SIZE_PADDED: tl.constexpr, TILE: tl.constexpr,
+    PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAPPED: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One block of rows of a tile, one KV head, one split of its keys."""
     slot, block = tl.program_id(0) // row_blocks, tl.program_id(0) % row_blocks
@@ -223,8 +223,8 @@ def _step(
     key_ptr, value_ptr, table_ptr, page_ptr,
     columns_ptr, diagonals_ptr, true_ptr, bytes_each, true_bytes, pcl, reach, dense_below,
     k_page, k_row, v_page, v_row, scale, softcap,
-    SIZE: tl.constexpr, SIZE_PADDED: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,  # noqa: N803
-    CAPPED: tl.constexpr, UPCAST: tl.constexpr, MASKED: tl.constexpr,  # noqa: N803
+    SIZE: tl.constexpr, SIZE_PADDED: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAPPED: tl.constexpr, UPCAST: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Adds a block of keys to the running softmax."""
     key_at = at * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -268,7 +268,7 @@ def _step(
 
 
 @triton.jit
-def _dot(left, right, UPCAST: tl.constexpr):  # noqa: N803
+def _dot(left, right, UPCAST: tl.constexpr):
     """A product in float32; the interpreter gets bfloat16 wrong."""
     if UPCAST:
         left, right = left.to(tl.float32), right.to(tl.float32)
@@ -280,8 +280,8 @@ def _merge_kernel(
     part_ptr, sum_ptr, output_ptr, head_ptr,
     request_ptr, offset_ptr, query_start_ptr, request_len_ptr,
     o_row, o_head, tokens, heads, splits,
-    TILE: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr,  # noqa: N803
-    GROUP_PADDED: tl.constexpr, SIZE_PADDED: tl.constexpr,  # noqa: N803
+    TILE: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr,
+    GROUP_PADDED: tl.constexpr, SIZE_PADDED: tl.constexpr,
 ):  # fmt: skip
     """One query and one KV head: weighs what the splits found by their sums."""
     _, _, row, start, stop = tile_at(

@@ -1,4 +1,4 @@
-"""Selected pages as compact block tables, made on the device: `plan.plan_pages` without the host."""
+"""Selected pages as compact block tables, made on the device: `attention.plan` without the host."""
 
 from dataclasses import dataclass
 
@@ -42,14 +42,14 @@ class DevicePlan:
             width: most pages of a request.
             numbered: whether `pages` is wanted.
         """
-        slots, integer = len(tiles), {"dtype": torch.int32, "device": tiles.request.device}
-        table = torch.empty(slots, kv_heads, width, **integer)
+        slots, new = len(tiles), tiles.request.new_empty
+        table = new(slots, kv_heads, width)
         return cls(
             table=table,
             pages=torch.empty_like(table) if numbered else None,
             # Each head's lengths lie together, as FlashAttention wants them in prefill.
-            seq_lens=torch.empty(kv_heads, slots, **integer).t(),
-            starts=torch.empty(slots + 1, **integer),
+            seq_lens=new(kv_heads, slots).t(),
+            starts=new(slots + 1),
         )
 
 
@@ -102,7 +102,7 @@ def _plan_kernel(
     near_ptr, columns_ptr, distances_ptr,
     near_tiles, near_pages, columns, distances, dense_tiles,
     block_stride, len_slot, len_head, slots, kv_heads, width,
-    TILE: tl.constexpr, PAGE: tl.constexpr, OWN: tl.constexpr, BLOCK: tl.constexpr,  # noqa: N803
+    TILE: tl.constexpr, PAGE: tl.constexpr, OWN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One slot and one head: walks the pages up to the tile's last, keeps those that are read."""
     slot, at = tl.program_id(0), tl.program_id(1)
