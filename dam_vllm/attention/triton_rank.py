@@ -74,8 +74,8 @@ def rank_pages(
 def _sum_chunks(
     chunk_largest_ptr, chunk_sum_ptr, largest_ptr, total_ptr,
     request_ptr, offset_ptr, query_start_ptr, seq_len_ptr, slots, chunks,
-    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BLOCKS: tl.constexpr, GROUP: tl.constexpr,  # noqa: N803
-    QUERIES: tl.constexpr, ROWS: tl.constexpr, COUNT: tl.constexpr, PAGE: tl.constexpr,  # noqa: N803
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BLOCKS: tl.constexpr, GROUP: tl.constexpr,
+    QUERIES: tl.constexpr, ROWS: tl.constexpr, COUNT: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """Joins what the chunks of a block of rows hold."""
     slot = tl.program_id(0) // BLOCKS
@@ -109,7 +109,7 @@ def _sum_chunks(
 def mass_of_pages(
     tile, page, wanted, width, rows, first_row,
     peak_ptr, largest_ptr, total_ptr,
-    ROWS: tl.constexpr, COUNT: tl.constexpr,  # noqa: N803
+    ROWS: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
     """Shares of mass that a block of a tile's rows has in pages, 0 where none is wanted.
 
@@ -145,8 +145,8 @@ def _rank_pages(
     request_ptr, offset_ptr, query_start_ptr, seq_len_ptr, slots, width,
     near_ptr, columns_ptr, distances_ptr,
     near_tiles, near_pages, columns, distances, dense_tiles,
-    PAGES: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr,  # noqa: N803
-    COUNT: tl.constexpr, PAGE: tl.constexpr,  # noqa: N803
+    PAGES: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr,
+    COUNT: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """Ranks some of a tile's pages."""
     slot = tl.program_id(0)

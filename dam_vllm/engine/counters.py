@@ -22,9 +22,7 @@ class Counts:
     read: torch.Tensor | int = 0
     dense: torch.Tensor | int = 0
 
-    def add_prefill(
-        self, pages: torch.Tensor, tiles: Tiles, new: torch.Tensor, page: int
-    ) -> None:
+    def add_prefill(self, pages: torch.Tensor, tiles: Tiles, new: torch.Tensor, page: int) -> None:
         """Counts a step's tiles, but for those of decoding.
 
         Args:

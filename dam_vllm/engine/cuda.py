@@ -196,23 +196,20 @@ class DamCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
         width = min(cdiv(common.max_seq_len, self.block_size), common.block_table_tensor.shape[1])
         parts = []
         if decodes:
-            slots = (self.each[:decodes], self.first[:decodes])
             lens = (common.query_start_loc[: decodes + 1], common.seq_lens[:decodes])
+            slots = (self.each[:decodes], self.first[:decodes])
             tiles = {tile: DeviceTiles(*slots, *lens, tile, 1) for tile in self.tiles}
             table = common.block_table_tensor[:decodes]
             parts.append(Part(tiles, table, slice(0, decodes), width))
         if prefills:
-            rows = slice(decode_tokens, common.num_actual_tokens)
-            starts = common.query_start_loc[decodes:] - decode_tokens
+            lens = (common.query_start_loc[decodes:] - decode_tokens, common.seq_lens[decodes:])
             queries = np.diff(common.query_start_loc_cpu.numpy()[decodes:])
-            lens = (starts, common.seq_lens[decodes:])
-            tiles = {
-                tile: DeviceTiles(
-                    *self._move(tile_slots(queries, tile)), *lens, tile,
-                    min(tile, int(queries.max())),
-                )
-                for tile in self.tiles
-            }  # fmt: skip
+            tiles = {}
+            for tile in self.tiles:
+                request, offset = self._move(tile_slots(queries, tile))
+                most = min(tile, int(queries.max()))
+                tiles[tile] = DeviceTiles(request, offset, *lens, tile, most)
+            rows = slice(decode_tokens, common.num_actual_tokens)
             parts.append(Part(tiles, common.block_table_tensor[decodes:], rows, width))
         return tuple(parts)
 

@@ -71,9 +71,7 @@ class LayerDynamic:
         scoring = query.transpose(0, 1)[..., : max(self.dynamic.ranks)]
         heads = self.rotation.heads
         where = step.where.take(self.row, heads)
-        selected = select_dynamic(
-            self.dynamic, scoring[heads], keys, step.tiles, where.tables()[0]
-        )
+        selected = select_dynamic(self.dynamic, scoring[heads], keys, step.tiles, where.tables()[0])
         COUNTS.add_prefill(selected.sum(-1), step.tiles, step.new, page)
         plan = plan_pages(selected[None], where, step.tiles, page)
         return self.scheduler.dynamic(plan, heads)

@@ -111,7 +111,9 @@ class Planner:
             if step.max_query_len > 1:
                 pages = (plan.seq_lens[row] + self.selector.page - 1) // self.selector.page
                 new = step.query_start_loc.diff()
-                COUNTS.add_prefill(pages.view(len(self._all), -1)[heads], tiles, new, self.selector.page)
+                COUNTS.add_prefill(
+                    pages.view(len(self._all), -1)[heads], tiles, new, self.selector.page
+                )
         return result
 
     def dynamic(self, step: Step, where: VirtualPages) -> DynamicStep:
