@@ -188,6 +188,8 @@ class DamCPUMetadataBuilder(CPUAttentionMetadataBuilder):
 class DamCPUImpl(DamImpl, CPUAttentionBackendImpl):
     """Runs vLLM's kernel on virtual pages, or as it stands where every page is read."""
 
+    keys_by_channel = True
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.dynamic: LayerDynamic | None = None

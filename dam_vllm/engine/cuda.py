@@ -224,6 +224,7 @@ class DamCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
 class DamCUDAImpl(DamImpl, FlashAttentionImpl):
     """Runs a layer's own kernel over its pages, or FlashAttention where every page is read."""
 
+    keys_by_channel = False
     can_return_lse_for_decode = False
     supports_dcp = False
 

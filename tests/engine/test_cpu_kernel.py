@@ -148,7 +148,7 @@ def dynamic_pages(heads, query, cache, step, row, page):
     kv_heads, _, width = cache.shape[1:]
     keys = cache.view(-1, 2, width // 2, page)[:, 0]
     asked = query.view(len(query), kv_heads, -1, SIZE)[:, 1].unsqueeze(0)
-    tables = step.where.take(0, heads.heads).tables()[0]
+    tables = step.where.take(0, heads.rotation.heads).tables()[0]
     selected = select_dynamic(heads.dynamic, asked, keys, step.tiles, tables)[0]
     mine = step.tiles.request == row
     count = (step.tiles.stop - step.tiles.start)[mine]
