@@ -4,7 +4,7 @@ All a launch depends on is known without the values on the device, so that a CUD
 step's decoding can be replayed for other lengths.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -78,12 +78,14 @@ class DeviceLayer:
         kv_heads: how many.
         softmax: scales and soft-capping.
         varlen: FlashAttention, or None for the Triton kernel.
+        counted: called with each plan of a prefill, its tiles, its heads and the page size.
     """
 
     sets: Sequence[HeadSet]
     kv_heads: int
     softmax: Softmax
     varlen: Varlen | None
+    counted: Callable[[DevicePlan, DeviceTiles, torch.Tensor, int], None] | None = None
 
     def attend(
         self, query: torch.Tensor, cache: torch.Tensor, output: torch.Tensor, part: Part
@@ -124,6 +126,8 @@ class DeviceLayer:
                 each.dynamic, query, paged.key, part.block_table, tiles, part.width
             )
         plan_heads(plan, each.heads, each.selector, tiles, part.block_table, chosen)
+        if self.counted is not None and not part.decodes:
+            self.counted(plan, tiles, each.heads, each.selector.page)
 
     def _run(self, plan: DevicePlan, each: HeadSet, paged: _Paged, part: Part) -> None:
         tiles = part.tiles[each.selector.tile]

@@ -32,6 +32,7 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 from dam_vllm.attention.device_layer import Part
 from dam_vllm.attention.triton_geometry import DeviceTiles, tile_slots
 from dam_vllm.engine.admission import admit
+from dam_vllm.engine.counters import COUNTS, counting
 from dam_vllm.engine.device_heads import LayerHeads, layer_heads
 from dam_vllm.engine.heads import masked_layers, shard
 from dam_vllm.engine.impl import DamImpl
@@ -130,6 +131,7 @@ class DamCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
         self.serving = admit(vllm_config)
         attention = vllm_config.compilation_config.static_forward_context
         self.masked = masked_layers(layer_names, attention, self.serving)
+        self.counting = counting(vllm_config)
         self.all_masked = len(self.masked) == len(layer_names)
         # Queries of masked layers come unquantised, which FlashAttention does not take.
         self.always = is_quantized_kv_cache(vllm_config.cache_config.cache_dtype)
@@ -173,7 +175,14 @@ class DamCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
             }
         elif sparse:
             metadata.parts = self._parts(common)
+        elif self.counting and self.masked and common.max_query_len > 1:
+            self._count_dense(common)
         return metadata
+
+    def _count_dense(self, common: CommonAttentionMetadata) -> None:
+        heads = len(self.masked) * self.num_heads_kv
+        tile, lens = max(self.tiles), common.seq_lens.cpu()
+        COUNTS.add_dense(common.query_start_loc_cpu, lens, tile, self.block_size, heads)
 
     def update_block_table(
         self,

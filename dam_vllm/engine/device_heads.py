@@ -16,6 +16,7 @@ from dam_vllm.attention.token_bits import TokenBits
 from dam_vllm.attention.triton_paged import Softmax
 from dam_vllm.config import DamOptions, OptionError
 from dam_vllm.engine.admission import Serving
+from dam_vllm.engine.counters import COUNTS, counting
 from dam_vllm.engine.dynamic import dynamic_heads
 from dam_vllm.engine.heads import Shard, shard
 from dam_vllm.masks.mask_set import HeadMode
@@ -64,6 +65,7 @@ def layer_heads(
         kv_heads=local.stop - local.start,
         softmax=softmax,
         varlen=_flash(impl, serving.options),
+        counted=COUNTS.add_plan if counting(impl.config) else None,
     )
     rotation = None
     if chosen and serving.masks.dynamic is not None:

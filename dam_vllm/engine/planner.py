@@ -140,7 +140,10 @@ class Planner:
     def count_dense(self, step: Step) -> None:
         """Counts what a dense step reads."""
         if step.max_query_len > 1:
-            tiles = cut_tiles(step.query_start_loc, step.seq_lens, self.selector.tile)
-            causal = (tiles.stop - 1) // self.selector.page + 1
-            pages = causal.expand(self.selector.layers, self.selector.heads, -1)
-            COUNTS.add_prefill(pages, tiles, step.query_start_loc.diff(), self.selector.page)
+            COUNTS.add_dense(
+                step.query_start_loc,
+                step.seq_lens,
+                self.selector.tile,
+                self.selector.page,
+                self.selector.layers * self.selector.heads,
+            )

@@ -236,3 +236,29 @@ def test_other_platforms_are_refused():
     if current_platform.is_cuda():
         pytest.skip("this is CUDA")
     assert "DAM serves on CPU and CUDA, not on" in DamCUDABackend.supports_combination()
+
+
+def test_pages_are_counted_as_they_are_read(backend, rng, device, monkeypatch):
+    from dam_vllm.engine import cuda, device_heads
+    from dam_vllm.engine.counters import COUNTS, PageCounters
+
+    for module in (cuda, device_heads):
+        monkeypatch.setattr(module, "counting", lambda config: True)
+    served = backend(dense_below=0)
+    steps = Steps(rng, device, torch.float32, None)
+    COUNTS.read = COUNTS.dense = 0
+    steps.run(served, served.builder.build(0, steps.step(served, MIXED)))
+    tile, read, dense = 128, 0, 0
+    for stop, count in MIXED:
+        for first in range((stop - count) // tile * tile, stop, tile):
+            rows = range(max(first, stop - count), min(first + tile, stop))
+            mask = page_mask(served.masks, 0, rows[0], rows[-1] + 1, PAGE)
+            seen = mask[:: HEADS // KV_HEADS, -1]
+            padded = np.pad(seen, ((0, 0), (0, -seen.shape[1] % PAGE)))
+            pages = padded.reshape(KV_HEADS, -1, PAGE).any(axis=2)
+            read += pages.sum() * len(rows) * (count > 1)
+            dense += pages.size * len(rows) * (count > 1)
+    assert PageCounters().dam_pages() == {"read": read, "dense": dense}
+    served.builder.dense_until = LONGEST
+    served.builder.build(0, steps.step(served, MIXED))
+    assert PageCounters().dam_pages() == {"read": dense, "dense": dense}
