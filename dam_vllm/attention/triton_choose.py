@@ -91,7 +91,7 @@ def choose_pages(
 @triton.jit
 def _mass_between(
     low, high, tile, first, stop, width, rows, bits_ptr, peak_ptr, largest_ptr, total_ptr,
-    PAGES: tl.constexpr, WHOLE: tl.constexpr, COUNT: tl.constexpr,  # noqa: N803
+    PAGES: tl.constexpr, WHOLE: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
     """Each row's mass in the pages of a range with low <= rank < high: float32 [WHOLE]."""
     mass = tl.zeros([WHOLE], tl.float32)
@@ -109,8 +109,8 @@ def _mass_between(
 @triton.jit
 def _between(
     low, high, tile, own, width, rows, counts_mass, bits_ptr, peak_ptr, largest_ptr, total_ptr,
-    ANY_MASS: tl.constexpr, SCAN: tl.constexpr, PAGES: tl.constexpr, WHOLE: tl.constexpr,  # noqa: N803
-    COUNT: tl.constexpr,  # noqa: N803
+    ANY_MASS: tl.constexpr, SCAN: tl.constexpr, PAGES: tl.constexpr, WHOLE: tl.constexpr,
+    COUNT: tl.constexpr,
 ):  # fmt: skip
     """Counts a tile's pages with low <= rank < high, and sums each row's mass in them.
 
@@ -124,7 +124,7 @@ def _between(
         bits = tl.load(bits_ptr + tile * width + page, mask=page <= own, other=0)
         found = tl.sum(((bits >= low) & (bits < high)).to(tl.int32))
         count += found
-        if ANY_MASS:
+        if ANY_MASS:  # noqa: SIM102 - known when compiled
             if counts_mass & (found > 0):
                 mass += _mass_between(
                     low, high, tile, first, tl.minimum(first + SCAN, own + 1), width, rows,
@@ -138,8 +138,8 @@ def _choose_pages(
     chosen_ptr, chosen_head, chosen_slot, bits_ptr, peak_ptr, largest_ptr, total_ptr,
     kind_ptr, value_ptr, floor_ptr, cap_ptr,
     request_ptr, offset_ptr, query_start_ptr, seq_len_ptr, slots, width,
-    ANY_MASS: tl.constexpr, SCAN: tl.constexpr, PAGES: tl.constexpr, WHOLE: tl.constexpr,  # noqa: N803
-    GROUP: tl.constexpr, QUERIES: tl.constexpr, COUNT: tl.constexpr, PAGE: tl.constexpr,  # noqa: N803
+    ANY_MASS: tl.constexpr, SCAN: tl.constexpr, PAGES: tl.constexpr, WHOLE: tl.constexpr,
+    GROUP: tl.constexpr, QUERIES: tl.constexpr, COUNT: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """Chooses a tile's pages."""
     slot = tl.program_id(0)

@@ -74,8 +74,8 @@ def rank_pages(
 def _sum_chunks(
     chunk_largest_ptr, chunk_sum_ptr, largest_ptr, total_ptr,
     request_ptr, offset_ptr, query_start_ptr, seq_len_ptr, slots, chunks,
-    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BLOCKS: tl.constexpr, GROUP: tl.constexpr,  # noqa: N803
-    QUERIES: tl.constexpr, ROWS: tl.constexpr, COUNT: tl.constexpr, PAGE: tl.constexpr,  # noqa: N803
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BLOCKS: tl.constexpr, GROUP: tl.constexpr,
+    QUERIES: tl.constexpr, ROWS: tl.constexpr, COUNT: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """Joins what the chunks of a block of rows hold."""
     slot = tl.program_id(0) // BLOCKS
@@ -109,23 +109,14 @@ def _sum_chunks(
 def mass_of_pages(
     tile, page, wanted, width, rows, first_row,
     peak_ptr, largest_ptr, total_ptr,
-    ROWS: tl.constexpr, COUNT: tl.constexpr,  # noqa: N803
+    ROWS: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
     """Shares of mass that a block of a tile's rows has in pages, 0 where none is wanted.
 
-    Args:
-        tile: int64, where the tile lies.
-        page: int32 [n].
-        wanted: int1 [n], pages to tell about.
-        width: pages of a tile in memory.
-        rows: how many the tile has.
-        first_row: of the block.
-        peak_ptr: and what follows, see `Peaks` and `Ranking`.
-        ROWS: rows of a block.
-        COUNT: rows of a tile in memory.
-
-    Returns:
-        float32 [n, ROWS].
+    `tile` is where the tile lies, `page` an int32 block, `wanted` an int1 block of those to tell
+    about, `width` how many a tile has in memory. The tile has `rows` rows, COUNT in memory; the
+    block has ROWS from `first_row` on. For the rest see `Peaks` and `Ranking`. Gives a float32
+    block [pages, ROWS].
     """
     row = first_row + tl.arange(0, ROWS)
     present = row < rows
@@ -145,8 +136,8 @@ def _rank_pages(
     request_ptr, offset_ptr, query_start_ptr, seq_len_ptr, slots, width,
     near_ptr, columns_ptr, distances_ptr,
     near_tiles, near_pages, columns, distances, dense_tiles,
-    PAGES: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr,  # noqa: N803
-    COUNT: tl.constexpr, PAGE: tl.constexpr,  # noqa: N803
+    PAGES: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr,
+    COUNT: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """Ranks some of a tile's pages."""
     slot = tl.program_id(0)

@@ -160,7 +160,7 @@ def score_pages(
 @triton.jit
 def tile_of_rows(
     slot, request_ptr, offset_ptr, query_start_ptr, seq_len_ptr,
-    PAGE: tl.constexpr, QUERIES: tl.constexpr,  # noqa: N803
+    PAGE: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip
     """A slot's tile of one page, if it is one that a launch takes, see `Rows`.
 
@@ -176,7 +176,7 @@ def tile_of_rows(
 
 
 @triton.jit
-def _cap(logits, SOFTCAP: tl.constexpr):  # noqa: N803
+def _cap(logits, SOFTCAP: tl.constexpr):
     """Soft-capping by tanh, which 1 - 2 / (e^2x + 1) gives without overflow."""
     if SOFTCAP > 0:
         logits = SOFTCAP - 2 * SOFTCAP / (tl.exp(logits * (2 / SOFTCAP)) + 1)
@@ -189,10 +189,10 @@ def _score_pages(
     request_ptr, offset_ptr, query_start_ptr, seq_len_ptr,
     scale, query_token, query_head, query_group, key_page, key_token, table_row,
     kv_heads, slots, width, chunks,
-    GROUP: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,  # noqa: N803
-    COUNT: tl.constexpr, PAGE: tl.constexpr, UNIT: tl.constexpr, PARTS: tl.constexpr,  # noqa: N803
-    PAGES: tl.constexpr, CHUNK: tl.constexpr, RANK: tl.constexpr, SOFTCAP: tl.constexpr,  # noqa: N803
-    UPCAST: tl.constexpr,  # noqa: N803
+    GROUP: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
+    COUNT: tl.constexpr, PAGE: tl.constexpr, UNIT: tl.constexpr, PARTS: tl.constexpr,
+    PAGES: tl.constexpr, CHUNK: tl.constexpr, RANK: tl.constexpr, SOFTCAP: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Scores some of a tile's chunks for a block of its rows."""
     # Neighbours score the same keys for neighbouring tiles, which finds them in the L2 cache.

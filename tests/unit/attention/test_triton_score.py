@@ -122,10 +122,10 @@ class Case:
             expected = self.expected(request, page, self.masks, **options)
             pages = pages[..., : expected.shape[2]]
             first = (request.stop - request.new) // page
-            for head, tile in zip(*np.nonzero((pages != expected).any(axis=2)), strict=True):
-                where = (request, page, head, tile)
-                assert self._rounding_decides(pages[head, tile], expected[head, tile], *where,
-                    options), f"head {head}, tile {first + tile} of {request.new, request.stop}"  # fmt: skip
+            for at, tile in zip(*np.nonzero((pages != expected).any(axis=2)), strict=True):
+                choices = pages[at, tile], expected[at, tile]
+                decides = self._rounding_decides(*choices, request, page, at, tile, options)
+                assert decides, f"head {at}, tile {first + tile} of {request.new, request.stop}"
             count += int(expected.sum())
         return count
 
@@ -181,10 +181,8 @@ class Batch:
         slots = torch.from_numpy(np.concatenate([self.slots, padding], axis=1)).to(self.device)
         starts = np.concatenate([[0], queries.cumsum()]).astype(np.int32)
         lens = np.array([request.stop for request in requests] + [0] * empty, dtype=np.int32)
-        return DeviceTiles(
-            *slots, torch.from_numpy(starts).to(self.device), torch.from_numpy(lens).to(self.device),
-            self.page, min(self.page, int(queries.max())),
-        )  # fmt: skip
+        starts, lens = (torch.from_numpy(each).to(self.device) for each in (starts, lens))
+        return DeviceTiles(*slots, starts, lens, self.page, min(self.page, int(queries.max())))
 
     def choose(self, dynamic):
         """Chosen pages of each request: bool [heads, tiles, width]; empty slots have none."""
@@ -220,7 +218,7 @@ ALL = tuple(BudgetKind)
 def test_choice_is_the_definition(rng, device, random_masks, page, dtype, stored, softcap):
     """Decoding, whole prompts, chunks that start inside a page, requests of a token."""
     case = Case(rng, random_masks, ALL, group=2, dtype=dtype, stored=stored)
-    requests = [case.request(*each) for each in [(75, 75), (1, 517), (77, 300), (1, 1), (2, 65)]]
+    requests = [case.request(*each) for each in [(75, 75), (1, 517), (60, 200), (1, 1), (2, 65)]]
     assert case.check(requests, page, device, softcap) > 0
 
 
@@ -267,9 +265,9 @@ def test_of_equal_pages_all(rng, device, random_masks):
 
 def test_batch_and_launches_change_nothing(rng, device, random_masks, monkeypatch):
     """Bit for bit the same ranks alone, among others, in parts, and by fewer programs."""
-    case = Case(rng, random_masks, ALL, dtype=torch.bfloat16)
-    mine = [case.request(1, 1500), case.request(40, 600)]
-    others = [case.request(1, 2200), case.request(70, 100)]
+    case = Case(rng, random_masks, ALL[1:], dtype=torch.bfloat16)
+    mine = [case.request(1, 1100), case.request(20, 300)]
+    others = [case.request(1, 1300), case.request(40, 100)]
     dynamic = case.device(16, device)
     rankings = []
 
@@ -332,7 +330,6 @@ def test_the_host_never_waits(rng, device, random_masks):
     [
         lambda x: x[0].item(),
         lambda x: bool(x.any()),
-        lambda x: x.tolist(),
         lambda x: x.nonzero(),
         lambda x: x[x > 1],
         lambda x: x.masked_select(x > 1),
