@@ -113,19 +113,10 @@ def mass_of_pages(
 ):  # fmt: skip
     """Shares of mass that a block of a tile's rows has in pages, 0 where none is wanted.
 
-    Args:
-        tile: int64, where the tile lies.
-        page: int32 [n].
-        wanted: int1 [n], pages to tell about.
-        width: pages of a tile in memory.
-        rows: how many the tile has.
-        first_row: of the block.
-        peak_ptr: and what follows, see `Peaks` and `Ranking`.
-        ROWS: rows of a block.
-        COUNT: rows of a tile in memory.
-
-    Returns:
-        float32 [n, ROWS].
+    `tile` is where the tile lies, `page` an int32 block, `wanted` an int1 block of those to tell
+    about, `width` how many a tile has in memory. The tile has `rows` rows, COUNT in memory; the
+    block has ROWS from `first_row` on. For the rest see `Peaks` and `Ranking`. Gives a float32
+    block [pages, ROWS].
     """
     row = first_row + tl.arange(0, ROWS)
     present = row < rows
