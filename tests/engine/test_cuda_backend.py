@@ -15,6 +15,7 @@ import torch
 from dam_vllm.attention.naive import dynamic_mask, exact_mask, masked_attention, page_mask
 from dam_vllm.config import DamOptions, OptionError
 from dam_vllm.demo import model_dir
+from tests.unit.attention.no_sync import no_sync
 from tests.unit.attention.varlen_oracle import varlen
 
 pytestmark = pytest.mark.engine
@@ -50,7 +51,8 @@ def backend(monkeypatch, random_masks, rng, device):
         for module in (cuda, device_heads):
             monkeypatch.setattr(module, "shard", lambda count: Shard(0, count))
         monkeypatch.setattr(cuda, "log_masks", lambda *args: None)
-        monkeypatch.setattr(flash_attn, "flash_attn_varlen_func", varlen, raising=False)
+        if not hasattr(flash_attn, "flash_attn_varlen_func"):
+            monkeypatch.setattr(flash_attn, "flash_attn_varlen_func", varlen, raising=False)
         monkeypatch.setattr(
             flash_attn, "flash_attn_supports_kv_cache_dtype", lambda *args, **kwargs: True
         )
@@ -195,6 +197,27 @@ def test_decode_metadata_serves_other_lengths(backend, rng, device, mode):
     steps.query = torch.cat([steps.query, steps.query[:1]])
     found = steps.run(served, metadata)
     torch.testing.assert_close(found[:3], steps.expected(served), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("requests", [MIXED[1:3], DECODE], ids=["mixed", "decode"])
+@pytest.mark.parametrize(
+    ("options", "mode"),
+    [
+        ({"kernel": "flash"}, "static"),
+        ({"kernel": "triton"}, "dynamic"),
+        ({"granularity": "token"}, "static"),
+    ],
+)
+def test_no_layer_waits_for_the_device(backend, rng, device, monkeypatch, requests, options, mode):
+    from vllm.v1.attention.backends import flash_attn
+
+    monkeypatch.setattr(flash_attn, "flash_attn_varlen_func", lambda **given: None, raising=False)
+    served = backend(mode=mode, dense_below=0, **options)
+    steps = Steps(rng, device, torch.float32, None)
+    metadata = served.builder.build(0, steps.step(served, requests))
+    output = torch.empty_like(steps.query)
+    with no_sync():
+        served.impl.forward(served.layer, steps.query, None, None, steps.cache, metadata, output)
 
 
 def test_short_steps_are_flash_attentions_own(backend, rng, device):
