@@ -251,16 +251,6 @@ def test_flash_is_refused_where_it_cannot_serve(backend, options, stored, messag
         backend(stored=stored, dtype=torch.bfloat16, **options)
 
 
-def test_other_platforms_are_refused():
-    from vllm.platforms import current_platform
-
-    from dam_vllm.engine.cuda import DamCUDABackend
-
-    if current_platform.is_cuda():
-        pytest.skip("this is CUDA")
-    assert "DAM serves on CPU and CUDA, not on" in DamCUDABackend.supports_combination()
-
-
 def test_pages_are_counted_as_they_are_read(backend, rng, device, monkeypatch):
     from dam_vllm.engine import cuda, device_heads
     from dam_vllm.engine.counters import COUNTS, PageCounters
