@@ -53,7 +53,7 @@ class Partial:
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "splits"])
 def _merge_kernel(
     part_ptr, sum_ptr, output_ptr, head_ptr,
     request_ptr, offset_ptr, query_start_ptr, request_len_ptr,

@@ -110,7 +110,8 @@ def _bits(exact: TokenBits | None) -> dict[str, Any]:
     }
 
 
-@triton.jit
+# What changes from step to step must not make the kernel be compiled anew.
+@triton.jit(do_not_specialize=["len_slot", "len_head", "tokens", "width", "row_blocks"])
 def _attend_kernel(
     query_ptr, key_ptr, value_ptr, output_ptr, part_ptr, sum_ptr,
     table_ptr, page_ptr, seq_len_ptr, head_ptr,
