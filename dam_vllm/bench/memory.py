@@ -230,15 +230,11 @@ def plot_held(curves: Mapping[str, Sequence[Sequence[int]]], path: Path) -> None
     Raises:
         ValueError: for a suffix that matplotlib cannot write.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     models = sorted({label.split(",")[0] for label in curves})
-    figure, axes = plt.subplots(
-        1, len(models), figsize=(6 * len(models), 4), layout="constrained", squeeze=False
-    )
+    figure = Figure((6 * len(models), 4), layout="constrained")
+    axes = figure.subplots(1, len(models), squeeze=False)
     for model, area in zip(models, axes[0], strict=True):
         for label, points in curves.items():
             if label.startswith(f"{model}, "):
@@ -249,7 +245,4 @@ def plot_held(curves: Mapping[str, Sequence[Sequence[int]]], path: Path) -> None
         area.set_ylabel("pages held (MiB)")
         area.grid(linewidth=0.3)
         area.legend()
-    try:
-        figure.savefig(path, dpi=110)
-    finally:
-        plt.close(figure)
+    figure.savefig(path, dpi=110)

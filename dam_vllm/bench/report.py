@@ -1,11 +1,7 @@
-"""Rows to a table on the terminal and to a JSON file; a progress bar with the time left."""
+"""Rows to a table on the terminal; a progress bar with the time left."""
 
-import json
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -43,27 +39,6 @@ def cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return str(value)
-
-
-def write_json(path: Path, machine: Row, rows: Sequence[Row]) -> None:
-    """Writes `{"machine": ..., "rows": [...]}`; a file already there is replaced whole.
-
-    Args:
-        path: the file; its folder is made if need be.
-        machine: what the rows were measured on.
-        rows: flat rows, each naming its benchmark under "bench".
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w") as file:
-            json.dump({"machine": machine, "rows": list(rows)}, file, indent=1)
-            file.write("\n")
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 @contextmanager

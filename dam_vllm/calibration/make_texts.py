@@ -3,8 +3,8 @@
     python -m dam_vllm.calibration.make_texts TOKENIZER [--output FILE]
 
 The first half comes from the Python standard library of the running interpreter; the second
-from the evaluation's questions, each text with its answer, under seeds that evaluation does
-not use.
+from the evaluation's retrieval questions, each text with its answer, under seeds that evaluation
+does not use. The shipped file was made when the same seeds still drew other names and numbers.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from dam_vllm.evaluation.tasks import TASKS, make_questions
+from dam_vllm.evaluation.tasks import RETRIEVAL, make_questions
 
 OUTPUT = Path(__file__).parent.parent / "demo" / "texts.jsonl"
 FOLDERS = (".", "asyncio", "collections", "concurrent", "email", "http", "importlib", "json",
@@ -51,12 +51,12 @@ def library_texts(tokenizer: Any, count: int, rng: Random) -> list[str]:
 
 
 def retrieval_texts(tokenizer: Any, count: int, rng: Random) -> Iterator[str]:
-    """Yields questions with their answers, the tasks in turn.
+    """Yields questions with their answers, the retrieval tasks in turn.
 
     A text holds several questions of ASKED tokens, so that windows shorter than it have some.
     """
     for index in range(count):
-        task = TASKS[index % len(TASKS)]
+        task = RETRIEVAL[index % len(RETRIEVAL)]
         text, left = "", _length(rng)
         for part in range(left // ASKED):
             question = make_questions(task, tokenizer, ASKED, 1, SEED + 100 * index + part)[0]

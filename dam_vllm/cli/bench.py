@@ -250,7 +250,8 @@ def _finish(benchmarks: Sequence[Benchmark], json: Path | None) -> None:
 
     from dam_vllm.bench.e2e import crossover_length
     from dam_vllm.bench.machine import describe, machine
-    from dam_vllm.bench.report import progress, table, write_json
+    from dam_vllm.bench.report import progress, table
+    from dam_vllm.files import write_json
 
     console, found = Console(), machine()
     if not console.is_terminal:
@@ -262,7 +263,7 @@ def _finish(benchmarks: Sequence[Benchmark], json: Path | None) -> None:
         console.print(table(new, benchmark.title, f"{benchmark.notes}\n{describe(found)}"))
         rows += new
         if json is not None:
-            write_json(json, found, rows)
+            write_json(json, {"machine": found, "rows": rows})
     if any(row.get("dense_below") == 0 for row in rows):
         length = crossover_length(rows)
         console.print(f"crossover: {'not reached' if length is None else f'{length} tokens'}")

@@ -216,7 +216,8 @@ def _report(
     from rich.console import Console
 
     from dam_vllm.evaluation.results import agreement_rows, results, score_rows, worst
-    from dam_vllm.evaluation.show import agreement_table, score_table, worst_line, write_json
+    from dam_vllm.evaluation.show import agreement_table, score_table, worst_line
+    from dam_vllm.files import write_json
 
     rows = score_rows(job.settings, state, places)
     agreed = agreement_rows(job.settings, state, places)

@@ -3,15 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")
-
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
 
 from dam_vllm.evaluation.results import DEPTHS, Row
 
@@ -27,13 +23,9 @@ def heat_map(rows: Sequence[Row], path: Path) -> None:
         path: image file; its suffix chooses the format.
     """
     names, tasks = (list(dict.fromkeys(row[key] for row in rows)) for key in ("masks", "task"))
-    figure, grid = plt.subplots(
-        len(names),
-        len(tasks),
-        figsize=(INCHES * len(tasks) + 1.5, INCHES * len(names) + 0.8),
-        squeeze=False,
-        layout="constrained",
-    )
+    size = (INCHES * len(tasks) + 1.5, INCHES * len(names) + 0.8)
+    figure = Figure(size, layout="constrained")
+    grid = figure.subplots(len(names), len(tasks), squeeze=False)
     for line, name in zip(grid, names, strict=True):
         for axes, task in zip(line, tasks, strict=True):
             own = [row for row in rows if (row["masks"], row["task"]) == (name, task)]
@@ -43,10 +35,7 @@ def heat_map(rows: Sequence[Row], path: Path) -> None:
     figure.supylabel("depth of the answer")
     colours = ScalarMappable(Normalize(0, 1), COLOURS)
     figure.colorbar(colours, ax=grid, label="accuracy")
-    try:
-        figure.savefig(path, dpi=110)
-    finally:
-        plt.close(figure)
+    figure.savefig(path, dpi=110)
 
 
 def accuracies(rows: Sequence[Row]) -> np.ndarray:

@@ -1,11 +1,6 @@
-"""Rows to tables on the terminal, to a JSON file, and to a heat map."""
+"""Rows to tables on the terminal."""
 
-import json
-import os
-import tempfile
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 from rich.table import Table
 
@@ -85,23 +80,3 @@ def worst_line(row: Row) -> str:
         f"{row['masks']}: worst task {row['task']} at {row['length']} tokens, accuracy "
         f"{row['accuracy']:.2f}, dense {row['dense']:.2f} ({row['difference']:+.2f})"
     )
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Writes a JSON file; one already there is replaced whole.
-
-    Args:
-        path: the file; its folder is made if need be.
-        values: what to write.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(values, file, indent=1)
-            file.write("\n")
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

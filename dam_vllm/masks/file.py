@@ -1,8 +1,6 @@
 """The mask file: one safetensors file, its header JSON in the metadata. No pickle."""
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from dam_vllm.files import replacing
 from dam_vllm.masks.dynamic import Dynamic
 from dam_vllm.masks.mask_set import Header, MaskSet
 
@@ -53,8 +52,6 @@ def save_mask_set(masks: MaskSet, path: str | Path) -> None:
         masks: what to write.
         path: the file; its folder is made if need be.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {name: getattr(masks, name) for name in REQUIRED + OPTIONAL}
     if masks.dynamic is not None:
         arrays |= {DYNAMIC + name: array for name, array in vars(masks.dynamic).items()}
@@ -64,15 +61,8 @@ def save_mask_set(masks: MaskSet, path: str | Path) -> None:
         if array is not None
     }
     metadata = {"format": FORMAT, "header": masks.header.model_dump_json()}
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    os.close(handle)
-    try:
+    with replacing(Path(path)) as temporary:
         save_file(packed, temporary, metadata=metadata)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def load_mask_set(path: str | Path) -> MaskSet:

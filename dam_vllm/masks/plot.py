@@ -2,13 +2,9 @@
 
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")
-
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from dam_vllm.masks.extension import token_mask
 from dam_vllm.masks.mask_set import FloatArray, MaskSet
@@ -33,13 +29,9 @@ def plot_masks(masks: MaskSet, path: Path) -> None:
         ValueError: for a suffix that matplotlib cannot write.
     """
     layers = [index for index, kind in enumerate(masks.header.layer_types) if kind == "full"]
-    figure, grid = plt.subplots(
-        len(layers),
-        masks.heads,
-        figsize=(INCHES * masks.heads + 1, INCHES * len(layers) + 1.2),
-        squeeze=False,
-        layout="constrained",
-    )
+    size = (INCHES * masks.heads + 1, INCHES * len(layers) + 1.2)
+    figure = Figure(size, layout="constrained")
+    grid = figure.subplots(len(layers), masks.heads, squeeze=False)
     for row, layer in zip(grid, layers, strict=True):
         for head, (axes, image) in enumerate(zip(row, shares(masks, layer), strict=True)):
             _draw(axes, np.sqrt(image), masks.pcl, plot_end(masks))
@@ -50,10 +42,7 @@ def plot_masks(masks: MaskSet, path: Path) -> None:
     figure.suptitle(f"Attended pairs up to {plot_end(masks)} tokens (line: PCL {masks.pcl})")
     figure.supxlabel("key position")
     figure.supylabel("query position")
-    try:
-        figure.savefig(path, dpi=110)
-    finally:
-        plt.close(figure)
+    figure.savefig(path, dpi=110)
 
 
 def plot_end(masks: MaskSet) -> int:

@@ -3,11 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 
@@ -24,7 +20,8 @@ def plot_curve(fit: dict[str, Any], path: Path) -> None:
         ValueError: for a suffix that matplotlib cannot write.
     """
     chosen, proven = fit["chosen"], fit["proven"]
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure = Figure((6, 4), layout="constrained")
+    axes = figure.subplots()
     for trust, points in fit["curves"].items():
         losses = [point["loss"] for point in points]
         label = f"predicted, trust in layers {trust}"
@@ -44,7 +41,4 @@ def plot_curve(fit: dict[str, Any], path: Path) -> None:
     axes.set_ylabel("KL of the next token (nats)")
     axes.grid(linewidth=0.3)
     axes.legend()
-    try:
-        figure.savefig(path, dpi=110)
-    finally:
-        plt.close(figure)
+    figure.savefig(path, dpi=110)

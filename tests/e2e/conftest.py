@@ -143,11 +143,20 @@ def page_bytes(setup):
 
 
 def environment(setup):
-    if setup.tensor_parallel == 1:
-        return {}
-    cores = sorted(os.sched_getaffinity(0))
-    ranks = [str(cores[rank % len(cores)]) for rank in range(setup.tensor_parallel)]
-    return {"VLLM_CPU_OMP_THREADS_BIND": "|".join(ranks)}
+    """Variables of the server.
+
+    By default vLLM's CPU kernel splits a sequence over threads by how many sequences a step has,
+    so that a request rounds differently in a batch. Answers are compared bit for bit in bfloat16,
+    which therefore runs without; float32 keeps the default.
+    """
+    result = {}
+    if setup.dtype == "bfloat16":
+        result["VLLM_CPU_ATTN_SPLIT_KV"] = "0"
+    if setup.tensor_parallel > 1:
+        cores = sorted(os.sched_getaffinity(0))
+        ranks = [str(cores[rank % len(cores)]) for rank in range(setup.tensor_parallel)]
+        result["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(ranks)
+    return result
 
 
 def complete(client, prompts):

@@ -1,5 +1,4 @@
 import io
-import json
 
 import pytest
 from rich.console import Console
@@ -8,7 +7,7 @@ from dam_vllm.bench.client import decode_step
 from dam_vllm.bench.e2e import crossover_length, rounds_at
 from dam_vllm.bench.machine import describe, machine
 from dam_vllm.bench.model import DEMO, write_model
-from dam_vllm.bench.report import table, write_json
+from dam_vllm.bench.report import table
 from dam_vllm.bench.timing import alternate, ratio
 
 ROWS = [
@@ -24,23 +23,6 @@ def test_table_shows_every_value():
     for part in ("tokens", "speedup", "flex ms", "4096", "5.123", "10", "-", "title", "caption"):
         assert part in text
     assert "kernel" not in text
-
-
-def test_json_holds_machine_and_rows(tmp_path):
-    file = tmp_path / "new" / "result.json"
-    write_json(file, {"cpu": "x"}, ROWS[:1])
-    write_json(file, {"cpu": "x"}, ROWS)
-    assert json.loads(file.read_text()) == {"machine": {"cpu": "x"}, "rows": ROWS}
-    assert [entry.name for entry in file.parent.iterdir()] == ["result.json"]
-
-
-def test_json_that_fails_leaves_the_old_file(tmp_path):
-    file = tmp_path / "result.json"
-    write_json(file, {}, ROWS)
-    with pytest.raises(TypeError):
-        write_json(file, {}, [{"bench": object()}])
-    assert json.loads(file.read_text())["rows"] == ROWS
-    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_peers_take_turns():

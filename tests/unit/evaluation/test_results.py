@@ -9,7 +9,7 @@ from rich.console import Console
 from dam_vllm.evaluation.heat_map import accuracies, heat_map
 from dam_vllm.evaluation.results import page_density, quality, score_rows, worst
 from dam_vllm.evaluation.settings import STOCK, Place, Subject
-from dam_vllm.evaluation.show import agreement_table, score_table, worst_line, write_json
+from dam_vllm.evaluation.show import agreement_table, score_table, worst_line
 from dam_vllm.evaluation.state import State
 
 
@@ -105,12 +105,3 @@ def test_panels_are_lengths_by_depths(rows, tmp_path):
     np.testing.assert_array_equal(image, [[0.1, 0.0]])
     heat_map(rows, tmp_path / "map.png")
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_json_replaces_a_file_whole(tmp_path):
-    file = tmp_path / "new" / "a.json"
-    write_json(file, {"rows": [1]})
-    with pytest.raises(TypeError):
-        write_json(file, {"rows": [object()]})
-    assert json.loads(file.read_text()) == {"rows": [1]}
-    assert list(file.parent.iterdir()) == [file]

@@ -1,5 +1,5 @@
 import pytest
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
 from dam_vllm.masks.plot_curve import plot_curve
 
@@ -16,9 +16,8 @@ FIT = {
 
 def test_points_and_choice_are_drawn(tmp_path, monkeypatch):
     kept = []
-    monkeypatch.setattr(plt, "close", kept.append)
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: kept.append(figure))
     plot_curve(FIT, tmp_path / "curve.png")
-    monkeypatch.undo()
     (axes,) = kept[0].axes
     alone, layers, measured, chosen = (line.get_xydata().tolist() for line in axes.lines)
     assert alone == [[1.0, 0.0], [0.5, 0.1]]
@@ -26,7 +25,10 @@ def test_points_and_choice_are_drawn(tmp_path, monkeypatch):
     assert measured == [[0.5, 0.2], [0.02, 0.3]]
     assert chosen == [[0.5, 0.2]]
     assert "8192 tokens" in axes.get_xlabel()
-    plt.close(kept[0])
+
+
+def test_an_image_is_written(tmp_path):
+    plot_curve(FIT, tmp_path / "curve.png")
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
