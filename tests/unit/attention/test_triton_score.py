@@ -55,6 +55,8 @@ class Case:
         for head, kind in zip(heads, kinds, strict=True):
             masks.dynamic.kinds[0, head] = kind
             masks.dynamic.budgets[0, head] = values[kind] * rng.uniform(0.5, 1.2)
+            if kind == BudgetKind.MASS:
+                masks.dynamic.caps[0, head] = 10**6
         self.rng, self.masks, self.heads = rng, masks, heads
         self.group, self.dtype, self.stored = group, dtype, stored or dtype
         torch.manual_seed(int(rng.integers(2**31)))
@@ -211,7 +213,7 @@ ALL = tuple(BudgetKind)
     ("page", "dtype", "stored", "softcap"),
     [
         (16, torch.float32, None, 0.0),
-        (48, torch.float16, None, 5.0),
+        (48, torch.float16, None, 10.0),
         (32, torch.bfloat16, torch.float8_e4m3fn, 0.0),
     ],
 )
@@ -242,7 +244,8 @@ def test_decoding_alone(rng, device, random_masks, monkeypatch):
     case = Case(rng, random_masks, ALL[::2], group=8, size=40)
     requests = [case.request(1, stop) for stop in (1100, 130, 16, 1)]
     assert case.check(requests, 16, device) > 0
-    # Requests that are too long for one round of any loop.
+    # Requests that are too long for one round of any loop, and the last round holds most.
+    requests[0].keys[1024:] *= 3
     monkeypatch.setattr(triton_rank, "ELEMENTS", 16)
     monkeypatch.setattr(triton_choose, "ELEMENTS", 64)
     monkeypatch.setattr(triton_choose, "SCAN", 32)
