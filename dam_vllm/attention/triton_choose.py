@@ -124,7 +124,7 @@ def _between(
         bits = tl.load(bits_ptr + tile * width + page, mask=page <= own, other=0)
         found = tl.sum(((bits >= low) & (bits < high)).to(tl.int32))
         count += found
-        if ANY_MASS:  # noqa: SIM102 - known when compiled
+        if ANY_MASS:
             if counts_mass & (found > 0):
                 mass += _mass_between(
                     low, high, tile, first, tl.minimum(first + SCAN, own + 1), width, rows,

@@ -248,7 +248,7 @@ def _step(
         scores = softcap * (1 - 2 / (tl.exp(scores * 2 / softcap) + 1))
     scores *= 1.4426950408889634  # log2(e)
     if MASKED:
-        seen = (key_at[None, :] <= last_key[:, None]) & (key_at < length)[None, :]
+        seen = key_at[None, :] <= last_key[:, None]
         if page_ptr is not None:
             number = tl.load(page_ptr + key_at // PAGE, mask=key_at < length, other=0)
             seen &= token_visible(
