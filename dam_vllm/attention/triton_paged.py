@@ -15,6 +15,7 @@ import triton.language as tl
 
 from dam_vllm.attention.token_bits import TokenBits, token_visible
 from dam_vllm.attention.triton_geometry import DeviceTiles, tile_at
+from dam_vllm.attention.triton_merge import Partial
 from dam_vllm.attention.triton_plan import DevicePlan
 from dam_vllm.attention.tuning import Tuning, split_count, tuning
 
@@ -71,7 +72,7 @@ def attend_paged(
     programs = len(tiles) * row_blocks * len(heads)
     keys = plan.table.shape[2] * page
     splits = split_count(query.device, programs, keys, tuned.block_n) if row_blocks == 1 else 1
-    parts = _Partial.of(output, splits) if splits > 1 else None
+    parts = Partial.of(output, splits) if splits > 1 else None
     _attend_kernel[(len(tiles) * row_blocks, len(heads), splits)](
         query, key, value, output, *(parts.tensors if parts else (None, None)),
         plan.table, plan.pages if exact else None, plan.seq_lens, heads, *tiles.arguments,
@@ -109,41 +110,8 @@ def _bits(exact: TokenBits | None) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class _Partial:
-    """What each split of the keys found.
-
-    Attributes:
-        values: float32 [splits, tokens, heads, head_size], softmax over the split's keys.
-        sums: float32 [splits, tokens, heads], log2 of the sum of weights, -inf for no key.
-    """
-
-    values: torch.Tensor
-    sums: torch.Tensor
-
-    @classmethod
-    def of(cls, output: torch.Tensor, splits: int) -> "_Partial":
-        values = output.new_empty((splits, *output.shape), dtype=torch.float32)
-        return cls(values, values.new_empty(values.shape[:-1]))
-
-    @property
-    def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.values, self.sums
-
-    def merge(
-        self, output: torch.Tensor, tiles: DeviceTiles, heads: torch.Tensor, group: int
-    ) -> None:
-        splits, tokens, all_heads, size = self.values.shape
-        _merge_kernel[(len(tiles), tiles.most_queries, len(heads))](
-            self.values, self.sums, output, heads, *tiles.arguments,
-            output.stride(0), output.stride(1),
-            tokens, all_heads, splits, TILE=tiles.tile, GROUP=group, SIZE=size,
-            GROUP_PADDED=triton.next_power_of_2(group),
-            SIZE_PADDED=triton.next_power_of_2(size),
-        )  # fmt: skip
-
-
-@triton.jit
+# What changes from step to step must not make the kernel be compiled anew.
+@triton.jit(do_not_specialize=["len_slot", "len_head", "tokens", "width", "row_blocks"])
 def _attend_kernel(
     query_ptr, key_ptr, value_ptr, output_ptr, part_ptr, sum_ptr,
     table_ptr, page_ptr, seq_len_ptr, head_ptr,
@@ -273,44 +241,3 @@ def _dot(left, right, UPCAST: tl.constexpr):
     if UPCAST:
         left, right = left.to(tl.float32), right.to(tl.float32)
     return tl.dot(left, right, input_precision="ieee")
-
-
-@triton.jit
-def _merge_kernel(
-    part_ptr, sum_ptr, output_ptr, head_ptr,
-    request_ptr, offset_ptr, query_start_ptr, request_len_ptr,
-    o_row, o_head, tokens, heads, splits,
-    TILE: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr,
-    GROUP_PADDED: tl.constexpr, SIZE_PADDED: tl.constexpr,
-):  # fmt: skip
-    """One query and one KV head: weighs what the splits found by their sums."""
-    _, _, row, start, stop = tile_at(
-        tl.program_id(0), request_ptr, offset_ptr, query_start_ptr, request_len_ptr, TILE
-    )
-    if tl.program_id(1) >= stop - start:
-        return
-    token = (row + tl.program_id(1)).to(tl.int64)
-    member = tl.arange(0, GROUP_PADDED)
-    channel = tl.arange(0, SIZE_PADDED)
-    held = (member < GROUP)[:, None] & (channel < SIZE)[None, :]
-    head = tl.load(head_ptr + tl.program_id(2)) * GROUP + member
-    top = tl.full([GROUP_PADDED], float("-inf"), tl.float32)
-    total = tl.zeros([GROUP_PADDED], tl.float32)
-    found = tl.zeros([GROUP_PADDED, SIZE_PADDED], tl.float32)
-    for split in range(splits):
-        cell = (split * tokens + token) * heads + head
-        size = tl.load(sum_ptr + cell, mask=member < GROUP, other=float("-inf"))
-        part = tl.load(
-            part_ptr + cell[:, None] * SIZE + channel[None, :],
-            mask=held & (size > float("-inf"))[:, None],
-            other=0.0,
-        )
-        higher = tl.maximum(top, size)
-        shift = tl.where(higher == float("-inf"), 0.0, higher)
-        fade, weight = tl.exp2(top - shift), tl.exp2(size - shift)
-        total = total * fade + weight
-        found = found * fade[:, None] + part * weight[:, None]
-        top = higher
-    found = found / tl.where(total > 0, total, 1.0)[:, None]
-    ptrs = output_ptr + (token * o_row + head * o_head)[:, None] + channel[None, :]
-    tl.store(ptrs, found.to(output_ptr.dtype.element_ty), mask=held)

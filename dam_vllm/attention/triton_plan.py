@@ -95,7 +95,8 @@ def plan_heads(
     )
 
 
-@triton.jit
+# What changes from step to step must not make a kernel be compiled anew.
+@triton.jit(do_not_specialize=["len_slot", "len_head", "slots", "width"])
 def _plan_kernel(
     table_ptr, page_ptr, seq_len_ptr, start_ptr, head_ptr, block_ptr, chosen_ptr,
     request_ptr, offset_ptr, query_start_ptr, request_len_ptr,

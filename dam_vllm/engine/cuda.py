@@ -31,6 +31,7 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from dam_vllm.attention.device_layer import Part
 from dam_vllm.attention.triton_geometry import DeviceTiles, tile_slots
+from dam_vllm.config import OptionError
 from dam_vllm.engine.admission import admit
 from dam_vllm.engine.counters import COUNTS, counting
 from dam_vllm.engine.device_heads import LayerHeads, layer_heads
@@ -131,6 +132,11 @@ class DamCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
         self.serving = admit(vllm_config)
         attention = vllm_config.compilation_config.static_forward_context
         self.masked = masked_layers(layer_names, attention, self.serving)
+        if self.masked and kv_cache_spec.page_size_padded is not None:
+            raise OptionError(
+                "--attention-backend dam: this model's KV pages are padded to the size of other "
+                "layers' state, which DAM does not serve on CUDA; leave the option away"
+            )
         self.counting = counting(vllm_config)
         self.all_masked = len(self.masked) == len(layer_names)
         # Queries of masked layers come unquantised, which FlashAttention does not take.

@@ -40,7 +40,9 @@ def backend(monkeypatch, random_masks, rng, device):
     from dam_vllm.engine.admission import Serving
     from dam_vllm.engine.heads import Shard
 
-    def make(dtype=torch.float32, stored=None, softcap=0.0, mode="static", **options):
+    def make(
+        dtype=torch.float32, stored=None, softcap=0.0, mode="static", padded=None, **options
+    ):  # fmt: skip
         masks = random_masks(
             layers=1, heads=HEADS, kv_heads=KV_HEADS, pcl=150, share=0.01,
             dense=mode == "static", dynamic=mode == "dynamic", head_size=SIZE,
@@ -71,6 +73,7 @@ def backend(monkeypatch, random_masks, rng, device):
         spec = FullAttentionSpec(
             block_size=PAGE, num_kv_heads=KV_HEADS, head_size=SIZE, dtype=stored or dtype,
             kv_quant_mode=KVQuantMode.FP8_PER_TENSOR if stored else KVQuantMode.NONE,
+            page_size_padded=padded,
         )  # fmt: skip
         builder = cuda.DamCUDAMetadataBuilder(spec, [NAME], config, device)
         return SimpleNamespace(builder=builder, impl=made, layer=layer, masks=masks)
@@ -275,3 +278,8 @@ def test_pages_are_counted_as_they_are_read(backend, rng, device, monkeypatch):
     served.builder.dense_until = LONGEST
     served.builder.build(0, steps.step(served, MIXED))
     assert PageCounters().dam_pages() == {"read": dense, "dense": dense}
+
+
+def test_padded_pages_are_refused(backend):
+    with pytest.raises(OptionError, match="KV pages are padded"):
+        backend(padded=2**20)
