@@ -1,6 +1,7 @@
 """Dynamic heads on a GPU against the plain definition, and what they must not depend on."""
 
 import dataclasses
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from dam_vllm.attention.dynamic import DynamicHeads
 from dam_vllm.attention.naive import dynamic_mask, page_mask
 from dam_vllm.attention.select import PageSelector
 from dam_vllm.attention.triton_geometry import DeviceTiles, tile_slots
+from dam_vllm.attention.triton_rank import rank_pages
 from dam_vllm.masks.dynamic import BudgetKind
 from dam_vllm.masks.mask_set import HeadMode
 from dam_vllm.masks.pages import page_tables
@@ -23,7 +25,7 @@ SCALE = 0.3
 GARBAGE = 1 << 30
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Request:
     """New queries [new, kv_heads, group, size] and all keys [stop, kv_heads, size], rotated."""
 
@@ -55,6 +57,8 @@ class Case:
         for head, kind in zip(heads, kinds, strict=True):
             masks.dynamic.kinds[0, head] = kind
             masks.dynamic.budgets[0, head] = values[kind] * rng.uniform(0.5, 1.2)
+            if kind == BudgetKind.MASS:
+                masks.dynamic.caps[0, head] = 10**6
         self.rng, self.masks, self.heads = rng, masks, heads
         self.group, self.dtype, self.stored = group, dtype, stored or dtype
         torch.manual_seed(int(rng.integers(2**31)))
@@ -211,7 +215,7 @@ ALL = tuple(BudgetKind)
     ("page", "dtype", "stored", "softcap"),
     [
         (16, torch.float32, None, 0.0),
-        (48, torch.float16, None, 5.0),
+        (48, torch.float16, None, 10.0),
         (32, torch.bfloat16, torch.float8_e4m3fn, 0.0),
     ],
 )
@@ -242,7 +246,8 @@ def test_decoding_alone(rng, device, random_masks, monkeypatch):
     case = Case(rng, random_masks, ALL[::2], group=8, size=40)
     requests = [case.request(1, stop) for stop in (1100, 130, 16, 1)]
     assert case.check(requests, 16, device) > 0
-    # Requests that are too long for one round of any loop.
+    # Requests that are too long for one round of any loop, and the last round holds most.
+    requests[0].keys[1024:] *= 3
     monkeypatch.setattr(triton_rank, "ELEMENTS", 16)
     monkeypatch.setattr(triton_choose, "ELEMENTS", 64)
     monkeypatch.setattr(triton_choose, "SCAN", 32)
@@ -281,6 +286,7 @@ def test_a_row_sees_nothing_later_in_its_own_page(rng, device, random_masks):
     dynamic.budgets[0, head], dynamic.floors[0, head], dynamic.caps[0, head] = 1, 0, 16
     dynamic.ranks[0, head] = 24
     request = case.request(16, 320)
+    request.keys = 5 * torch.nn.functional.normalize(request.keys, dim=-1)
     request.query[:, head, 0] = request.keys[304:, head] * 20
     request.query[5, head, 0] = request.keys[85, head] * 3
     request.keys[304 + 6, head] = request.keys[85, head] * 20
@@ -289,59 +295,68 @@ def test_a_row_sees_nothing_later_in_its_own_page(rng, device, random_masks):
     assert np.flatnonzero(pages[0, 0]).tolist() == [85 // 16]
 
 
+def ranked(case, requests, page, device, dynamic):
+    """Choice, and the ranks of tiles as bits: {(request, tile): int32 [heads, pages]}."""
+    ranks = {}
+
+    def rank(peaks, tiles, static, rows, blocks):
+        ranking = rank_pages(peaks, tiles, static, rows, blocks)
+        for slot, (row, offset) in enumerate(zip(tiles.request, tiles.offset, strict=True)):
+            if row < len(requests):
+                request = requests[int(row)]
+                start = request.stop - request.new
+                own = int(offset) + start // page
+                queries = min(request.stop, (own + 1) * page) - max(start, own * page)
+                if queries > 0 and (queries > 1) == (rows.queries > 1):
+                    ranks[int(row), own] = ranking.bits[:, slot, : own + 1].cpu()
+        return ranking
+
+    with patch.object(device_dynamic, "rank_pages", rank):
+        chosen = Batch(case, requests, page, device).choose(dynamic)
+    assert len(ranks) == sum(each.shape[1] for each in chosen)
+    return chosen, ranks
+
+
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+def test_ranks_are_shares_of_mass(rng, device, random_masks, softcap):
+    """The largest of any row; static pages stand above all."""
+    case = Case(rng, random_masks, ALL[:2], group=3)
+    requests = [case.request(1, 1100), case.request(30, 250)]
+    dynamic = case.device(48, device, softcap=softcap)
+    _, ranks = ranked(case, requests, 48, device, dynamic)
+    for (row, tile), bits in ranks.items():
+        for at, head in enumerate(case.heads):
+            expected = case.best(requests[row], 48, head, tile, softcap)
+            static = dynamic.static.select(torch.tensor([tile], device=device), tile + 1)[0, at, 0]
+            expected[static.cpu().numpy()] = 2.0
+            found = bits[at].view(torch.float32).numpy()
+            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-30)
+
+
 def test_batch_and_launches_change_nothing(rng, device, random_masks, monkeypatch):
     """Bit for bit the same ranks alone, among others, in parts, and by fewer programs."""
     case = Case(rng, random_masks, ALL[1:], dtype=torch.bfloat16)
     mine = [case.request(1, 1100), case.request(20, 300)]
     others = [case.request(1, 1300), case.request(40, 100)]
     dynamic = case.device(16, device)
-    rankings = []
-
-    def rank(peaks, tiles, static, rows, blocks):
-        ranking = rank_pages(peaks, tiles, static, rows, blocks)
-        rankings.append((rows, tiles, ranking.bits))
-        return ranking
-
-    rank_pages = device_dynamic.rank_pages
-    monkeypatch.setattr(device_dynamic, "rank_pages", rank)
-
-    def run(requests):
-        """Choice and ranks, by request and page."""
-        rankings.clear()
-        batch = Batch(case, requests, 16, device)
-        chosen = batch.choose(dynamic)
-        ranks = {}
-        for rows, tiles, bits in rankings:
-            for slot, (row, offset) in enumerate(zip(tiles.request, tiles.offset, strict=True)):
-                if row >= len(requests):
-                    continue
-                request = requests[int(row)]
-                start = request.stop - request.new
-                own = int(offset) + start // 16
-                queries = min(request.stop, own * 16 + 16) - max(start, own * 16)
-                if queries > 0 and (queries > 1) == (rows.queries > 1):
-                    ranks[int(row), own] = bits[:, slot, : own + 1].cpu()
-        return chosen, ranks
-
-    chosen, ranks = run([*mine, *others])
-    assert len(ranks) == sum(each.shape[1] for each in chosen)
+    together = [*mine, *others]
+    chosen, ranks = ranked(case, together, 16, device, dynamic)
 
     def check(requests):
-        again, own = run(requests)
-        for row, request in enumerate(requests):
-            at = next(at for at, each in enumerate([*mine, *others]) if each is request)
-            pages = again[row].shape[2]
-            assert (chosen[at][..., :pages] == again[row][..., : chosen[at].shape[2]]).all()
-            for (r, tile), bits in own.items():
-                if r == row:
-                    assert torch.equal(bits, ranks[at, tile])
+        again, own = ranked(case, requests, 16, device, dynamic)
+        places = [together.index(request) for request in requests]
+        for place, pages in zip(places, again, strict=True):
+            width = min(pages.shape[2], chosen[place].shape[2])
+            assert (chosen[place][..., :width] == pages[..., :width]).all()
+        for (row, tile), bits in own.items():
+            assert torch.equal(bits, ranks[places[row], tile])
 
     check(mine[:1])
     check([others[1], mine[1]])
     monkeypatch.setattr(device_dynamic, "SCRATCH", 1)
     monkeypatch.setattr(device_dynamic, "SLOT_STEP", 4)
     monkeypatch.setattr(triton_score, "PROGRAMS", 1)
-    check([*mine, *others])
+    check(together)
 
 
 def test_the_host_never_waits(rng, device, random_masks):
