@@ -8,13 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from dam_vllm.attention.device_dynamic import DeviceDynamic, choose_on_device
 from dam_vllm.attention.flash import Varlen, attend_flash
 from dam_vllm.attention.select import PageSelector
 from dam_vllm.attention.token_bits import TokenBits
-from dam_vllm.attention.triton_geometry import DeviceTiles
+from dam_vllm.attention.triton_geometry import DeviceTiles, tile_slots
 from dam_vllm.attention.triton_paged import Softmax, attend_paged
 from dam_vllm.attention.triton_plan import DevicePlan, plan_heads
 
@@ -111,6 +112,32 @@ class DeviceLayer:
             tiles = part.tiles[self.sets[0].selector.tile]
             heads = range(self.kv_heads)
             attend_flash(self.varlen, *paged, shared, tiles, heads, self.softmax)
+
+    def warm_up(self, heads: int, size: int, page: int, dtypes: Sequence[torch.dtype]) -> None:
+        """Runs a short prompt and a step of decoding, so that their kernels are compiled.
+
+        Args:
+            heads: query heads.
+            size: channels a head.
+            page: tokens a page.
+            dtypes: of queries and of the cache.
+        """
+        device = self.sets[0].heads.device
+        tiles = {each.selector.tile for each in self.sets}
+        cache = torch.zeros(1, self.kv_heads, page, 2 * size, device=device).to(dtypes[1])
+        for queries in (max(tiles), 1):
+            lens = torch.tensor([0, queries], dtype=torch.int32, device=device)
+            cut = {}
+            for tile in tiles:
+                slots = torch.from_numpy(tile_slots(np.array([queries]), tile))
+                request, offset = slots.to(device)
+                most = min(queries, tile)
+                cut[tile] = DeviceTiles(request, offset, lens, lens[1:], tile, most)
+            width = max(tiles) // page
+            blocks = torch.zeros(1, width, dtype=torch.int32, device=device)
+            query = torch.zeros(queries, heads, size, dtype=dtypes[0], device=device)
+            part = Part(cut, blocks, slice(0, queries), width)
+            self.attend(query, cache, torch.empty_like(query), part)
 
     def _empty_plan(self, part: Part, each: HeadSet) -> DevicePlan:
         numbered = any(other.exact is not None for other in self.sets)
