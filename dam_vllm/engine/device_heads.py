@@ -1,10 +1,11 @@
 """What a masked layer needs on CUDA: its heads' tables on the device, its kernel, its rotation."""
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from vllm.platforms import current_platform
 from vllm.v1.attention.backends import flash_attn
 
 from dam_vllm.attention.device_dynamic import DeviceDynamic
@@ -40,7 +41,7 @@ class LayerHeads:
 def layer_heads(
     serving: Serving, index: int, attention: Any, page: int, device: torch.device
 ) -> LayerHeads:
-    """Sets up a layer.
+    """Sets up a layer and compiles its kernels.
 
     Args:
         serving: options and masks.
@@ -65,8 +66,12 @@ def layer_heads(
         kv_heads=local.stop - local.start,
         softmax=softmax,
         varlen=_flash(impl, serving.options),
-        counted=COUNTS.add_plan if counting(impl.config) else None,
     )
+    dtype = impl.config.model_config.dtype
+    stored = current_platform.fp8_dtype() if impl.quantised else dtype
+    layer.warm_up(impl.num_heads, impl.head_size, page, (dtype, stored))
+    if counting(impl.config):
+        layer = replace(layer, counted=COUNTS.add_plan)
     rotation = None
     if chosen and serving.masks.dynamic is not None:
         bases = serving.masks.dynamic.rotations[index, local.start : local.stop][list(chosen.ids)]

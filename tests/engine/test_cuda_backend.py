@@ -283,3 +283,26 @@ def test_pages_are_counted_as_they_are_read(backend, rng, device, monkeypatch):
 def test_padded_pages_are_refused(backend):
     with pytest.raises(OptionError, match="KV pages are padded"):
         backend(padded=2**20)
+
+
+@pytest.mark.parametrize("mode", ["static", "dynamic"])
+def test_kernels_are_compiled_before_the_first_request(backend, monkeypatch, mode):
+    """What the layer launches is launched once, for prefill and for decoding."""
+    from dam_vllm.attention import triton_merge, triton_paged, triton_plan
+
+    launched = set()
+
+    class Watched:
+        def __init__(self, name, kernel):
+            self.name, self.kernel = name, kernel
+
+        def __getitem__(self, grid):
+            launched.add(self.name)
+            return self.kernel[grid]
+
+    for module in (triton_merge, triton_paged, triton_plan):
+        for name in vars(module).copy():
+            if name.endswith("_kernel"):
+                monkeypatch.setattr(module, name, Watched(name, getattr(module, name)))
+    backend(kernel="triton", mode=mode)
+    assert launched >= {"_plan_kernel", "_attend_kernel"}
