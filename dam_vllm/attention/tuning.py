@@ -4,8 +4,10 @@ The table is small on purpose. Three things decide: whether many rows share thei
 few (decoding), whether a head is wider than 128 channels, and whether a program may use the 227 KiB
 of shared memory of data-centre GPUs (compute capability 9 and 10) or the 99 KiB of all others.
 Within these, an entry is the largest block whose registers do not spill, as the compiler reports
-it; `dam-vllm bench tune` measures the neighbours of an entry on a GPU. Token masks hold positions
-and three look-ups in registers, so they take smaller blocks.
+it; `dam-vllm bench tune` measures the neighbours of an entry on a GPU. Looking up a page goes
+before loading its keys and takes a stage of its own: with 2 to 4 stages one block is on its way
+while another is used, with 5 two are, where memory allows it. Token masks hold positions and three
+look-ups in registers, so they take smaller blocks.
 """
 
 import functools
@@ -24,7 +26,7 @@ class Tuning:
         block_m: rows a program, at most.
         block_n: keys a step.
         warps: a program.
-        stages: blocks of keys in flight.
+        stages: of the pipeline that looks up pages and loads keys.
     """
 
     block_m: int
@@ -35,10 +37,10 @@ class Tuning:
 
 # By shared memory (large or not), whether few rows share their keys, whether a head is wide.
 TABLE = {
-    (True, False, False): Tuning(128, 64, 8, 3),
-    (True, False, True): Tuning(128, 32, 8, 2),
-    (True, True, False): Tuning(32, 64, 4, 3),
-    (True, True, True): Tuning(32, 32, 4, 3),
+    (True, False, False): Tuning(128, 64, 8, 5),
+    (True, False, True): Tuning(128, 32, 8, 5),
+    (True, True, False): Tuning(32, 64, 4, 5),
+    (True, True, True): Tuning(32, 32, 4, 5),
     (False, False, False): Tuning(128, 64, 8, 2),
     (False, False, True): Tuning(64, 32, 8, 2),
     (False, True, False): Tuning(32, 64, 4, 2),
