@@ -22,6 +22,7 @@ pytestmark = pytest.mark.engine
 
 SIZE, PAGE, HEADS, KV_HEADS, LONGEST = 64, 32, 6, 3, 1024
 NAME = "model.layers.0.self_attn.attn"
+GROUP = HEADS // KV_HEADS
 KEY_SCALE, VALUE_SCALE = 0.5, 0.25
 # Tokens up to the last query, and queries; vLLM puts requests with one query first.
 MIXED = ((300, 1), (65, 1), (411, 250), (129, 129), (5, 5), (271, 2))
@@ -41,17 +42,19 @@ def backend(monkeypatch, random_masks, rng, device):
     from dam_vllm.engine.heads import Shard
 
     def make(
-        dtype=torch.float32, stored=None, softcap=0.0, mode="static", padded=None, **options
+        dtype=torch.float32, stored=None, softcap=0.0, mode="static", padded=None, masks=None,
+        local=(0, KV_HEADS), **options,
     ):  # fmt: skip
-        masks = random_masks(
+        masks = masks or random_masks(
             layers=1, heads=HEADS, kv_heads=KV_HEADS, pcl=150, share=0.01,
             dense=mode == "static", dynamic=mode == "dynamic", head_size=SIZE,
         )  # fmt: skip
+        kv_heads = local[1] - local[0]
         serving = Serving(DamOptions(**options), Path("masks"), masks)
         for module in (cuda, impl):
             monkeypatch.setattr(module, "admit", lambda config: serving)
         for module in (cuda, device_heads):
-            monkeypatch.setattr(module, "shard", lambda count: Shard(0, count))
+            monkeypatch.setattr(module, "shard", lambda count: Shard(*local))
         monkeypatch.setattr(cuda, "log_masks", lambda *args: None)
         if not hasattr(flash_attn, "flash_attn_varlen_func"):
             monkeypatch.setattr(flash_attn, "flash_attn_varlen_func", varlen, raising=False)
@@ -64,14 +67,14 @@ def backend(monkeypatch, random_masks, rng, device):
         ).create_engine_config()
         with set_current_vllm_config(config):
             made = cuda.DamCUDAImpl(
-                HEADS, SIZE, 0.17, KV_HEADS, None, None, name, logits_soft_cap=softcap
+                kv_heads * GROUP, SIZE, 0.17, kv_heads, None, None, name, logits_soft_cap=softcap
             )
         layer = SimpleNamespace(
             impl=made, layer_name=NAME, _k_scale_float=KEY_SCALE, _v_scale_float=VALUE_SCALE
         )
         config.compilation_config.static_forward_context[NAME] = layer
         spec = FullAttentionSpec(
-            block_size=PAGE, num_kv_heads=KV_HEADS, head_size=SIZE, dtype=stored or dtype,
+            block_size=PAGE, num_kv_heads=kv_heads, head_size=SIZE, dtype=stored or dtype,
             kv_quant_mode=KVQuantMode.FP8_PER_TENSOR if stored else KVQuantMode.NONE,
             page_size_padded=padded,
         )  # fmt: skip
@@ -147,12 +150,11 @@ class Steps:
                 mask = page_mask(*args, PAGE, dense_below)
             if rotation is not None:
                 static = page_mask(*args, PAGE, dense_below, PAGE)
-                group = HEADS // KV_HEADS
                 for head in rotation.heads.tolist():
-                    own = slice(head * group, (head + 1) * group)
+                    own = slice(head * GROUP, (head + 1) * GROUP)
                     mask[own] = dynamic_mask(
-                        served.masks, 0, head, asked.unflatten(1, (KV_HEADS, group))[:, head],
-                        key[:, head], static[head * group], PAGE, 0.17, softcap,
+                        served.masks, 0, head, asked.unflatten(1, (KV_HEADS, GROUP))[:, head],
+                        key[:, head], static[head * GROUP], PAGE, 0.17, softcap,
                     )  # fmt: skip
             rows.append(masked_attention(asked, key, value, torch.from_numpy(mask), 0.17, softcap))
             first += count
@@ -223,6 +225,24 @@ def test_no_layer_waits_for_the_device(backend, rng, device, monkeypatch, reques
         served.impl.forward(served.layer, steps.query, None, None, steps.cache, metadata, output)
 
 
+@pytest.mark.parametrize(
+    ("options", "mode"),
+    [({"kernel": "flash"}, "dynamic"), ({"granularity": "token"}, "static")],
+)
+def test_a_rank_serves_its_own_heads(backend, rng, device, options, mode):
+    """Under tensor parallelism: the later KV heads alone give what they give among all."""
+    whole = backend(mode=mode, dense_below=0, **options)
+    steps = Steps(rng, device, torch.float32, None)
+    common = steps.step(whole, MIXED)
+    found = steps.run(whole, whole.builder.build(0, common))[:, GROUP:]
+    rank = backend(mode=mode, masks=whole.masks, local=(1, KV_HEADS), dense_below=0, **options)
+    query = steps.query[:, GROUP:].contiguous()
+    cache, output = steps.cache[:, 1:].contiguous(), torch.full_like(query, torch.nan)
+    metadata = rank.builder.build(0, common)
+    rank.impl.forward(rank.layer, query, None, None, cache, metadata, output)
+    torch.testing.assert_close(output.cpu(), found, rtol=1e-5, atol=1e-5)
+
+
 def test_short_steps_are_flash_attentions_own(backend, rng, device):
     served = backend(dense_below=512)
     steps = Steps(rng, device, torch.float32, None)
@@ -269,7 +289,7 @@ def test_pages_are_counted_as_they_are_read(backend, rng, device, monkeypatch):
         for first in range((stop - count) // tile * tile, stop, tile):
             rows = range(max(first, stop - count), min(first + tile, stop))
             mask = page_mask(served.masks, 0, rows[0], rows[-1] + 1, PAGE)
-            seen = mask[:: HEADS // KV_HEADS, -1]
+            seen = mask[::GROUP, -1]
             padded = np.pad(seen, ((0, 0), (0, -seen.shape[1] % PAGE)))
             pages = padded.reshape(KV_HEADS, -1, PAGE).any(axis=2)
             read += pages.sum() * len(rows) * (count > 1)
