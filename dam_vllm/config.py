@@ -2,9 +2,9 @@
 
 import os
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 MASKS_VARIABLE = "DAM_MASKS"
 MASKS_IN_MODEL = "dam/masks.safetensors"
@@ -24,11 +24,13 @@ class DamOptions(BaseModel):
             this runs dense. Rounded up to whole tiles. The default is the measured length up to
             which sparse attention does not pay on CPU (`dam-vllm bench`).
         kv_free: "layer" gives KV-cache pages that no head of a layer can read again back to vLLM;
-            "head" those of single KV heads too, where that gains more; "off" keeps all.
-        kernel: "auto" is the platform's paged kernel; "naive" is a slow float32 oracle for
+            "head" those of single KV heads too, where that gains more; "off" keeps all. "auto" is
+            "head" on CPU and "layer" on CUDA, which does not serve "head" yet.
+        kernel: "flash" and "triton" are the kernels on CUDA, "auto" the first of them that can
+            serve, and vLLM's own paged kernel on CPU; "naive" is a slow float32 oracle for
             debugging and tests.
-        granularity: "page" rounds masks up to pages; "token" is exact, and only the naive
-            kernel serves it.
+        granularity: "page" rounds masks up to pages; "token" is exact, served by the Triton and
+            the naive kernel.
         fingerprint: "strict" refuses masks made for other weights; "config" accepts them where
             the model's shape is the same, as for a quantised copy of the calibrated model.
     """
@@ -37,16 +39,10 @@ class DamOptions(BaseModel):
 
     masks: str | None = None
     dense_below: int = Field(default=2048, ge=0)
-    kv_free: Literal["off", "layer", "head"] = "head"
-    kernel: Literal["auto", "naive"] = "auto"
+    kv_free: Literal["auto", "off", "layer", "head"] = "auto"
+    kernel: Literal["auto", "flash", "triton", "naive"] = "auto"
     granularity: Literal["page", "token"] = "page"
     fingerprint: Literal["strict", "config"] = "strict"
-
-    @model_validator(mode="after")
-    def _token_needs_naive(self) -> Self:
-        if self.granularity == "token" and self.kernel != "naive":
-            raise ValueError('granularity "token" needs kernel "naive" on this platform')
-        return self
 
 
 def parse_options(additional_config: object) -> DamOptions:

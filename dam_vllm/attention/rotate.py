@@ -1,5 +1,7 @@
 """Rotation of queries and keys into the calibrated bases: attention itself does not change."""
 
+from dataclasses import dataclass
+
 import torch
 from torch.nn.functional import pad
 
@@ -24,3 +26,30 @@ def rotate(vectors: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
     padded = pad(vectors.transpose(0, 1).float(), (0, 0, 0, blocks * BLOCK - tokens))
     turned = torch.matmul(padded.view(heads, blocks, BLOCK, size), rotations[:, None])
     return turned.view(heads, -1, size)[:, :tokens].to(vectors.dtype).contiguous()
+
+
+@dataclass(frozen=True)
+class HeadRotation:
+    """Rotation of a layer's dynamic heads.
+
+    Attributes:
+        heads: int64 [n], their local ids.
+        rotations: float32 [n, head_size, head_size].
+    """
+
+    heads: torch.Tensor
+    rotations: torch.Tensor
+
+    def keys(self, key: torch.Tensor) -> torch.Tensor:
+        """Keys [tokens, kv_heads, head_size] with those of dynamic heads rotated."""
+        turned = rotate(key[:, self.heads], self.rotations)
+        return key.index_copy(1, self.heads, turned.transpose(0, 1))
+
+    def queries(self, query: torch.Tensor, kv_heads: int) -> torch.Tensor:
+        """Queries [tokens, heads, head_size] with those of dynamic KV heads rotated."""
+        grouped = query.view(len(query), kv_heads, -1, query.shape[-1])
+        group = grouped.shape[2]
+        asked = grouped[:, self.heads].flatten(1, 2)
+        turned = rotate(asked, self.rotations.repeat_interleave(group, dim=0))
+        turned = turned.view(len(self.heads), group, len(query), -1).permute(2, 0, 1, 3)
+        return grouped.index_copy(1, self.heads, turned).view(query.shape)

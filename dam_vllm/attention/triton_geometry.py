@@ -61,7 +61,7 @@ def tile_slots(queries: np.ndarray, tile: int) -> np.ndarray:
 
 
 @triton.jit
-def tile_at(slot, request_ptr, offset_ptr, query_start_ptr, seq_len_ptr, TILE: tl.constexpr):  # noqa: N803
+def tile_at(slot, request_ptr, offset_ptr, query_start_ptr, seq_len_ptr, TILE: tl.constexpr):
     """A slot's tile.
 
     Returns:
@@ -102,28 +102,22 @@ def static_pages(
     page, head, index, last_page,
     near_ptr, columns_ptr, distances_ptr,
     near_tiles, near_pages, columns, distances, dense_tiles,
-    OWN: tl.constexpr,  # noqa: N803
+    OWN: tl.constexpr,
 ):  # fmt: skip
     """Which pages a head reads for a tile, as `PageSelector.select` tells it.
 
-    Args:
-        page: int32 block of pages.
-        head: row of the tables.
-        index: absolute tile index.
-        last_page: the tile's last page; none after it is read.
-        near_ptr: and what follows, see `page_arguments`.
-        OWN: pages a tile.
-
-    Returns:
-        int1 block.
+    `page` is an int32 block, `head` a row of the tables, `index` the absolute tile index; no page
+    after `last_page`, the tile's own last one, is read. A tile has OWN pages; for the rest see
+    `page_arguments`. Gives an int1 block.
     """
     distance = index * OWN - page
     reach = tl.minimum(tl.maximum(distance, 0), distances - 1)
     far = tl.load(distances_ptr + head * distances + reach) > 0
     column = tl.load(columns_ptr + head * columns + page, mask=page < columns, other=0) > 0
-    is_near = (index < near_tiles) & (page < near_pages)
+    is_near = page < tl.where(index < near_tiles, near_pages, 0)
     near = tl.load(
         near_ptr + (head * near_tiles + index) * near_pages + page, mask=is_near, other=0
     )
-    read = tl.where(is_near, near > 0, far | column) | (index < dense_tiles)
+    read = tl.where(is_near, near > 0, far | column)
+    read |= page >= tl.where(index < dense_tiles, 0, last_page)  # the last page is the tile's own
     return read & (page <= last_page)

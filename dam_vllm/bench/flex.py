@@ -7,73 +7,85 @@ from typing import Any
 import torch
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+TILE = 128  # rows of a block; smaller key blocks than this are named to the kernel
+
 
 def flex_step(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    selected: torch.Tensor,
-    page: int,
+    mask: BlockMask,
     scale: float,
 ) -> Callable[[], torch.Tensor]:
-    """Attention of a whole prompt under one page mask for all heads.
+    """Attention of some queries under one page mask for all requests.
 
     Args:
-        query: [tokens, heads, head_size].
-        key: [tokens, kv_heads, head_size].
-        value: [tokens, kv_heads, head_size].
-        selected: bool [tiles, pages], pages that each tile reads, its own included.
-        page: tokens a page.
+        query: [batch, heads, queries, head_size].
+        key: [batch, kv_heads, tokens, head_size].
+        value: [batch, kv_heads, tokens, head_size].
+        mask: see `block_mask`.
         scale: factor of the scores.
 
     Returns:
-        A function that computes [1, heads, tokens, head_size]; the mask, the layout that flex
-        likes best and the compilation are made beforehand.
+        A function that computes [batch, heads, queries, head_size]; the layout that flex likes
+        best is made beforehand, and the compilation is the first call's.
     """
-    mask = block_mask(selected, len(query), page)
-    inputs = [part.transpose(0, 1)[None].contiguous() for part in (query, key, value)]
+    inputs = [part.contiguous() for part in (query, key, value)]
     call = _compiled()
+    page = mask.BLOCK_SIZE[1]
+    options = {"BLOCK_N": page} if query.is_cuda and page < TILE else None
 
     def step() -> torch.Tensor:
         with torch.no_grad():
-            return call(*inputs, block_mask=mask, scale=scale, enable_gqa=True)
+            return call(
+                *inputs, block_mask=mask, scale=scale, enable_gqa=True, kernel_options=options
+            )
 
     return step
 
 
-def block_mask(selected: torch.Tensor, tokens: int, page: int) -> BlockMask:
-    """Pages before the tile as full blocks, the tile's own under the causal rule.
+def block_mask(selected: torch.Tensor, queries: int, tokens: int, page: int) -> BlockMask:
+    """Pages before a tile's first query as full blocks, later ones under the causal rule.
 
     Args:
-        selected: bool [tiles, pages].
-        tokens: length of the prompt, a multiple of the tile.
+        selected: bool [heads, tiles, pages], pages that each tile of queries reads, its own
+            included; one head may stand for all.
+        queries: the last ones of the request: all, in whole tiles, or a single one.
+        tokens: length of the request, a multiple of the page.
         page: tokens a page.
 
     Returns:
-        The mask of one batch entry and all heads.
+        The mask of one batch entry.
     """
-    tiles, pages = selected.shape
-    own = pages // tiles
-    before = torch.arange(pages) < torch.arange(tiles)[:, None] * own
+    tiles, pages = selected.shape[1:]
+    rows, earlier = -(-queries // tiles), tokens - queries
+    first = earlier + rows * torch.arange(tiles, device=selected.device)
+    whole = (torch.arange(pages, device=selected.device) + 1) * page <= first[:, None] + 1
     return BlockMask.from_kv_blocks(
-        *_blocks(selected & ~before),
-        *_blocks(selected & before),
-        BLOCK_SIZE=(tokens // tiles, page),
-        mask_mod=_causal,
-        seq_lengths=(tokens, tokens),
+        *_blocks(selected & ~whole),
+        *_blocks(selected & whole),
+        BLOCK_SIZE=(rows if queries > 1 else TILE, page),
+        mask_mod=_causal(earlier),
+        seq_lengths=(queries, tokens),
     )
 
 
 def _blocks(kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Counts [1, 1, tiles] and indices [1, 1, tiles, pages] of the kept pages."""
-    order = kept.int().argsort(dim=-1, descending=True, stable=True)
-    return kept.sum(-1, dtype=torch.int32)[None, None], order.int()[None, None]
+    """Counts [1, heads, tiles] and indices [1, heads, tiles, pages] of the kept pages."""
+    order = kept.byte().argsort(dim=-1, descending=True, stable=True)
+    return kept.sum(-1, dtype=torch.int32)[None], order.int()[None]
 
 
-def _causal(
-    batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor
-) -> torch.Tensor:
-    return query >= key
+@lru_cache
+def _causal(earlier: int) -> Callable[..., torch.Tensor]:
+    """The rule for the last queries of a request; the same object, since flex compiles for each."""
+
+    def causal(
+        batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor
+    ) -> torch.Tensor:
+        return query + earlier >= key
+
+    return causal
 
 
 @lru_cache(maxsize=1)

@@ -58,7 +58,7 @@ def _case(prompt: "Prompt", window: int, with_flex: bool, rounds: int) -> Row:
     import torch
 
     from dam_vllm.attention.select import PageSelector
-    from dam_vllm.bench.flex import flex_step
+    from dam_vllm.bench.flex import block_mask, flex_step
     from dam_vllm.engine.kernels_cpu import dense_step, virtual_step
     from dam_vllm.masks.pages import density, page_tables
 
@@ -68,10 +68,12 @@ def _case(prompt: "Prompt", window: int, with_flex: bool, rounds: int) -> Row:
     peers = {"dense": dense_step(prompt), "dam": virtual_step(prompt, selector)}
     if with_flex:
         tiles = torch.arange(-(-tokens // selector.tile))
-        selected = selector.select(tiles, len(tiles) * selector.own)[0, 0]
-        peers["flex"] = flex_step(
-            prompt.query, prompt.key, prompt.value, selected, shape.page, shape.scale
+        selected = selector.select(tiles, len(tiles) * selector.own)[0, :1]
+        mask = block_mask(selected, tokens, tokens, shape.page)
+        query, key, value = (
+            part.transpose(0, 1)[None] for part in (prompt.query, prompt.key, prompt.value)
         )
+        peers["flex"] = flex_step(query, key, value, mask, shape.scale)
     seconds = alternate(peers, rounds)
     read = float(density(masks, [tokens], shape.page)[1].mean())
     speedup = ratio(seconds["dense"], seconds["dam"])

@@ -6,16 +6,20 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 
-def machine() -> dict[str, str | int | float]:
+def machine(gpu: bool = False) -> dict[str, str | int | float]:
     """Describes this machine and the libraries that matter to speed.
+
+    Args:
+        gpu: whether figures are a GPU's.
 
     Returns:
         CPU model, cores usable by this process, threads of torch, load over the last minute
-        and the versions of torch and vLLM.
+        and the versions of torch and vLLM; the GPU, its ceilings and the version of Triton where
+        it is asked for.
     """
     import torch
 
-    return {
+    return (_gpu() if gpu else {}) | {
         "cpu": _cpu(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
@@ -27,10 +31,30 @@ def machine() -> dict[str, str | int | float]:
 
 def describe(values: dict[str, str | int | float]) -> str:
     """One line about a machine, for a table's caption."""
-    return (
+    gpu = ""
+    if "gpu" in values:
+        gpu = (
+            f"{values['gpu']}: copies {values['copy_tb_s']} TB/s, multiplies "
+            f"{values['bf16_tflop_s']} TFLOP/s in bf16; Triton {values['triton']}\n"
+        )
+    return gpu + (
         f"{values['cpu']}, {values['cores']} cores, {values['threads']} threads, "
         f"load {values['load']} before the run, torch {values['torch']}, vLLM {values['vllm']}"
     )
+
+
+def _gpu() -> dict[str, str | int | float]:
+    import torch
+
+    from dam_vllm.bench.roof import cuda_roof
+
+    roof = cuda_roof()
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "copy_tb_s": round(roof.bandwidth / 1e12, 2),
+        "bf16_tflop_s": round(roof.rate / 1e12),
+        "triton": version("triton"),
+    }
 
 
 def _cpu() -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 from dam_vllm.config import OptionError
 
 MIN_PAGE, MAX_PAGE, MAX_CHANNELS = 32, 512, 256
+GPU_PAGES = (16, 32, 64, 128, 256)
 IMAGES = (".png", ".svg", ".pdf")
 
 
@@ -37,6 +38,23 @@ def pages_option(text: str, option: str = "--pages") -> list[int]:
         raise OptionError(
             f"{option} is {text!r}: must be multiples of {MIN_PAGE} up to {MAX_PAGE} tokens"
         )
+    return values
+
+
+def gpu_pages_option(text: str) -> list[int]:
+    """Page sizes that the GPU kernels take; raises OptionError for others."""
+    values = _integers(text)
+    if not values or any(value not in GPU_PAGES for value in values):
+        allowed = ", ".join(map(str, GPU_PAGES))
+        raise OptionError(f"--pages is {text!r}: must be comma-separated, of {allowed} tokens")
+    return values
+
+
+def counts_option(text: str, option: str) -> list[int]:
+    """Numbers from 1 on; raises OptionError for others."""
+    values = _integers(text)
+    if not values or any(value < 1 for value in values):
+        raise OptionError(f"{option} is {text!r}: must be comma-separated numbers from 1 on")
     return values
 
 
@@ -77,6 +95,17 @@ def heads_option(heads: int, kv_heads: int, head_size: int) -> None:
     if head_size not in sizes:
         raise OptionError(
             f"--head-size is {head_size}: must be one of {', '.join(map(str, sizes))}"
+        )
+
+
+def fa3_option(folder: Path | None) -> None:
+    """Raises OptionError for a folder without FlashAttention 3."""
+    from dam_vllm.bench.fa3 import INTERFACE, LIBRARY, is_packed
+
+    if folder is not None and not is_packed(folder):
+        raise OptionError(
+            f"--fa3 is {str(folder)!r}: must be a folder with {INTERFACE} and {LIBRARY} or "
+            f"{LIBRARY}.xz, both of vLLM's vllm_flash_attn"
         )
 
 

@@ -9,20 +9,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 Row = dict[str, Any]
+# The table's title says the benchmark; its footnotes say what failed.
+NO_COLUMNS = ("bench", "failed")
 
 
 def table(rows: Sequence[Row], title: str, caption: str) -> Table:
     """A table with one column for each key of the rows; missing values are "-".
 
     Args:
-        rows: flat rows; the column "bench" is left out, it is the title's.
+        rows: flat rows.
         title: what was measured.
         caption: machine, targets and footnotes.
 
     Returns:
         The table.
     """
-    names = list(dict.fromkeys(name for row in rows for name in row if name != "bench"))
+    names = list(dict.fromkeys(name for row in rows for name in row if name not in NO_COLUMNS))
     result = Table(title=title, caption=caption, caption_justify="left")
     for name in names:
         text = all(isinstance(row.get(name, ""), str) for row in rows)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 
 from dam_vllm.config import DamOptions, OptionError, find_masks, parse_options
 from dam_vllm.masks.file import load_mask_set
@@ -59,8 +60,10 @@ def admit(config: VllmConfig) -> Serving:
             f"--attention-backend dam: model {model.model} has multi-head latent attention "
             f"(MLA), which DAM does not serve; leave the option away"
         )
+    options = parse_options(config.additional_config)
+    _refuse_options(options)
     serving = _load(
-        parse_options(config.additional_config),
+        options,
         model.model,
         model.revision,
         config.load_config.download_dir,
@@ -93,6 +96,36 @@ def _load(
             f"the same shape"
         )
     return Serving(options, file, masks)
+
+
+def may_free_heads(options: DamOptions) -> bool:
+    """Whether pages of single KV heads may be freed, not of whole layers alone."""
+    return options.kv_free == "head" or (options.kv_free == "auto" and current_platform.is_cpu())
+
+
+def _refuse_options(options: DamOptions) -> None:
+    """Refuses values that this platform does not serve."""
+    option, platform = "--additional-config: dam", current_platform.device_name
+    if current_platform.is_cpu():
+        if options.kernel in ("flash", "triton"):
+            raise OptionError(
+                f"{option}.kernel is {options.kernel!r}: on CPU it must be 'auto' or 'naive'"
+            )
+        if options.granularity == "token" and options.kernel != "naive":
+            raise OptionError(
+                f"{option}.granularity is 'token': on CPU it needs kernel 'naive', "
+                f"not {options.kernel!r}"
+            )
+        return
+    if options.granularity == "token" and options.kernel == "flash":
+        raise OptionError(
+            f"{option}.granularity is 'token': it needs kernel 'auto', 'triton' or 'naive', "
+            f"not 'flash'"
+        )
+    if options.kv_free == "head":
+        raise OptionError(
+            f"{option}.kv_free is 'head': on {platform} it must be 'auto', 'layer' or 'off'"
+        )
 
 
 def _refuse_connector(config: VllmConfig, serving: Serving) -> None:

@@ -1,41 +1,105 @@
 """Counts the pages that prompts read, for evaluations (`--worker-extension-cls`)."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dam_vllm.attention.plan import Tiles
+from dam_vllm.attention.plan import Tiles, cut_tiles
+
+if TYPE_CHECKING:
+    from dam_vllm.attention.triton_geometry import DeviceTiles
+    from dam_vllm.attention.triton_plan import DevicePlan
 
 
 @dataclass
 class Counts:
     """Pages times queries, summed over tiles, layers and KV heads, of prefill alone.
 
+    Both are added up where they arise, so that a GPU need not be waited for.
+
     Attributes:
         read: what was read.
         dense: what dense causal attention would have read.
     """
 
-    read: int = 0
-    dense: int = 0
+    read: torch.Tensor | int = 0
+    dense: torch.Tensor | int = 0
 
-    def add(self, pages: torch.Tensor, tiles: Tiles, new: torch.Tensor, page: int) -> None:
-        """Counts a step.
+    def add_prefill(self, pages: torch.Tensor, tiles: Tiles, new: torch.Tensor, page: int) -> None:
+        """Counts a step's tiles, but for those of decoding.
 
         Args:
             pages: int [..., tiles], pages read.
             tiles: the step's tiles.
-            new: int [requests], queries of each request; one is decoding, which is not counted.
+            new: int [requests], queries of each request; one is decoding.
             page: tokens a page.
         """
         queries = (tiles.stop - tiles.start) * (new[tiles.request] > 1)
+        self.add(pages, queries, tiles.stop, page)
+
+    def add_dense(
+        self,
+        query_start_loc: torch.Tensor,
+        seq_lens: torch.Tensor,
+        tile: int,
+        page: int,
+        heads: int,
+    ) -> None:
+        """Counts a step whose queries read everything.
+
+        Args:
+            query_start_loc: int32 [requests + 1], on the CPU.
+            seq_lens: int32 [requests], on the CPU.
+            tile: tokens a tile.
+            page: tokens a page.
+            heads: KV heads of all layers.
+        """
+        tiles = cut_tiles(query_start_loc, seq_lens, tile)
         causal = (tiles.stop - 1) // page + 1
-        self.read += int((pages * queries).sum())
-        self.dense += int((causal * queries).sum()) * (pages.numel() // len(queries))
+        self.add_prefill(causal.expand(heads, -1), tiles, query_start_loc.diff(), page)
+
+    def add_plan(
+        self, plan: "DevicePlan", tiles: "DeviceTiles", heads: torch.Tensor, page: int
+    ) -> None:
+        """Counts some heads of a prefill's plan, without waiting for the device.
+
+        Args:
+            plan: of one layer.
+            tiles: its tiles.
+            heads: int32 [n], KV heads.
+            page: tokens a page.
+        """
+        pages = (plan.seq_lens.t()[heads.long()] + page - 1) // page
+        request = tiles.request.long()
+        end = tiles.seq_lens[request]
+        first = end - tiles.query_start_loc.diff()[request]
+        start = torch.maximum((first // tiles.tile + tiles.offset) * tiles.tile, first)
+        queries = plan.starts.diff()
+        self.add(pages, queries, start + queries, page)
+
+    def add(
+        self, pages: torch.Tensor, queries: torch.Tensor, stop: torch.Tensor, page: int
+    ) -> None:
+        """Counts tiles.
+
+        Args:
+            pages: int [..., tiles], pages read.
+            queries: int [tiles].
+            stop: int [tiles], position after each tile's last query.
+            page: tokens a page.
+        """
+        causal = (stop - 1) // page + 1
+        self.read = self.read + (pages * queries).sum()
+        self.dense = self.dense + (causal * queries).sum() * (pages.numel() // len(queries))
 
 
 COUNTS = Counts()
+
+
+def counting(config: Any) -> bool:
+    """Whether this worker has the extension, and pages on a GPU are to be counted."""
+    return str(config.parallel_config.worker_extension_cls).endswith(PageCounters.__name__)
 
 
 class PageCounters:
@@ -43,6 +107,6 @@ class PageCounters:
 
     def dam_pages(self) -> dict[str, Any]:
         """Pages counted since the last call, {"read": int, "dense": int} of this worker."""
-        found = vars(COUNTS).copy()
+        found = {name: int(value) for name, value in vars(COUNTS).items()}
         COUNTS.read = COUNTS.dense = 0
         return found

@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank
-from vllm.model_executor.models.utils import extract_layer_index
-from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
@@ -20,11 +18,10 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-from dam_vllm.config import OptionError
 from dam_vllm.engine.admission import admit
 from dam_vllm.engine.dynamic import DynamicStep, LayerDynamic
-from dam_vllm.engine.heads import shard
-from dam_vllm.engine.kv_free import free_kv_heads
+from dam_vllm.engine.heads import masked_layers, shard
+from dam_vllm.engine.impl import DamImpl
 from dam_vllm.engine.naive import NaiveBatch, serve_naive
 from dam_vllm.engine.planner import Planner
 from dam_vllm.engine.report import log_masks
@@ -55,12 +52,6 @@ class DamCPUBackend(CPUAttentionBackend):
     @classmethod
     def supports_attn_type(cls, attn_type: str) -> bool:
         return attn_type == AttentionType.DECODER
-
-    @classmethod
-    def supports_combination(cls, *args: Any, **kwargs: Any) -> str | None:
-        if current_platform.is_cpu():
-            return None
-        return f"DAM serves on CPU only, not on {current_platform.device_name}"
 
 
 @dataclass
@@ -108,15 +99,8 @@ class DamCPUMetadataBuilder(CPUAttentionMetadataBuilder):
 
     def _masked_layers(self, layer_names: list[str]) -> dict[str, int]:
         """Global indices of the layers that the masks hold; the rest is vLLM's."""
-        layers = self.vllm_config.compilation_config.static_forward_context
-        types = self.serving.masks.header.layer_types
-        result = {}
-        for name in layer_names:
-            index = extract_layer_index(name)
-            windowed = layers[name].impl.sliding_window != -1
-            if index < len(types) and types[index] == "full" and not windowed:
-                result[name] = index
-        return result
+        attention = self.vllm_config.compilation_config.static_forward_context
+        return masked_layers(layer_names, attention, self.serving)
 
     def _planner(self, layers: dict[str, int]) -> Planner:
         masks = self.serving.masks
@@ -201,36 +185,14 @@ class DamCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         return metadata
 
 
-class DamCPUImpl(CPUAttentionBackendImpl):
+class DamCPUImpl(DamImpl, CPUAttentionBackendImpl):
     """Runs vLLM's kernel on virtual pages, or as it stands where every page is read."""
+
+    keys_by_channel = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        refused = {
-            "ALiBi": self.alibi_slopes is not None,
-            "attention sinks (learned per head)": self.sinks is not None,
-            f"attention of type {self.attn_type!r}": self.attn_type != AttentionType.DECODER,
-        }
-        for feature, present in refused.items():
-            if present:
-                raise OptionError(
-                    f"--attention-backend dam: this model has {feature}, which DAM does not "
-                    f"serve; leave the option away"
-                )
-        self.config = get_current_vllm_config()
-        admit(self.config)
         self.dynamic: LayerDynamic | None = None
-        self.split: SplitLayers | None = None
-        self.loaded = False
-
-    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        super().process_weights_after_loading(act_dtype)
-        layers = self.config.compilation_config.static_forward_context.values()
-        impls = (getattr(layer, "impl", None) for layer in layers)
-        # The first layer acts for all, and only once: weights may be loaded again.
-        if next(impl for impl in impls if isinstance(impl, DamCPUImpl)) is self and not self.loaded:
-            free_kv_heads(self.config)
-        self.loaded = True
 
     def do_kv_cache_update(
         self,
@@ -241,7 +203,7 @@ class DamCPUImpl(CPUAttentionBackendImpl):
         slot_mapping: torch.Tensor,
     ) -> None:
         if self.dynamic is not None:
-            key = self.dynamic.rotated_keys(key)
+            key = self.dynamic.rotation.keys(key)
         if self.split is not None:
             self.split.store(self, layer, key, value)
             return
@@ -262,7 +224,7 @@ class DamCPUImpl(CPUAttentionBackendImpl):
         if attn_metadata is not None:
             name = layer.layer_name
             if self.dynamic is not None:
-                query = self.dynamic.rotated_queries(query, self.num_kv_heads)
+                query = self.dynamic.rotation.queries(query, self.num_kv_heads)
             if self.split is not None:
                 self._serve(layer, query, self.split.pool, self.split.plan(), output)
                 return output

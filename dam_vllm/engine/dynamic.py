@@ -5,19 +5,20 @@ of the cached keys are the keys that score a page: there is no second cache, and
 prefix caching carry theirs along. Queries of these heads are rotated alike, on every path.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from dam_vllm.attention.choose import Budget
 from dam_vllm.attention.dynamic import DynamicHeads, select_dynamic
 from dam_vllm.attention.plan import Tiles, VirtualPages, plan_pages
-from dam_vllm.attention.rotate import rotate
+from dam_vllm.attention.rotate import HeadRotation
 from dam_vllm.attention.select import PageSelector
 from dam_vllm.engine.counters import COUNTS
 from dam_vllm.engine.heads import Shard
 from dam_vllm.engine.virtual import Scheduler, VirtualBatch
 from dam_vllm.masks.mask_set import MaskSet
+from dam_vllm.masks.pages import tile_size
 
 
 @dataclass(frozen=True)
@@ -41,31 +42,15 @@ class LayerDynamic:
 
     Attributes:
         dynamic: how they choose.
-        heads: int64, their local ids.
+        rotation: turns their queries and keys.
         row: the layer among the step's layers.
-        rotations: float32 [heads, head_size, head_size].
         scheduler: makes virtual batches.
     """
 
     dynamic: DynamicHeads
-    heads: torch.Tensor
+    rotation: HeadRotation
     row: int
-    rotations: torch.Tensor
     scheduler: Scheduler
-
-    def rotated_keys(self, key: torch.Tensor) -> torch.Tensor:
-        """Keys [tokens, kv_heads, head_size] with those of dynamic heads rotated."""
-        turned = rotate(key[:, self.heads], self.rotations)
-        return key.index_copy(1, self.heads, turned.transpose(0, 1))
-
-    def rotated_queries(self, query: torch.Tensor, kv_heads: int) -> torch.Tensor:
-        """Queries [tokens, heads, head_size] with those of dynamic KV heads rotated."""
-        grouped = query.view(len(query), kv_heads, -1, query.shape[-1])
-        group = grouped.shape[2]
-        asked = grouped[:, self.heads].flatten(1, 2)
-        turned = rotate(asked, self.rotations.repeat_interleave(group, dim=0))
-        turned = turned.view(len(self.heads), group, len(query), -1).permute(2, 0, 1, 3)
-        return grouped.index_copy(1, self.heads, turned).view(query.shape)
 
     def virtual(
         self, query: torch.Tensor, kv_cache: torch.Tensor, step: DynamicStep
@@ -84,13 +69,52 @@ class LayerDynamic:
         page, width = kv_cache.shape[2:]
         keys = kv_cache.view(-1, 2, width // 2, page)[:, 0]
         scoring = query.transpose(0, 1)[..., : max(self.dynamic.ranks)]
-        where = step.where.take(self.row, self.heads)
-        selected = select_dynamic(
-            self.dynamic, scoring[self.heads], keys, step.tiles, where.tables()[0]
-        )
-        COUNTS.add(selected.sum(-1), step.tiles, step.new, page)
+        heads = self.rotation.heads
+        where = step.where.take(self.row, heads)
+        selected = select_dynamic(self.dynamic, scoring[heads], keys, step.tiles, where.tables()[0])
+        COUNTS.add_prefill(selected.sum(-1), step.tiles, step.new, page)
         plan = plan_pages(selected[None], where, step.tiles, page)
-        return self.scheduler.dynamic(plan, self.heads)
+        return self.scheduler.dynamic(plan, heads)
+
+
+def dynamic_heads(
+    masks: MaskSet,
+    layer: int,
+    shard: Shard,
+    page: int,
+    dense_below: int,
+    scale: float,
+    softcap: float,
+    device: torch.device | str = "cpu",
+) -> DynamicHeads | None:
+    """How a layer's dynamic heads choose pages.
+
+    Args:
+        masks: the mask set.
+        layer: global layer index.
+        shard: KV heads of this rank.
+        page: tokens a page.
+        dense_below: positions below it read everything; rounded up to static heads' tiles.
+        scale: factor of the scores, that of an fp8 cache's keys included.
+        softcap: soft-capping of the scores, 0 for none.
+        device: where page tables are kept.
+
+    Returns:
+        The heads, or None where this rank holds none.
+    """
+    local = shard.dynamic_heads(masks, layer)
+    if not local or masks.dynamic is None:
+        return None
+    heads = [shard.start + head for head in local]
+    tables = shard.tables(masks, layer, page, tile=page).take(local)
+    dense_until = -(-dense_below // tile_size(page)) * tile_size(page)
+    return DynamicHeads(
+        ranks=[int(masks.dynamic.ranks[layer, head]) for head in heads],
+        budgets=[Budget.of(masks.dynamic, layer, head, page) for head in heads],
+        static=PageSelector([tables], dense_until, device),
+        scale=scale,
+        softcap=softcap,
+    )
 
 
 def layer_dynamic(
@@ -105,7 +129,7 @@ def layer_dynamic(
     stored: torch.dtype | None,
     scheduler: Scheduler,
 ) -> LayerDynamic | None:
-    """Sets up a layer's dynamic heads.
+    """Sets up a layer's dynamic heads on CPU.
 
     Args:
         masks: the mask set.
@@ -113,29 +137,22 @@ def layer_dynamic(
         row: the layer among the step's layers.
         shard: KV heads of this rank.
         page: tokens a page.
-        dense_below: positions below it read everything, a multiple of static heads' tile.
-        scale: factor of the scores, that of an fp8 cache's keys included.
-        softcap: soft-capping of the scores, 0 for none.
+        dense_below: as for `dynamic_heads`, with what follows up to `softcap`.
+        scale: factor of the scores.
+        softcap: soft-capping of the scores.
         stored: dtype of an fp8 cache, else None.
         scheduler: makes virtual batches.
 
     Returns:
         The heads, or None where this rank holds none.
     """
-    local = shard.dynamic_heads(masks, layer)
-    if not local or masks.dynamic is None:
+    dynamic = dynamic_heads(masks, layer, shard, page, dense_below, scale, softcap)
+    if dynamic is None or masks.dynamic is None:
         return None
-    heads = [shard.start + head for head in local]
-    tables = shard.tables(masks, layer, page, tile=page).take(local)
     few_digits = scheduler.dtype == torch.bfloat16
-    dynamic = DynamicHeads(
-        ranks=[int(masks.dynamic.ranks[layer, head]) for head in heads],
-        budgets=[Budget.of(masks.dynamic, layer, head, page) for head in heads],
-        static=PageSelector([tables], dense_below),
-        scale=scale,
-        softcap=softcap,
-        computed=torch.bfloat16 if few_digits else torch.float32,
-        stored=stored,
+    dynamic = replace(
+        dynamic, computed=torch.bfloat16 if few_digits else torch.float32, stored=stored
     )
-    rotations = torch.from_numpy(masks.dynamic.rotations[layer, heads])
-    return LayerDynamic(dynamic, torch.tensor(local), row, rotations, scheduler)
+    local = shard.dynamic_heads(masks, layer)
+    rotations = torch.from_numpy(masks.dynamic.rotations[layer, shard.start : shard.stop][local])
+    return LayerDynamic(dynamic, HeadRotation(torch.tensor(local), rotations), row, scheduler)

@@ -247,11 +247,11 @@ def dynamic_steps(prompt: Prompt, masks: MaskSet) -> DynamicSteps:
     impl = SimpleNamespace(scale=shape.scale, logits_soft_cap=0.0, kv_cache_dtype="auto")
 
     def rotate() -> torch.Tensor:
-        dynamic.rotated_keys(prompt.key)
-        return dynamic.rotated_queries(prompt.query, shape.kv_heads)
+        dynamic.rotation.keys(prompt.key)
+        return dynamic.rotation.queries(prompt.query, shape.kv_heads)
 
     def select() -> torch.Tensor:
-        asked = grouped.transpose(0, 1)[..., : max(dynamic.dynamic.ranks)][dynamic.heads]
+        asked = grouped.transpose(0, 1)[..., : max(dynamic.dynamic.ranks)][dynamic.rotation.heads]
         return select_dynamic(dynamic.dynamic, asked, keys, tiles, where.tables()[0])
 
     def whole() -> torch.Tensor:

@@ -13,7 +13,7 @@ from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_pa
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.kv_cache_interface import replace_as
 
-from dam_vllm.engine.admission import Serving, admit, logger
+from dam_vllm.engine.admission import Serving, admit, logger, may_free_heads
 from dam_vllm.engine.heads import shard, shards
 from dam_vllm.engine.kv_cache import BoundedAttentionSpec
 from dam_vllm.engine.split import HeadUnit, SplitLayers
@@ -68,7 +68,7 @@ def _odd_layer(attention: Mapping[str, Any], serving: Serving) -> str | None:
         impl: Any = getattr(layer, "impl", None)
         if not hasattr(impl, "split") or layer.kv_sharing_target_layer_name is not None:
             return f"{name} is not plain attention"
-        if index >= len(types) or types[index] != "full" or impl.sliding_window != -1:
+        if index >= len(types) or types[index] != "full" or impl.windowed:
             return f"{name} is not full attention with masks"
         shapes.add((layer.num_kv_heads, layer.head_size, layer.kv_cache_torch_dtype))
     return "layers have KV caches of different shapes" if len(shapes) > 1 else None
@@ -81,7 +81,7 @@ def _choices(config: VllmConfig, serving: Serving, heads: HeadBounds) -> list[Fr
         [slice(rank.start, rank.stop) for rank in ranks],
         config.model_config.max_model_len,
         config.max_in_flight_tokens,
-        serving.options.kv_free == "head",
+        may_free_heads(serving.options),
     )
 
 

@@ -78,7 +78,7 @@ def serve_naive(
         impl: the attention implementation, for scale, soft-capping and cache dtype.
         layer: the attention layer, for its name and scales.
         query: [tokens, heads, head_size], rotated where a head is dynamic.
-        kv_cache: [blocks, kv_heads, page, 2 * head_size], plain layout.
+        kv_cache: [blocks, kv_heads, page, 2 * head_size], see `read_pages`.
         metadata: the step's metadata.
         output: [tokens, heads, head_size] or flat; written.
     """
@@ -86,37 +86,48 @@ def serve_naive(
     page = kv_cache.shape[2]
     starts = metadata.query_start_loc.tolist()
     rows = output.view(query.shape)
+    scaled = impl.kv_cache_dtype in FP8_DTYPES
     for request, stop in enumerate(metadata.seq_lens.tolist()):
         first, last = starts[request : request + 2]
         table = metadata.block_table[request, : -(-stop // page)].long()
-        keys, values = read_pages(kv_cache[table], impl.kv_cache_dtype)
+        pages = kv_cache[table].cpu()
+        keys, values = read_pages(pages, impl.kv_cache_dtype, impl.keys_by_channel)
         keys, values = keys[:stop], values[:stop]
-        if impl.is_fp8_kv_cache:
+        if scaled:
             keys, values = keys * layer._k_scale_float, values * layer._v_scale_float
-        mask = batch.mask(query[first:last], keys, page, impl)
-        rows[first:last] = masked_attention(
-            query[first:last], keys, values, mask, impl.scale, impl.logits_soft_cap
-        ).to(rows.dtype)
+        asked = query[first:last].cpu()
+        mask = batch.mask(asked, keys, page, impl)
+        found = masked_attention(asked, keys, values, mask, impl.scale, impl.logits_soft_cap)
+        rows[first:last] = found.to(rows)
 
 
-def read_pages(pages: torch.Tensor, cache_dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
+def read_pages(
+    pages: torch.Tensor, cache_dtype: str, keys_by_channel: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of pages in order.
 
-    In the kernels' plain layout ("vec") a page holds keys channel by channel, [head_size,
-    page], then values token by token, [page, head_size].
+    On CUDA a page holds each token's key and value. In the plain layout of the CPU's kernels
+    ("vec") it holds keys channel by channel, [head_size, page], then values token by token,
+    [page, head_size].
 
     Args:
         pages: [pages, kv_heads, page, 2 * head_size].
         cache_dtype: vLLM's name of the cache's dtype.
+        keys_by_channel: whether the layout is that of the CPU's kernels.
 
     Returns:
         Two tensors, each float32 [pages * page, kv_heads, head_size]; fp8 is not yet scaled.
     """
     count, kv_heads, page, width = pages.shape
-    flat = pages.reshape(count, kv_heads, 2, page * width // 2)
-    if cache_dtype in FP8_DTYPES:
-        flat = flat.view(FP8_DTYPES[cache_dtype])
-    keys = flat[:, :, 0].float().view(count, kv_heads, width // 2, page).permute(0, 3, 1, 2)
-    values = flat[:, :, 1].float().view(count, kv_heads, page, width // 2).permute(0, 2, 1, 3)
+    stored = pages.view(FP8_DTYPES.get(cache_dtype, pages.dtype))
+    if keys_by_channel:
+        flat = stored.reshape(count, kv_heads, 2, page * width // 2)
+        keys = flat[:, :, 0].view(count, kv_heads, width // 2, page).transpose(2, 3)
+        values = flat[:, :, 1].view(count, kv_heads, page, width // 2)
+    else:
+        keys, values = stored.split(width // 2, dim=-1)
     shape = (count * page, kv_heads, width // 2)
-    return keys.reshape(shape), values.reshape(shape)
+    return (
+        keys.float().transpose(1, 2).reshape(shape),
+        values.float().transpose(1, 2).reshape(shape),
+    )

@@ -111,7 +111,9 @@ class Planner:
             if step.max_query_len > 1:
                 pages = (plan.seq_lens[row] + self.selector.page - 1) // self.selector.page
                 new = step.query_start_loc.diff()
-                COUNTS.add(pages.view(len(self._all), -1)[heads], tiles, new, self.selector.page)
+                COUNTS.add_prefill(
+                    pages.view(len(self._all), -1)[heads], tiles, new, self.selector.page
+                )
         return result
 
     def dynamic(self, step: Step, where: VirtualPages) -> DynamicStep:
@@ -138,7 +140,10 @@ class Planner:
     def count_dense(self, step: Step) -> None:
         """Counts what a dense step reads."""
         if step.max_query_len > 1:
-            tiles = cut_tiles(step.query_start_loc, step.seq_lens, self.selector.tile)
-            causal = (tiles.stop - 1) // self.selector.page + 1
-            pages = causal.expand(self.selector.layers, self.selector.heads, -1)
-            COUNTS.add(pages, tiles, step.query_start_loc.diff(), self.selector.page)
+            COUNTS.add_dense(
+                step.query_start_loc,
+                step.seq_lens,
+                self.selector.tile,
+                self.selector.page,
+                self.selector.layers * self.selector.heads,
+            )

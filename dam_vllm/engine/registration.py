@@ -12,7 +12,7 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backends import registry
 
 NAME = "DAM"
-BACKEND = "dam_vllm.engine.cpu.DamCPUBackend"
+CPU, CUDA = "dam_vllm.engine.cpu.DamCPUBackend", "dam_vllm.engine.cuda.DamCUDABackend"
 
 
 def member() -> registry.AttentionBackendEnum:
@@ -20,7 +20,7 @@ def member() -> registry.AttentionBackendEnum:
     known = registry.AttentionBackendEnum.__members__.get(NAME)
     if known is not None:
         return known
-    registry.register_backend(NAME, BACKEND)
+    registry.register_backend(NAME, CPU if current_platform.is_cpu() else CUDA)
     added = registry.AttentionBackendEnum[NAME]
     added.__reduce_ex__ = lambda protocol: (member, ())
     return added

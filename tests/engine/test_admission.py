@@ -96,3 +96,31 @@ def test_other_weights(tmp_path, mode, accepted):
     else:
         with pytest.raises(OptionError, match="was made for other weights"):
             admit(asked)
+
+
+@pytest.mark.parametrize(
+    ("cpu", "options", "message"),
+    [
+        (True, {}, None),
+        (True, {"kernel": "naive", "granularity": "token", "kv_free": "head"}, None),
+        (True, {"kernel": "flash"}, "dam.kernel is 'flash': on CPU it must be 'auto' or 'naive'"),
+        (True, {"kernel": "triton"}, "dam.kernel is 'triton': on CPU"),
+        (True, {"granularity": "token"}, "dam.granularity is 'token': on CPU it needs kernel"),
+        (False, {}, None),
+        (False, {"granularity": "token", "kv_free": "layer"}, None),
+        (False, {"kernel": "flash", "granularity": "token"}, "dam.granularity is 'token': it"),
+        (False, {"kv_free": "head"}, "dam.kv_free is 'head': on GPU it must be 'auto'"),
+    ],
+)
+def test_options_of_other_platforms_are_refused(masks, monkeypatch, cpu, options, message):
+    from dam_vllm.engine import admission
+
+    platform = SimpleNamespace(is_cpu=lambda: cpu, device_name="cpu" if cpu else "GPU")
+    monkeypatch.setattr(admission, "current_platform", platform)
+    asked = config(masks, additional_config={"dam": {"masks": str(masks), **options}})
+    if message is None:
+        served = admission.admit(asked).options
+        assert admission.may_free_heads(served) == (cpu and served.kv_free in ("auto", "head"))
+    else:
+        with pytest.raises(OptionError, match=message):
+            admission.admit(asked)

@@ -82,7 +82,7 @@ def test_kernel_equals_oracle(
     isa = _get_attn_isa(dtype, page, SIZE, cache_dtype)
     scheduler = Scheduler(2, SIZE, dtype, isa, cache_dtype)
     heads = own_heads(masks, page, softcap, cache_dtype, scheduler)
-    turned = [heads.rotated_keys(key) for key in keys] if heads else keys
+    turned = [heads.rotation.keys(key) for key in keys] if heads else keys
     cache, table = fill_cache(turned, values, page, 3, dtype, cache_dtype, isa, rng)
     lens = torch.tensor([stop for stop, _ in REQUESTS], dtype=torch.int32)
     starts = torch.tensor([0, *np.cumsum([count for _, count in REQUESTS])], dtype=torch.int32)
@@ -103,7 +103,7 @@ def test_kernel_equals_oracle(
     layer = SimpleNamespace(_k_scale_float=0.5, _v_scale_float=0.25, layer_name="layer")
     output = torch.full((int(starts[-1]), 6 * SIZE), torch.nan, dtype=dtype)
     query = torch.cat(new)
-    asked = heads.rotated_queries(query, 3) if heads else query
+    asked = heads.rotation.queries(query, 3) if heads else query
     DamCPUImpl._serve(impl, layer, asked, cache, metadata, output)
 
     found = output.view(-1, 6, SIZE).float()
@@ -126,7 +126,7 @@ def test_kernel_equals_oracle(
             )  # fmt: skip
             mask[2:4] = mine[:, :stop] & torch.ones(count, stop, dtype=bool).tril(stop - count)
             agreed.append(float((mask[2].numpy() == oracle).mean()))
-            key[:, 1] = key[:, 1] @ heads.rotations[0].T
+            key[:, 1] = key[:, 1] @ heads.rotation.rotations[0].T
         expected = masked_attention(new[row], key, value, mask, SCALE, softcap)
         torch.testing.assert_close(found[rows], expected, rtol=tolerance, atol=tolerance)
     # Random pages are nearly equal, and scores in bfloat16 may order them otherwise.
@@ -148,7 +148,7 @@ def dynamic_pages(heads, query, cache, step, row, page):
     kv_heads, _, width = cache.shape[1:]
     keys = cache.view(-1, 2, width // 2, page)[:, 0]
     asked = query.view(len(query), kv_heads, -1, SIZE)[:, 1].unsqueeze(0)
-    tables = step.where.take(0, heads.heads).tables()[0]
+    tables = step.where.take(0, heads.rotation.heads).tables()[0]
     selected = select_dynamic(heads.dynamic, asked, keys, step.tiles, tables)[0]
     mine = step.tiles.request == row
     count = (step.tiles.stop - step.tiles.start)[mine]

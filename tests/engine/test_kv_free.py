@@ -25,7 +25,7 @@ class Base:
 
 def layer(**changed):
     """Stands for an attention layer of our backend."""
-    impl = SimpleNamespace(split=None, sliding_window=changed.pop("window", -1))
+    impl = SimpleNamespace(split=None, windowed=changed.pop("windowed", False))
     values = {
         "impl": impl,
         "attn_backend": Base,
@@ -109,7 +109,7 @@ def specs(configuration):
             "the hybrid KV-cache manager is off",
         ),
         ({}, {"speculative_config": object()}, {}, "draft layers"),
-        ({1: layer(window=512)}, {}, {}, "layers.1.attn is not full attention"),
+        ({1: layer(windowed=True)}, {}, {}, "layers.1.attn is not full attention"),
         ({4: layer()}, {}, {}, "layers.4.attn is not full attention with masks"),
         ({2: layer(kv_sharing_target_layer_name="x")}, {}, {}, "layers.2.attn is not plain"),
         ({3: SimpleNamespace()}, {}, {}, "layers.3.attn is not plain attention"),

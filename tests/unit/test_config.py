@@ -13,9 +13,8 @@ def test_defaults_where_nothing_is_said():
     [
         ({"mask": "x"}, r"unknown option 'dam.mask'; allowed are masks, dense_below"),
         ({"dense_below": -1}, r"dam.dense_below is -1"),
-        ({"kernel": "fast"}, r"dam.kernel is 'fast': .*'auto' or 'naive'"),
-        ({"kv_free": "heads"}, r"dam.kv_free is 'heads': .*'off', 'layer' or 'head'"),
-        ({"granularity": "token"}, r'granularity "token" needs kernel "naive"'),
+        ({"kernel": "fast"}, r"dam.kernel is 'fast': .*'auto', 'flash', 'triton' or 'naive'"),
+        ({"kv_free": "heads"}, r"dam.kv_free is 'heads': .*'auto', 'off', 'layer' or 'head'"),
         ("masks", r'"dam" is \'masks\', must be an object'),
     ],
 )

@@ -21,13 +21,15 @@ SCALE = 0.4
 class Batch:
     """Requests (new queries, tokens) in a permuted cache; what belongs to nobody is poisoned."""
 
-    def __init__(self, rng, masks, page, requests):
+    def __init__(self, rng, masks, page, requests, equally_long=False):
         torch.manual_seed(int(rng.integers(2**31)))
         size = masks.dynamic.rotations.shape[-1]
         group = masks.heads // masks.kv_heads
         self.masks, self.page, self.requests = masks, page, requests
         self.queries = [torch.randn(masks.kv_heads, new, group, size) * 3 for new, _ in requests]
         self.keys = [torch.randn(stop, masks.kv_heads, size) for _, stop in requests]
+        if equally_long:
+            self.keys = [5 * torch.nn.functional.normalize(key, dim=-1) for key in self.keys]
         counts = [-(-stop // page) for _, stop in requests]
         order = torch.from_numpy(rng.permutation(sum(counts) + 3)).int()
         self.cache = torch.full((len(order), masks.kv_heads, size, page), torch.nan)
@@ -146,7 +148,9 @@ def test_one_query_that_looks_far_back_gets_its_page(rng, random_masks):
         caps=np.full_like(masks.dynamic.caps, 16),
         ranks=np.full_like(masks.dynamic.ranks, 24),
     )
-    batch = Batch(rng, dataclasses.replace(masks, dynamic=dynamic), 16, [(640, 640)])
+    masks = dataclasses.replace(masks, dynamic=dynamic)
+    # A longer key could lie nearer to a query than its own.
+    batch = Batch(rng, masks, 16, [(640, 640)], equally_long=True)
     keys, queries = batch.keys[0], batch.queries[0]
     queries[1, :, 0] = keys[:, 1] * 20  # Everybody looks at himself ...
     queries[1, 500, 0] = keys[85, 1] * 3  # ... but one, and not even strongly.

@@ -1,0 +1,172 @@
+"""One attention layer's step on a GPU: its geometry and random inputs in a paged cache."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from dam_vllm.attention.triton_geometry import DeviceTiles, tile_slots
+from dam_vllm.masks.pages import tile_size
+
+DTYPE = torch.bfloat16
+MOST_COPIES = 128  # recording more of the shortest steps would take longer than measuring them
+MEMORY_SHARE = 0.6  # the rest is for outputs, parts of split keys and recorded graphs
+
+
+@dataclass(frozen=True)
+class Case:
+    """Requests of one length: a whole prompt, or one new token each.
+
+    Attributes:
+        phase: "prefill" or "decode".
+        heads: query heads.
+        kv_heads: KV heads.
+        head_size: channels a head.
+        page: tokens a page.
+        tokens: length of each request, a multiple of the tile.
+        batch: requests.
+    """
+
+    phase: str
+    heads: int
+    kv_heads: int
+    head_size: int
+    page: int
+    tokens: int
+    batch: int
+
+    @property
+    def group(self) -> int:
+        """Query heads a KV head."""
+        return self.heads // self.kv_heads
+
+    @property
+    def queries(self) -> int:
+        """New tokens of each request."""
+        return self.tokens if self.phase == "prefill" else 1
+
+    @property
+    def rows(self) -> int:
+        """New tokens of all requests."""
+        return self.batch * self.queries
+
+    @property
+    def pages(self) -> int:
+        """Pages of each request."""
+        return self.tokens // self.page
+
+    @property
+    def tile(self) -> int:
+        return tile_size(self.page)
+
+    @property
+    def own(self) -> int:
+        """Pages a tile."""
+        return self.tile // self.page
+
+    @property
+    def tiles(self) -> np.ndarray:
+        """Absolute indices of the tiles in which a request's new tokens lie, int [n]."""
+        return np.arange((self.tokens - self.queries) // self.tile, self.tokens // self.tile)
+
+    @property
+    def scale(self) -> float:
+        return float(self.head_size**-0.5)
+
+    @property
+    def key_bytes(self) -> int:
+        """Bytes of all keys and values."""
+        return 2 * DTYPE.itemsize * self.batch * self.tokens * self.kv_heads * self.head_size
+
+    @property
+    def query_bytes(self) -> int:
+        """Bytes of all queries, or of the output."""
+        return DTYPE.itemsize * self.rows * self.heads * self.head_size
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a step reads.
+
+    Attributes:
+        query: [rows, heads, head_size].
+        key: [batch, kv_heads, tokens, head_size].
+        value: [batch, kv_heads, tokens, head_size].
+        cache: [blocks, kv_heads, page, 2 * head_size], the same keys and values in shuffled pages.
+        block_table: int32 [batch, pages].
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    cache: torch.Tensor
+    block_table: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where the queries of a case lie.
+
+    Attributes:
+        starts: int32 [batch + 1], first query row of each request.
+        lens: int32 [batch], tokens of each request.
+        tiles: its queries, cut as serving cuts them.
+        every: int32 [kv_heads], all KV heads.
+    """
+
+    starts: torch.Tensor
+    lens: torch.Tensor
+    tiles: DeviceTiles
+    every: torch.Tensor
+
+
+def draw(case: Case, device: torch.device) -> Inputs:
+    """Random inputs.
+
+    Args:
+        case: their geometry.
+        device: where to.
+    """
+    size, pages = case.head_size, case.pages
+    shape = (case.batch, case.kv_heads, case.tokens, size)
+    key, value = (torch.randn(shape, dtype=DTYPE, device=device) for _ in range(2))
+    table = torch.randperm(case.batch * pages, device=device).view(case.batch, pages)
+    cache = key.new_empty(case.batch * pages, case.kv_heads, case.page, 2 * size)
+    for blocks, keys, values in zip(table, key, value, strict=True):
+        for part, source in ((slice(size), keys), (slice(size, None), values)):
+            cache[..., part][blocks] = source.unflatten(1, (pages, case.page)).transpose(0, 1)
+    query = torch.randn(case.rows, case.heads, size, dtype=DTYPE, device=device)
+    return Inputs(query, key, value, cache, table.int())
+
+
+def geometry(case: Case, device: torch.device) -> Geometry:
+    """Where the queries lie, on a device."""
+    starts = torch.arange(case.batch + 1, dtype=torch.int32, device=device) * case.queries
+    lens = torch.full_like(starts[1:], case.tokens)
+    slots = tile_slots(np.full(case.batch, case.queries), case.tile)
+    request, offset = torch.from_numpy(slots).to(device)
+    tiles = DeviceTiles(request, offset, starts, lens, case.tile, min(case.queries, case.tile))
+    every = torch.arange(case.kv_heads, dtype=torch.int32, device=device)
+    return Geometry(starts, lens, tiles, every)
+
+
+def copies(case: Case, density: float, device: torch.device) -> int:
+    """Sets of inputs to rotate, so that none is found in the cache of the GPU.
+
+    Args:
+        case: the geometry.
+        density: lowest that is measured; a decoding step reads no more of the keys.
+        device: a GPU, or a CPU, whose caches are not asked for.
+
+    Returns:
+        As many as outgrow the L2 cache twice, at least two where memory allows.
+    """
+    if device.type != "cuda":
+        return 2
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    free = MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]
+    share = density if case.phase == "decode" else 1.0
+    touched = share * case.key_bytes + 2 * case.query_bytes
+    # Contiguous, in our pages and in stock vLLM's pages.
+    held = 3 * case.key_bytes + 2 * case.query_bytes
+    return max(1, min(MOST_COPIES, max(2, -int(-2 * cache // touched)), int(free // held)))

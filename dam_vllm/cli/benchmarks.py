@@ -1,0 +1,162 @@
+"""The benchmarks behind `dam-vllm bench`, their options checked, and how they are run."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+EAGER = ("--enforce-eager",)
+FILE_WIDTH = 130  # where output goes to a file, no column needs to be cut
+Rows = Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What a command measures.
+
+    Attributes:
+        title: of its table.
+        notes: below the table: targets and conditions.
+        total: steps of its progress bar.
+        run: measures; called with the function that advances the bar.
+        conclude: what follows from the rows, printed below the table.
+        gpu: whether it measures a GPU.
+        width: characters that its table needs.
+    """
+
+    title: str
+    notes: str
+    total: int
+    run: Callable[[Callable[[], None]], Iterable[dict[str, Any]]]
+    conclude: Callable[[Rows], str] = lambda rows: ""
+    gpu: bool = False
+    width: int = FILE_WIDTH
+
+
+def finish(benchmarks: Sequence[Benchmark], json: Path | None) -> None:
+    """Runs benchmarks, prints each one's table and keeps the file up to date row by row."""
+    from rich.console import Console
+
+    from dam_vllm.bench.machine import describe, machine
+    from dam_vllm.bench.report import progress, table
+    from dam_vllm.files import write_json
+
+    console = Console()
+    found = machine(gpu=any(benchmark.gpu for benchmark in benchmarks))
+    wide = console.width
+    rows: list[dict[str, Any]] = []
+    for benchmark in benchmarks:
+        if not console.is_terminal:
+            console.width = max(wide, benchmark.width)
+        new: list[dict[str, Any]] = []
+        with progress(console, benchmark.title, benchmark.total) as advance:
+            for row in benchmark.run(advance):
+                new.append(row)
+                if json is not None:
+                    write_json(json, {"machine": found, "rows": [*rows, *new]})
+        rows += new
+        console.print(table(new, benchmark.title, f"{benchmark.notes}\n{describe(found)}"))
+        if conclusion := benchmark.conclude(new):
+            console.print(conclusion, markup=False, highlight=False)
+
+
+def scoring(
+    head_sizes: str, lengths: str, pages: str, ranks: str, group: int, rounds: int
+) -> Benchmark:
+    """Choosing pages."""
+    from dam_vllm.bench import scoring
+    from dam_vllm.bench.options import channels_option, lengths_option, pages_option
+
+    sizes = channels_option(head_sizes, "--head-sizes", 32)
+    channels = channels_option(ranks, "--ranks", 1)
+    tokens, page_sizes = lengths_option(lengths, 128, 65536), pages_option(pages)
+    cases = [(size, rank) for size in sizes for rank in channels if rank <= size]
+    return Benchmark(
+        f"choosing pages in a prefill, one layer, bf16, {group} query heads a KV head, "
+        f"{scoring.CHOSEN} tokens chosen",
+        scoring.TARGETS,
+        len(cases) * len(tokens) * len(page_sizes),
+        lambda advance: scoring.measure(
+            sizes, tokens, page_sizes, channels, group, rounds, advance
+        ),
+    )
+
+
+def plan(page: int, window: int, rounds: int, eager: bool) -> Benchmark:
+    """A step's plan."""
+    from dam_vllm.bench import plan
+    from dam_vllm.bench.options import pages_option, window_option
+
+    pages_option(str(page), "--page")
+    window_option(window)
+    return Benchmark(
+        f"the step's plan, 4 layers, page {page}, first token and window of {window}",
+        plan.TARGETS,
+        2,
+        lambda advance: plan.measure(page, window, rounds, EAGER if eager else (), advance),
+    )
+
+
+def e2e(
+    lengths: str,
+    page: int,
+    window: int,
+    heads: tuple[int, int],
+    rounds: int,
+    crossover: bool,
+    eager: bool,
+) -> Benchmark:
+    """Requests over HTTP; `heads` are the head size and the KV heads that choose."""
+    from dam_vllm.bench import e2e
+    from dam_vllm.bench.model import LONG
+    from dam_vllm.bench.options import (
+        dynamic_option,
+        heads_option,
+        lengths_option,
+        pages_option,
+        window_option,
+    )
+    from dam_vllm.bench.serving import Setup
+
+    tokens = lengths_option(lengths, 128, 32768)
+    pages_option(str(page), "--page")
+    window_option(window)
+    head_size, dynamic = heads
+    heads_option(LONG.heads, LONG.kv_heads, head_size)
+    dynamic_option(dynamic, LONG.kv_heads)
+    shape = replace(LONG, head_size=head_size)
+    arguments = EAGER if eager else ()
+    setup = Setup(shape, max(tokens) + 128, page, window, arguments, dynamic)
+    choosing = f", {dynamic} KV heads choose" if dynamic else ""
+    return Benchmark(
+        f"over HTTP, {shape.describe()}, page {page}, first token and window of {window}{choosing}",
+        e2e.TARGETS,
+        1 + len(tokens),
+        lambda advance: e2e.measure(setup, tokens, rounds, crossover, advance),
+        _crossover,
+    )
+
+
+def _crossover(rows: Rows) -> str:
+    from dam_vllm.bench.e2e import crossover_length
+
+    if not any(row.get("dense_below") == 0 for row in rows):
+        return ""
+    length = crossover_length(rows)
+    return f"crossover: {'not reached' if length is None else f'{length} tokens'}"
+
+
+def memory(masks: Path | None, plot: Path | None) -> Benchmark:
+    """The KV cache."""
+    from dam_vllm.bench import memory
+    from dam_vllm.bench.options import file_option, image_option
+
+    file_option(masks, "--masks")
+    image_option(plot, "--plot")
+    return Benchmark(
+        f"KV memory: {memory.SHAPE.describe()}, page {memory.PAGE}, chunks of {memory.CHUNK}, "
+        f"{memory.SINKS} sinks, window of {memory.WINDOW}",
+        memory.TARGETS,
+        memory.total(masks),
+        lambda advance: memory.measure(masks, plot, advance),
+    )

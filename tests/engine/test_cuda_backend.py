@@ -1,0 +1,308 @@
+"""The CUDA backend's own code: on a GPU, or on this processor with Triton's interpreter.
+
+What a GPU alone has is replaced where there is none: FlashAttention by an oracle, and the kernel
+that stores keys by plain indexing.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from dam_vllm.attention.naive import dynamic_mask, exact_mask, masked_attention, page_mask
+from dam_vllm.config import DamOptions, OptionError
+from dam_vllm.demo import model_dir
+from tests.unit.attention.no_sync import no_sync
+from tests.unit.attention.varlen_oracle import varlen
+
+pytestmark = pytest.mark.engine
+
+SIZE, PAGE, HEADS, KV_HEADS, LONGEST = 64, 32, 6, 3, 1024
+NAME = "model.layers.0.self_attn.attn"
+KEY_SCALE, VALUE_SCALE = 0.5, 0.25
+# Tokens up to the last query, and queries; vLLM puts requests with one query first.
+MIXED = ((300, 1), (65, 1), (411, 250), (129, 129), (5, 5), (271, 2))
+DECODE = ((391, 1), (1, 1), (640, 1), (64, 1))
+
+
+@pytest.fixture
+def backend(monkeypatch, random_masks, rng, device):
+    """Function that makes the backend's builder and implementation for one layer."""
+    from vllm.config import set_current_vllm_config
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.attention.backends import flash_attn
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVQuantMode
+
+    from dam_vllm.engine import cuda, device_heads, impl
+    from dam_vllm.engine.admission import Serving
+    from dam_vllm.engine.heads import Shard
+
+    def make(
+        dtype=torch.float32, stored=None, softcap=0.0, mode="static", padded=None, **options
+    ):  # fmt: skip
+        masks = random_masks(
+            layers=1, heads=HEADS, kv_heads=KV_HEADS, pcl=150, share=0.01,
+            dense=mode == "static", dynamic=mode == "dynamic", head_size=SIZE,
+        )  # fmt: skip
+        serving = Serving(DamOptions(**options), Path("masks"), masks)
+        for module in (cuda, impl):
+            monkeypatch.setattr(module, "admit", lambda config: serving)
+        for module in (cuda, device_heads):
+            monkeypatch.setattr(module, "shard", lambda count: Shard(0, count))
+        monkeypatch.setattr(cuda, "log_masks", lambda *args: None)
+        if not hasattr(flash_attn, "flash_attn_varlen_func"):
+            monkeypatch.setattr(flash_attn, "flash_attn_varlen_func", varlen, raising=False)
+        monkeypatch.setattr(
+            flash_attn, "flash_attn_supports_kv_cache_dtype", lambda *args, **kwargs: True
+        )
+        name = "fp8_e4m3" if stored else "auto"
+        config = EngineArgs(
+            model=str(model_dir()), max_model_len=LONGEST, block_size=PAGE, kv_cache_dtype=name
+        ).create_engine_config()
+        with set_current_vllm_config(config):
+            made = cuda.DamCUDAImpl(
+                HEADS, SIZE, 0.17, KV_HEADS, None, None, name, logits_soft_cap=softcap
+            )
+        layer = SimpleNamespace(
+            impl=made, layer_name=NAME, _k_scale_float=KEY_SCALE, _v_scale_float=VALUE_SCALE
+        )
+        config.compilation_config.static_forward_context[NAME] = layer
+        spec = FullAttentionSpec(
+            block_size=PAGE, num_kv_heads=KV_HEADS, head_size=SIZE, dtype=stored or dtype,
+            kv_quant_mode=KVQuantMode.FP8_PER_TENSOR if stored else KVQuantMode.NONE,
+            page_size_padded=padded,
+        )  # fmt: skip
+        builder = cuda.DamCUDAMetadataBuilder(spec, [NAME], config, device)
+        return SimpleNamespace(builder=builder, impl=made, layer=layer, masks=masks)
+
+    return make
+
+
+class Steps:
+    """A paged cache with poison where nothing is stored, and steps over it."""
+
+    def __init__(self, rng, device, dtype, stored):
+        self.rng, self.device, self.dtype, self.stored = rng, device, dtype, stored
+        self.blocks = 64
+        shape = (self.blocks, KV_HEADS, PAGE, 2 * SIZE)
+        self.cache = torch.full(shape, torch.nan).to(stored or dtype).to(device)
+
+    def step(self, served, requests):
+        """Stores new random requests and gives vLLM's metadata for their last queries."""
+        from vllm.v1.attention.backend import CommonAttentionMetadata
+
+        counts = [-(-stop // PAGE) for stop, _ in requests]
+        order = self.rng.permutation(self.blocks)
+        table = torch.full((len(requests), LONGEST // PAGE), 2**30, dtype=torch.int32)
+        self.requests, self.keys, self.values = requests, [], []
+        for row, (stop, _) in enumerate(requests):
+            pages, order = torch.from_numpy(order[: counts[row]].copy()), order[counts[row] :]
+            table[row, : counts[row]] = pages
+            key, value = (torch.randn(stop, KV_HEADS, SIZE).to(self.dtype) for _ in range(2))
+            rotation = served.impl.heads.rotation
+            if rotation is not None:
+                key = rotation.keys(key.to(self.device)).cpu()
+            both = torch.cat([key, value], dim=-1).to(self.cache.dtype)
+            token = torch.arange(stop)
+            self.cache[pages[token // PAGE], :, token % PAGE] = both.to(self.device)
+            self.keys.append(both[..., :SIZE].float())
+            self.values.append(both[..., SIZE:].float())
+        new = np.array([count for _, count in requests])
+        starts = torch.from_numpy(np.concatenate([[0], new.cumsum()])).int()
+        lens = torch.tensor([stop for stop, _ in requests], dtype=torch.int32)
+        self.query = torch.randn(int(new.sum()), HEADS, SIZE).to(self.dtype).to(self.device)
+        return CommonAttentionMetadata(
+            query_start_loc=starts.to(self.device), query_start_loc_cpu=starts,
+            seq_lens=lens.to(self.device), num_reqs=len(requests),
+            num_actual_tokens=int(new.sum()), max_query_len=int(new.max()),
+            max_seq_len=int(lens.max()), block_table_tensor=table.to(self.device),
+            slot_mapping=torch.zeros(int(new.sum()), dtype=torch.int64, device=self.device),
+        )  # fmt: skip
+
+    def run(self, served, metadata):
+        cache = self.cache.view(torch.uint8) if self.stored else self.cache
+        output = torch.full_like(self.query, torch.nan)
+        served.impl.forward(served.layer, self.query, None, None, cache, metadata, output)
+        return output.float().cpu()
+
+    def expected(self, served, granularity="page", dense_below=0, softcap=0.0):
+        """The oracle's output for the requests of the last step."""
+        rows, first = [], 0
+        rotation = served.impl.heads.rotation
+        query = self.query
+        if rotation is not None:
+            query = rotation.queries(query, KV_HEADS)
+        query = query.cpu()
+        scales = (KEY_SCALE, VALUE_SCALE) if self.stored else (1.0, 1.0)
+        for (stop, count), key, value in zip(self.requests, self.keys, self.values, strict=True):
+            asked = query[first : first + count]
+            key, value = key * scales[0], value * scales[1]
+            args = (served.masks, 0, stop - count, stop)
+            if granularity == "token":
+                mask = exact_mask(*args, dense_below)
+            else:
+                mask = page_mask(*args, PAGE, dense_below)
+            if rotation is not None:
+                static = page_mask(*args, PAGE, dense_below, PAGE)
+                group = HEADS // KV_HEADS
+                for head in rotation.heads.tolist():
+                    own = slice(head * group, (head + 1) * group)
+                    mask[own] = dynamic_mask(
+                        served.masks, 0, head, asked.unflatten(1, (KV_HEADS, group))[:, head],
+                        key[:, head], static[head * group], PAGE, 0.17, softcap,
+                    )  # fmt: skip
+            rows.append(masked_attention(asked, key, value, torch.from_numpy(mask), 0.17, softcap))
+            first += count
+        return torch.cat(rows)
+
+
+@pytest.mark.parametrize("requests", [MIXED, DECODE], ids=["mixed", "decode"])
+@pytest.mark.parametrize(
+    ("options", "dtype", "stored", "softcap", "mode"),
+    [
+        ({"kernel": "triton", "dense_below": 40}, torch.float32, None, 0.0, "static"),
+        ({"kernel": "flash", "dense_below": 0}, torch.float32, None, 3.0, "static"),
+        ({"granularity": "token", "dense_below": 7}, torch.float16, None, 0.0, "static"),
+        ({"dense_below": 0}, torch.bfloat16, torch.float8_e4m3fn, 0.0, "static"),
+        ({"dense_below": 40}, torch.float32, None, 0.0, "dynamic"),
+        ({"kernel": "triton", "dense_below": 0}, torch.float32, None, 3.0, "dynamic"),
+        ({"kernel": "naive", "dense_below": 0}, torch.float32, None, 0.0, "dynamic"),
+    ],
+)  # fmt: skip
+def test_step_equals_oracle(backend, rng, device, requests, options, dtype, stored, softcap, mode):
+    torch.manual_seed(int(rng.integers(2**31)))
+    served = backend(dtype, stored, softcap, mode, **options)
+    steps = Steps(rng, device, dtype, stored)
+    metadata = served.builder.build(0, steps.step(served, requests))
+    found = steps.run(served, metadata)
+    wanted = steps.expected(
+        served, options.get("granularity", "page"), options["dense_below"], softcap
+    )
+    error = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+    torch.testing.assert_close(found, wanted, rtol=error, atol=error)
+
+
+@pytest.mark.parametrize("mode", ["static", "dynamic"])
+def test_decode_metadata_serves_other_lengths(backend, rng, device, mode):
+    """What a CUDA graph replays: the same launches over tensors whose contents changed."""
+    served = backend(mode=mode, kernel="triton", dense_below=0)
+    steps = Steps(rng, device, torch.float32, None)
+    kept = steps.step(served, DECODE)
+    kept = replace(kept, max_seq_len=LONGEST)
+    metadata = served.builder.build_for_cudagraph_capture(kept)
+    new = steps.step(served, ((97, 1), (512, 1), (33, 1)))
+    kept.seq_lens.copy_(torch.cat([new.seq_lens, torch.zeros_like(new.seq_lens[:1])]))
+    kept.query_start_loc.copy_(torch.cat([new.query_start_loc, new.query_start_loc[-1:]]))
+    kept.block_table_tensor[:3] = new.block_table_tensor
+    steps.query = torch.cat([steps.query, steps.query[:1]])
+    found = steps.run(served, metadata)
+    torch.testing.assert_close(found[:3], steps.expected(served), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("requests", [MIXED[1:3], DECODE], ids=["mixed", "decode"])
+@pytest.mark.parametrize(
+    ("options", "mode"),
+    [
+        ({"kernel": "flash"}, "static"),
+        ({"kernel": "triton"}, "dynamic"),
+        ({"granularity": "token"}, "static"),
+    ],
+)
+def test_no_layer_waits_for_the_device(backend, rng, device, monkeypatch, requests, options, mode):
+    from vllm.v1.attention.backends import flash_attn
+
+    monkeypatch.setattr(flash_attn, "flash_attn_varlen_func", lambda **given: None, raising=False)
+    served = backend(mode=mode, dense_below=0, **options)
+    steps = Steps(rng, device, torch.float32, None)
+    metadata = served.builder.build(0, steps.step(served, requests))
+    output = torch.empty_like(steps.query)
+    with no_sync():
+        served.impl.forward(served.layer, steps.query, None, None, steps.cache, metadata, output)
+
+
+def test_short_steps_are_flash_attentions_own(backend, rng, device):
+    served = backend(dense_below=512)
+    steps = Steps(rng, device, torch.float32, None)
+    assert not served.builder.build(0, steps.step(served, MIXED)).parts
+    assert served.builder.build(0, steps.step(served, DECODE)).parts
+
+
+def test_parts_follow_another_block_table(backend, rng, device):
+    served = backend(dense_below=0)
+    steps = Steps(rng, device, torch.float32, None)
+    common = steps.step(served, MIXED)
+    metadata = served.builder.build(0, common)
+    table = torch.zeros_like(common.block_table_tensor)
+    updated = served.builder.update_block_table(metadata, table, common.slot_mapping)
+    assert [len(part.block_table) for part in updated.parts] == [2, 4]
+    assert all((part.block_table == 0).all() for part in updated.parts)
+    assert metadata.parts[0].block_table.any()
+
+
+@pytest.mark.parametrize(
+    ("options", "stored", "message"),
+    [
+        ({"kernel": "flash"}, torch.float8_e4m3fn, "dam.kernel is 'flash'.*an fp8 KV cache"),
+        ({"kernel": "flash", "granularity": "token"}, None, 'does not serve granularity "token"'),
+    ],
+)
+def test_flash_is_refused_where_it_cannot_serve(backend, options, stored, message):
+    with pytest.raises(OptionError, match=message):
+        backend(stored=stored, dtype=torch.bfloat16, **options)
+
+
+def test_pages_are_counted_as_they_are_read(backend, rng, device, monkeypatch):
+    from dam_vllm.engine import cuda, device_heads
+    from dam_vllm.engine.counters import COUNTS, PageCounters
+
+    for module in (cuda, device_heads):
+        monkeypatch.setattr(module, "counting", lambda config: True)
+    served = backend(dense_below=0)
+    steps = Steps(rng, device, torch.float32, None)
+    COUNTS.read = COUNTS.dense = 0
+    steps.run(served, served.builder.build(0, steps.step(served, MIXED)))
+    tile, read, dense = 128, 0, 0
+    for stop, count in MIXED:
+        for first in range((stop - count) // tile * tile, stop, tile):
+            rows = range(max(first, stop - count), min(first + tile, stop))
+            mask = page_mask(served.masks, 0, rows[0], rows[-1] + 1, PAGE)
+            seen = mask[:: HEADS // KV_HEADS, -1]
+            padded = np.pad(seen, ((0, 0), (0, -seen.shape[1] % PAGE)))
+            pages = padded.reshape(KV_HEADS, -1, PAGE).any(axis=2)
+            read += pages.sum() * len(rows) * (count > 1)
+            dense += pages.size * len(rows) * (count > 1)
+    assert PageCounters().dam_pages() == {"read": read, "dense": dense}
+    served.builder.dense_until = LONGEST
+    served.builder.build(0, steps.step(served, MIXED))
+    assert PageCounters().dam_pages() == {"read": dense, "dense": dense}
+
+
+def test_padded_pages_are_refused(backend):
+    with pytest.raises(OptionError, match="KV pages are padded"):
+        backend(padded=2**20)
+
+
+@pytest.mark.parametrize("mode", ["static", "dynamic"])
+def test_kernels_are_compiled_before_the_first_request(backend, monkeypatch, mode):
+    """What the layer launches is launched once, for prefill and for decoding."""
+    from dam_vllm.attention import triton_merge, triton_paged, triton_plan
+
+    launched = set()
+
+    class Watched:
+        def __init__(self, name, kernel):
+            self.name, self.kernel = name, kernel
+
+        def __getitem__(self, grid):
+            launched.add(self.name)
+            return self.kernel[grid]
+
+    for module in (triton_merge, triton_paged, triton_plan):
+        for name in vars(module).copy():
+            if name.endswith("_kernel"):
+                monkeypatch.setattr(module, name, Watched(name, getattr(module, name)))
+    backend(kernel="triton", mode=mode)
+    assert launched >= {"_plan_kernel", "_attend_kernel"}

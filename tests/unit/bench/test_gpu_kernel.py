@@ -1,0 +1,160 @@
+"""The GPU benchmark from end to end: with the oracle for FlashAttention and the host's clock."""
+
+import math
+
+import pytest
+import torch
+
+from dam_vllm.bench import gpu_kernel, peers
+from dam_vllm.bench.fa3 import Flash
+from dam_vllm.bench.gpu_case import Case, draw, geometry
+from dam_vllm.bench.gpu_timing import CudaTimer
+from dam_vllm.bench.reference import expected, relative_error, sample
+from dam_vllm.bench.roof import Roof
+from dam_vllm.bench.scattered import scattered
+from tests.unit.attention.varlen_oracle import varlen
+from tests.unit.bench.host_timer import HostTimer
+
+CPU = torch.device("cpu")
+HERE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+PREFILL = Case("prefill", 2, 1, 16, 64, 256, 1)
+DECODE = Case("decode", 4, 2, 16, 32, 256, 2)
+ROOF = Roof(1e12, 1e14)
+ORACLE = Flash(varlen, lambda **given: torch.tensor(given["batch_size"]), "oracle")
+
+
+def run(cases, densities, flash, advanced=None):
+    count = advanced if advanced is not None else []
+    return list(
+        gpu_kernel.measure(
+            cases, densities, flash, 0, 1, ROOF, HERE, HostTimer(), lambda: count.append(1)
+        )
+    )
+
+
+def test_every_peer_is_timed_and_right():
+    advanced = []
+    rows = run([PREFILL, DECODE], [0.5, 1.0], ORACLE, advanced)
+    assert len(advanced) == 4
+    assert [(row["phase"], row["batch"], row["density"] == 1) for row in rows] == [
+        ("prefill", 1, False), ("prefill", 1, True), ("decode", 2, False), ("decode", 2, True)
+    ]  # fmt: skip
+    for row in rows:
+        assert "failed" not in row
+        assert row["baseline"] == "fa3"
+        assert row["flex_ms"] is None
+        for name in ("fa3", "sdpa", "triton", "flash"):
+            assert row[f"{name}_ms"] > 0
+            assert 0 < row[f"{name}_error"] < 1e-2
+        assert row["plan_ms"] > 0
+        for name in ("triton", "flash"):
+            product = row[f"{name}_speedup"] * row["density"]
+            assert row[f"{name}_x_density"] == pytest.approx(product)
+    sparse, dense = rows[:2]
+    # The roof counts what each reads: the sparse step's work over the dense one's is known.
+    shares = (row["flash_roof"] * row["flash_ms"] for row in (sparse, dense))
+    works = [scattered(PREFILL, density, CPU).work for density in (0.5, 1.0)]
+    least, most = shares
+    assert least / most == pytest.approx(ROOF.seconds(works[0]) / ROOF.seconds(works[1]))
+    assert sparse["fa3_roof"] * sparse["fa3_ms"] == pytest.approx(most)
+
+
+@pytest.mark.parametrize("flash", [None, ORACLE], ids=["triton", "flash"])
+def test_every_call_makes_its_plan(monkeypatch, flash):
+    planned = []
+    real = peers.plan_heads
+    monkeypatch.setattr(peers, "plan_heads", lambda *given: planned.append(real(*given)))
+    selection, inputs = scattered(DECODE, 0.5, HERE), [draw(DECODE, HERE)]
+    (call,) = peers.dam_calls(DECODE, geometry(DECODE, HERE), inputs, selection, flash)
+    assert planned == []
+    call()
+    call()
+    assert len(planned) == 2
+
+
+def test_a_peer_that_fails_is_named_and_the_others_stay():
+    def refuses(**given):
+        raise RuntimeError("no such\nkernel")
+
+    rows = run([DECODE], [1.0], Flash(refuses, None, "broken"))
+    assert rows[0]["failed"] == [
+        f"{name}: RuntimeError: no such kernel" for name in ("fa3", "flash")
+    ]
+    assert rows[0]["fa3_ms"] is rows[0]["flash_ms"] is rows[0]["flash_x_density"] is None
+    assert rows[0]["baseline"] == "sdpa"
+    assert rows[0]["triton_speedup"] > 0
+    said = gpu_kernel.failures(rows)
+    assert said.count("\n") == 1
+    assert "fa3: RuntimeError: no such kernel (decode 2 x 256, GQA 2, density 1)" in said
+
+
+def test_without_flash_attention_sdpa_is_the_baseline():
+    (row,) = run([DECODE], [0.5], None)
+    assert row["baseline"] == "sdpa"
+    assert row["fa3_ms"] is row["flash_ms"] is None
+    assert "failed" not in row
+
+
+def test_wrong_and_missing_outputs_show_as_errors():
+    def last_page_unseen(seqused_k, **given):
+        varlen(seqused_k=seqused_k - 32, **given)
+
+    def writes_nothing(**given):
+        pass
+
+    wrong = run([DECODE], [1.0], Flash(last_page_unseen, None, "wrong"))[0]
+    assert wrong["fa3_error"] > 0.05
+    assert wrong["flash_error"] > 0.05
+    assert math.isnan(run([DECODE], [1.0], Flash(writes_nothing, None, "idle"))[0]["fa3_error"])
+
+
+@pytest.mark.parametrize(
+    "case",
+    [Case("prefill", 4, 2, 16, 64, 1024, 1), Case("decode", 4, 2, 16, 64, 1024, 2)],
+    ids=["prefill", "decode"],
+)
+def test_flex_reads_the_selected_pages(case):
+    selection, inputs = scattered(case, 0.6, CPU), draw(case, CPU)
+    assert selection.density < 0.8
+    sampled = sample(case, CPU)
+    torch.compiler.reset()
+    (call,) = peers.flex_calls(case, [inputs], selection)
+    found = call()
+    wanted = expected(case, inputs, selection.pages, sampled)
+    assert relative_error(found, sampled, wanted) < 1e-2
+    dense = expected(case, inputs, None, sampled)
+    assert relative_error(found, sampled, dense) > 0.05
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+def test_cuda_timer_replays_what_it_recorded():
+    timer = CudaTimer()
+    left = torch.randn(4096, 4096, device="cuda")
+    count = torch.zeros(1, device="cuda")
+    calls = [lambda: left @ left, lambda: count.add_(1)]
+    for call in calls:
+        call()
+    once, often = timer.bind(calls), timer.bind(calls * 8)
+    assert count.item() == 1
+    timer.seconds(once)
+    assert count.item() == 2
+    timer.seconds(often)
+    assert count.item() == 10
+    assert timer.seconds(often) > 4 * timer.seconds(once) > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_the_gpu_is_measured(phase):
+    case = Case(phase, 8, 2, 128, 128, 4096, 1)
+    timer, device = CudaTimer(), torch.device("cuda")
+    rows = list(
+        gpu_kernel.measure([case], [0.2, 1.0], None, 4096, 5, ROOF, device, timer, lambda: None)
+    )
+    for row in rows:
+        assert "failed" not in row
+        for name in ("sdpa", "flex", "triton"):
+            assert row[f"{name}_ms"] > 0
+            assert row[f"{name}_error"] < 1e-2
