@@ -145,9 +145,9 @@ def page_bytes(setup):
 def environment(setup):
     """Variables of the server.
 
-    By default vLLM's CPU kernel splits a sequence over threads by how many sequences a step has,
-    so that a request rounds differently in a batch. Answers are compared bit for bit in bfloat16,
-    which therefore runs without; float32 keeps the default.
+    By default vLLM's CPU kernel splits a sequence over its threads, where it has several, by what
+    else a step holds, so that a request rounds differently in a batch. Answers are compared bit for
+    bit in bfloat16, which therefore runs without; float32 keeps the default.
     """
     result = {}
     if setup.dtype == "bfloat16":
