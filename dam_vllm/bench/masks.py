@@ -40,21 +40,22 @@ def streaming_masks(kv_heads: int, pages: int, page: int, group: int = 1) -> Mas
     Returns:
         The mask set, with a fingerprint that fits no model.
     """
-    pcl = pages * page + 1
-    index = np.arange(pcl)
+    window = pages * page + 1
+    index = np.arange(window)
     heads = kv_heads * group
     return MaskSet(
         columns=np.tile(index == 0, (1, heads, 1)),
-        diagonals=np.ones((1, heads, pcl), dtype=bool),
-        true_bits=np.tile(pack_lower(np.tri(pcl, dtype=bool)), (1, heads, 1)),
+        diagonals=np.ones((1, heads, window), dtype=bool),
+        true_bits=np.tile(pack_lower(np.ones((1, 1), dtype=bool)), (1, heads, 1)),
         modes=np.full((1, kv_heads), HeadMode.STATIC, dtype=np.uint8),
         header=Header(
             kind="streaming",
             model="benchmark",
             fingerprint=Fingerprint(config="benchmark"),
             layer_types=["full"],
-            pcl=pcl,
-            parameters={"sinks": 1, "window": pcl},
+            pcl=1,
+            reach=window,
+            parameters={"sinks": 1, "window": window},
         ),
     )
 

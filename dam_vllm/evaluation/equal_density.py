@@ -12,33 +12,8 @@ SINKS = 4  # the whole first page is read anyway
 TOLERANCE = 1e-3  # prompts of one length differ by up to a record
 
 
-def window_masks(model: str, window: int) -> MaskSet:
-    """Sinks and a window, in a file that grows with the window and not with its square.
-
-    Args:
-        model: folder or Hub id.
-        window: latest tokens that every head reads.
-
-    Returns:
-        What `baselines.streaming(model, SINKS, window)` masks, with a PCL of SINKS: queries below
-        it see all before them either way.
-    """
-    if window <= SINKS:
-        return streaming(model, SINKS, window)
-    short = streaming(model, SINKS, SINKS)
-    full = short.columns.any(axis=2, keepdims=True)
-    return replace(
-        short,
-        columns=full & (np.arange(window) < SINKS),
-        diagonals=np.repeat(full, window, axis=2),
-        header=short.header.model_copy(
-            update={"reach": window, "parameters": {"sinks": SINKS, "window": window}}
-        ),
-    )
-
-
 def window_density(model: str, window: int, length: int, page: int, dense_below: int) -> float:
-    """Density of a prefill under `window_masks`, weighed by queries as servers count it.
+    """Density of a prefill under sinks and a window, weighed by queries as servers count it.
 
     Args:
         model: folder or Hub id.
@@ -50,7 +25,7 @@ def window_density(model: str, window: int, length: int, page: int, dense_below:
     Returns:
         Pages read over pages of dense attention, in every KV head of masked layers.
     """
-    tables = page_tables(_one_head(window_masks(model, window)), 0, page)
+    tables = page_tables(_one_head(streaming(model, SINKS, window)), 0, page)
     tiles = np.arange(-(-length // tables.tile))
     stops = np.minimum((tiles + 1) * tables.tile, length)
     causal = -(-stops // page)

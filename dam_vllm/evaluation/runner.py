@@ -7,13 +7,14 @@ from typing import Any
 
 from dam_vllm.evaluation.agreement import compare, text_windows
 from dam_vllm.evaluation.client import Client
-from dam_vllm.evaluation.equal_density import TOLERANCE, equal_window, window_masks
+from dam_vllm.evaluation.equal_density import SINKS, TOLERANCE, equal_window
 from dam_vllm.evaluation.prompting import prompting
 from dam_vllm.evaluation.results import page_density
 from dam_vllm.evaluation.serving import Start
 from dam_vllm.evaluation.settings import REPLY_TOKENS, STOCK, TEXT, Key, Place, Settings, Subject
 from dam_vllm.evaluation.state import State
 from dam_vllm.evaluation.tasks import Question, is_correct, make_questions
+from dam_vllm.masks.baselines import streaming
 
 Progress = Callable[[str, int, int], None]
 
@@ -73,7 +74,7 @@ class Evaluation:
             return None
         tokens = int(statistics.median(record["tokens"] for record in records))
         window = equal_window(settings.model, wanted, tokens, settings.page, settings.dense_below)
-        masks = window_masks(settings.model, window)
+        masks = streaming(settings.model, SINKS, window)
         return Subject(f"streaming@{subject.name}", f"streaming-{window}", masks)
 
     def _measure(self, subject: Subject, lengths: Sequence[int]) -> list[Place]:

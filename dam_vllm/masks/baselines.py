@@ -59,16 +59,12 @@ def _uniform(
         shape = model_shape(AutoConfig.from_pretrained(model))
     except OSError as error:
         raise FingerprintError(f"model {model!r} has no readable config.json") from error
-    pcl = len(columns)
-    index = np.arange(pcl)
-    distance = index[:, None] - index[None]
-    true_mask = (columns[None] | diagonals[np.maximum(distance, 0)]) & (distance >= 0)
     full = np.array([kind == "full" for kind in shape.layer_types])[:, None, None]
     every = (len(shape.layer_types), shape.heads, 1)
     return MaskSet(
         columns=np.tile(columns, every) & full,
         diagonals=np.tile(diagonals, every) & full,
-        true_bits=np.tile(pack_lower(true_mask), every) * full.astype(np.uint8),
+        true_bits=np.tile(pack_lower(np.ones((1, 1), bool)), every) * full.astype(np.uint8),
         modes=np.full((every[0], shape.kv_heads), mode, dtype=np.uint8),
         header=Header.model_validate(
             {
@@ -76,7 +72,9 @@ def _uniform(
                 "model": model,
                 "fingerprint": identity,
                 "layer_types": shape.layer_types,
-                "pcl": pcl,
+                # From the second query on columns and diagonals say everything.
+                "pcl": 1,
+                "reach": len(columns),
                 "parameters": parameters,
             }
         ),

@@ -92,7 +92,7 @@ def test_other_weights(tmp_path, mode, accepted):
         "dam": {"masks": str(tmp_path / "masks"), "fingerprint": mode}
     })  # fmt: skip
     if accepted:
-        assert admit(asked).masks.pcl == 64
+        assert admit(asked).masks.reach == 64
     else:
         with pytest.raises(OptionError, match="was made for other weights"):
             admit(asked)

@@ -23,7 +23,7 @@ def test_extremes_are_the_nearest_there_is():
 def test_group_repeats_the_heads():
     masks = streaming_masks(2, 1, 32, group=3)
     assert (masks.heads, masks.kv_heads) == (6, 2)
-    assert masks.true_mask(0).shape == (6, 33, 33)
+    assert masks.columns.shape == masks.diagonals.shape == (1, 6, 33)
 
 
 def test_the_first_heads_choose_on_top_of_their_window():

@@ -1,12 +1,8 @@
 """Streaming masks of a wanted density."""
 
-import numpy as np
 import pytest
 
-from dam_vllm.evaluation.equal_density import SINKS, equal_window, window_density, window_masks
-from dam_vllm.masks.baselines import streaming
-from dam_vllm.masks.extension import token_mask
-from dam_vllm.masks.file import load_mask_set, save_mask_set
+from dam_vllm.evaluation.equal_density import equal_window, window_density
 from tests.unit.evaluation.conftest import MODEL
 
 
@@ -50,19 +46,3 @@ def test_finds_its_own_density_again():
     density = window_density(MODEL, 300, 1000, 32, 0)
     window = equal_window(MODEL, density, 1000, 32, 0)
     assert window_density(MODEL, window, 1000, 32, 0) == density
-
-
-@pytest.mark.parametrize("window", [1, SINKS, 5, 150])
-def test_masks_are_those_of_the_baseline(window, tmp_path):
-    masks, baseline = window_masks(MODEL, window), streaming(MODEL, SINKS, window)
-    save_mask_set(masks, tmp_path / "masks")
-    masks = load_mask_set(tmp_path / "masks")
-    for layer in range(masks.layers):
-        np.testing.assert_array_equal(
-            token_mask(masks, layer, 0, 400), token_mask(baseline, layer, 0, 400)
-        )
-
-
-def test_file_does_not_grow_with_the_square(tmp_path):
-    save_mask_set(window_masks(MODEL, 20_000), tmp_path / "masks")
-    assert (tmp_path / "masks").stat().st_size < 2**20

@@ -4,6 +4,7 @@ from transformers import GemmaConfig, LlamaConfig, MistralConfig, Qwen2Config
 
 from dam_vllm.masks.baselines import dense, streaming
 from dam_vllm.masks.extension import allowed
+from dam_vllm.masks.file import save_mask_set
 from dam_vllm.masks.pages import density
 
 
@@ -16,11 +17,17 @@ def model(tmp_path):
     return str(tmp_path)
 
 
-def test_streaming_is_sinks_and_window(model):
-    masks = streaming(model, sinks=5, window=37)
+@pytest.mark.parametrize(("sinks", "window"), [(5, 37), (37, 5), (1, 1)])
+def test_streaming_is_sinks_and_window(model, sinks, window):
+    masks = streaming(model, sinks, window)
     i, j = np.arange(120)[:, None], np.arange(120)[None]
-    expected = ((j < 5) | (i - j < 37)) & (j <= i)
+    expected = ((j < sinks) | (i - j < window)) & (j <= i)
     np.testing.assert_array_equal(allowed(masks, 2, 0, 120), np.tile(expected, (4, 1, 1)))
+
+
+def test_file_does_not_grow_with_the_square(model, tmp_path):
+    save_mask_set(streaming(model, 4, 20_000), tmp_path / "masks")
+    assert (tmp_path / "masks").stat().st_size < 2**20
 
 
 def test_dense_reads_everything(model):
