@@ -58,9 +58,9 @@ def test_flex_sees_the_same_mask(rng, page):
     prompt = random_prompt(Shape(GROUP * KV_HEADS, KV_HEADS, 64, page), 640)
     masks = streaming_masks(KV_HEADS, WINDOW_PAGES, page, GROUP)
     selector = PageSelector([page_tables(masks, 0, page)])
-    selected = selector.select(torch.arange(5), 5 * selector.own)[0, 0]
-    mask = block_mask(selected, 640, page)
-    dense = mask.to_dense()[0, 0].bool()
+    selected = selector.select(torch.arange(5), 5 * selector.own)[0, :1]
+    mask = block_mask(selected, 640, 640, page)
+    dense = mask.to_dense()[0].bool()
     assert torch.equal(dense, selected)
     compiled = torch.compile(flex_attention, dynamic=False)
     inputs = [part.transpose(0, 1)[None] for part in (prompt.query, prompt.key, prompt.value)]
