@@ -10,6 +10,7 @@ from dam_vllm.config import OptionError
 from dam_vllm.engine.admission import admit
 from dam_vllm.engine.kv_free import free_kv_heads
 from dam_vllm.engine.split import SplitLayers
+from dam_vllm.masks.mask_set import HeadMode
 
 NO_WINDOW = (-1, (-1, -1))
 
@@ -37,7 +38,13 @@ class DamImpl:
                     f"serve; leave the option away"
                 )
         self.config = get_current_vllm_config()
-        admit(self.config)
+        serving, shared = admit(self.config), this.kv_sharing_target_layer_name
+        if shared is not None and (serving.masks.modes == HeadMode.DYNAMIC).any():
+            raise OptionError(
+                f"mask file {serving.file} has dynamic heads, whose keys are stored rotated, and "
+                f"this model has layers that read the keys of another, {shared}; serve masks "
+                f"without dynamic heads"
+            )
         self.split: SplitLayers | None = None
         self.loaded = False
 

@@ -43,7 +43,7 @@ def backend(monkeypatch, random_masks, rng, device):
 
     def make(
         dtype=torch.float32, stored=None, softcap=0.0, mode="static", padded=None, masks=None,
-        local=(0, KV_HEADS), **options,
+        local=(0, KV_HEADS), shares=None, **options,
     ):  # fmt: skip
         masks = masks or random_masks(
             layers=1, heads=HEADS, kv_heads=KV_HEADS, pcl=150, share=0.01,
@@ -67,8 +67,9 @@ def backend(monkeypatch, random_masks, rng, device):
         ).create_engine_config()
         with set_current_vllm_config(config):
             made = cuda.DamCUDAImpl(
-                kv_heads * GROUP, SIZE, 0.17, kv_heads, None, None, name, logits_soft_cap=softcap
-            )
+                kv_heads * GROUP, SIZE, 0.17, kv_heads, None, None, name, logits_soft_cap=softcap,
+                kv_sharing_target_layer_name=shares,
+            )  # fmt: skip
         layer = SimpleNamespace(
             impl=made, layer_name=NAME, _k_scale_float=KEY_SCALE, _v_scale_float=VALUE_SCALE
         )
@@ -326,3 +327,9 @@ def test_kernels_are_compiled_before_the_first_request(backend, monkeypatch, mod
                 monkeypatch.setattr(module, name, Watched(name, getattr(module, name)))
     backend(kernel="triton", mode=mode)
     assert launched >= {"_plan_kernel", "_attend_kernel"}
+
+
+def test_shared_caches_hold_no_rotated_keys(backend):
+    assert backend(shares="layers.0").impl.heads.rotation is None
+    with pytest.raises(OptionError, match=r"has dynamic heads.*keys of another, layers.0"):
+        backend(mode="dynamic", shares="layers.0")
