@@ -6,7 +6,8 @@ lengths that the host knows and tensors that vLLM keeps for CUDA graphs; each la
 device when it runs.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -118,11 +119,23 @@ class DamCUDAMetadata(FlashAttentionMetadata):
     naive: dict[str, NaiveBatch] | None = None
 
 
+def _refuse_whole_layers(names: list[str], masked: Mapping[str, int], attention: Any) -> None:
+    """Refuses layers without masks or window beside a quantised cache: their queries are not."""
+    for name in names:
+        if name not in masked and not attention[name].impl.windowed:
+            raise OptionError(
+                f"--kv-cache-dtype is fp8: on CUDA --attention-backend dam serves it for layers "
+                f"with masks or a sliding window, which {name} has not; use a 16-bit cache"
+            )
+
+
 class DamCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
     """Tells layers of one KV-cache group where a step's queries lie."""
 
     # Decoding's shapes depend on the number of requests alone; a prefill's on its queries.
     _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    # Layers of another group may need tiles of another size.
+    supports_update_block_table = False
 
     def __init__(
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: Any
@@ -141,6 +154,8 @@ class DamCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
         self.all_masked = len(self.masked) == len(layer_names)
         # Queries of masked layers come unquantised, which FlashAttention does not take.
         self.always = is_quantized_kv_cache(vllm_config.cache_config.cache_dtype)
+        if self.always:
+            _refuse_whole_layers(layer_names, self.masked, attention)
         tiles, self.dense_until = set(), 0
         for name, index in self.masked.items():
             impl = attention[name].impl
@@ -189,22 +204,6 @@ class DamCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
         heads = len(self.masked) * self.num_heads_kv
         tile, lens = max(self.tiles), common.seq_lens.cpu()
         COUNTS.add_dense(common.query_start_loc_cpu, lens, tile, self.block_size, heads)
-
-    def update_block_table(
-        self,
-        metadata: FlashAttentionMetadata,
-        blk_table: torch.Tensor,
-        slot_mapping: torch.Tensor,
-    ) -> FlashAttentionMetadata:
-        updated = super().update_block_table(metadata, blk_table, slot_mapping)
-        if isinstance(updated, DamCUDAMetadata):
-            at, parts = 0, []
-            for part in updated.parts:
-                count = len(part.block_table)
-                parts.append(replace(part, block_table=blk_table[at : at + count]))
-                at += count
-            updated.parts = tuple(parts)
-        return updated
 
     def _parts(self, common: CommonAttentionMetadata) -> tuple[Part, ...]:
         decodes, prefills, decode_tokens, _ = split_decodes_and_prefills(common, 1)

@@ -251,16 +251,12 @@ def test_short_steps_are_flash_attentions_own(backend, rng, device):
     assert served.builder.build(0, steps.step(served, DECODE)).parts
 
 
-def test_parts_follow_another_block_table(backend, rng, device):
-    served = backend(dense_below=0)
-    steps = Steps(rng, device, torch.float32, None)
-    common = steps.step(served, MIXED)
-    metadata = served.builder.build(0, common)
-    table = torch.zeros_like(common.block_table_tensor)
-    updated = served.builder.update_block_table(metadata, table, common.slot_mapping)
-    assert [len(part.block_table) for part in updated.parts] == [2, 4]
-    assert all((part.block_table == 0).all() for part in updated.parts)
-    assert metadata.parts[0].block_table.any()
+def test_whole_layers_are_refused_beside_a_quantised_cache(backend, random_masks):
+    masks = random_masks(layers=1, heads=HEADS, kv_heads=KV_HEADS)
+    masks.header.layer_types[0] = "other"
+    assert not backend(masks=masks).builder.masked
+    with pytest.raises(OptionError, match=r"--kv-cache-dtype is fp8: .*which model.layers.0"):
+        backend(masks=masks, dtype=torch.bfloat16, stored=torch.float8_e4m3fn)
 
 
 @pytest.mark.parametrize(
