@@ -14,7 +14,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from dam_vllm.masks.dynamic import BudgetKind, Dynamic
+from dam_vllm.masks.budget import BudgetKind, Dynamic
 from dam_vllm.masks.fingerprint import Fingerprint
 from dam_vllm.masks.mask_set import Header, HeadMode, MaskSet, pack_lower
 
@@ -48,7 +48,7 @@ def random_mask_set(
 ) -> MaskSet:
     """A mask set with random columns, diagonals and an unrelated random true mask.
 
-    The true mask is sparser unless said otherwise: a tile reads a page for any of its pairs.
+    The true mask is sparser unless said otherwise: a query block reads a page for any of its pairs.
     """
     true_share = share * 0.02 if true_share is None else true_share
     modes = np.full((layers, kv_heads), HeadMode.STATIC, dtype=np.uint8)
@@ -85,7 +85,7 @@ def random_dynamic(rng: np.random.Generator, layers: int, kv_heads: int, head_si
         budgets=np.take_along_axis(budgets, kinds[None].astype(int), 0)[0].astype(np.float32),
         floors=floors,
         caps=floors + rng.integers(0, 300, shape).astype(np.int32),
-        expected=np.where(kinds == BudgetKind.MASS, 0.1, 0).astype(np.float32),
+        expected=np.where(kinds == BudgetKind.TOP_P, 0.1, 0).astype(np.float32),
     )
 
 

@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 
 from dam_vllm.bench.client import arrivals, random_prompt
 from dam_vllm.bench.report import Row
-from dam_vllm.bench.serving import Setup, serve
+from dam_vllm.bench.servers import Setup, serve
 from dam_vllm.bench.timing import Advance, ratio
-from dam_vllm.config import DamOptions
-from dam_vllm.masks.pages import density
+from dam_vllm.masks.density import density
+from dam_vllm.options import DamOptions
 from dam_vllm.server import Server, rest
 
 TARGETS = "targets: TTFT ratio >= 4 at 16384; at 2048 and below never under 1/1.02 = 0.98"

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dam_vllm.attention.flash import Varlen
+from dam_vllm.attention.cuda.flash import Varlen
 
 LIBRARY, INTERFACE, VERSION = "_vllm_fa3_C.abi3.so", "flash_attn_interface.py", 3
 
@@ -46,7 +46,7 @@ def load(folder: Path | None) -> Flash:
         return _packed(folder)
     if importlib.util.find_spec("vllm") is None:
         raise ImportError("vLLM is not installed and no --fa3 was given")
-    from dam_vllm.engine.fa3 import installed
+    from dam_vllm.bench.on_vllm.fa3 import installed
 
     function, schedule, version = installed()
     return Flash(

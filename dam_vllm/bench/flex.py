@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-TILE = 128  # rows of a block; smaller key blocks than this are named to the kernel
+QUERY_BLOCK = 128  # rows of a block; smaller key blocks than this are named to the kernel
 
 
 def flex_step(
@@ -33,7 +33,7 @@ def flex_step(
     inputs = [part.contiguous() for part in (query, key, value)]
     call = _compiled()
     page = mask.BLOCK_SIZE[1]
-    options = {"BLOCK_N": page} if query.is_cuda and page < TILE else None
+    options = {"BLOCK_N": page} if query.is_cuda and page < QUERY_BLOCK else None
 
     def step() -> torch.Tensor:
         with torch.no_grad():
@@ -45,33 +45,33 @@ def flex_step(
 
 
 def block_mask(selected: torch.Tensor, queries: int, tokens: int, page: int) -> BlockMask:
-    """Pages before a tile's first query as full blocks, later ones under the causal rule.
+    """Pages before a query block's first query as full blocks, later ones under the causal rule.
 
     Args:
-        selected: bool [heads, tiles, pages], pages that each tile of queries reads, its own
+        selected: bool [heads, query_blocks, pages], pages that each query block of queries reads, its own
             included; one head may stand for all.
-        queries: the last ones of the request: all, in whole tiles, or a single one.
+        queries: the last ones of the request: all, in whole query blocks, or a single one.
         tokens: length of the request, a multiple of the page.
         page: tokens a page.
 
     Returns:
         The mask of one batch entry.
     """
-    tiles, pages = selected.shape[1:]
-    rows, earlier = -(-queries // tiles), tokens - queries
-    first = earlier + rows * torch.arange(tiles, device=selected.device)
+    query_blocks, pages = selected.shape[1:]
+    rows, earlier = -(-queries // query_blocks), tokens - queries
+    first = earlier + rows * torch.arange(query_blocks, device=selected.device)
     whole = (torch.arange(pages, device=selected.device) + 1) * page <= first[:, None] + 1
     return BlockMask.from_kv_blocks(
         *_blocks(selected & ~whole),
         *_blocks(selected & whole),
-        BLOCK_SIZE=(rows if queries > 1 else TILE, page),
+        BLOCK_SIZE=(rows if queries > 1 else QUERY_BLOCK, page),
         mask_mod=_causal(earlier),
         seq_lengths=(queries, tokens),
     )
 
 
 def _blocks(kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Counts [1, heads, tiles] and indices [1, heads, tiles, pages] of the kept pages."""
+    """Counts [1, heads, query_blocks] and indices [1, heads, query_blocks, pages] of the kept pages."""
     order = kept.byte().argsort(dim=-1, descending=True, stable=True)
     return kept.sum(-1, dtype=torch.int32)[None], order.int()[None]
 

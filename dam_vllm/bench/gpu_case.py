@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dam_vllm.attention.triton_geometry import DeviceTiles, tile_slots
-from dam_vllm.masks.pages import tile_size
+from dam_vllm.attention.cuda.plan import DeviceQueryBlocks, query_block_slots
+from dam_vllm.masks.page_tables import query_block_size
 
 DTYPE = torch.bfloat16
 MOST_COPIES = 128  # recording more of the shortest steps would take longer than measuring them
@@ -23,7 +23,7 @@ class Case:
         kv_heads: KV heads.
         head_size: channels a head.
         page: tokens a page.
-        tokens: length of each request, a multiple of the tile.
+        tokens: length of each request, a multiple of the query block.
         batch: requests.
     """
 
@@ -56,18 +56,20 @@ class Case:
         return self.tokens // self.page
 
     @property
-    def tile(self) -> int:
-        return tile_size(self.page)
+    def query_block(self) -> int:
+        return query_block_size(self.page)
 
     @property
     def own(self) -> int:
-        """Pages a tile."""
-        return self.tile // self.page
+        """Pages a query block."""
+        return self.query_block // self.page
 
     @property
-    def tiles(self) -> np.ndarray:
-        """Absolute indices of the tiles in which a request's new tokens lie, int [n]."""
-        return np.arange((self.tokens - self.queries) // self.tile, self.tokens // self.tile)
+    def query_blocks(self) -> np.ndarray:
+        """Absolute indices of the query blocks in which a request's new tokens lie, int [n]."""
+        return np.arange(
+            (self.tokens - self.queries) // self.query_block, self.tokens // self.query_block
+        )
 
     @property
     def scale(self) -> float:
@@ -110,13 +112,13 @@ class Geometry:
     Attributes:
         starts: int32 [batch + 1], first query row of each request.
         lens: int32 [batch], tokens of each request.
-        tiles: its queries, cut as serving cuts them.
+        query_blocks: its queries, cut as serving cuts them.
         every: int32 [kv_heads], all KV heads.
     """
 
     starts: torch.Tensor
     lens: torch.Tensor
-    tiles: DeviceTiles
+    query_blocks: DeviceQueryBlocks
     every: torch.Tensor
 
 
@@ -143,11 +145,13 @@ def geometry(case: Case, device: torch.device) -> Geometry:
     """Where the queries lie, on a device."""
     starts = torch.arange(case.batch + 1, dtype=torch.int32, device=device) * case.queries
     lens = torch.full_like(starts[1:], case.tokens)
-    slots = tile_slots(np.full(case.batch, case.queries), case.tile)
+    slots = query_block_slots(np.full(case.batch, case.queries), case.query_block)
     request, offset = torch.from_numpy(slots).to(device)
-    tiles = DeviceTiles(request, offset, starts, lens, case.tile, min(case.queries, case.tile))
+    query_blocks = DeviceQueryBlocks(
+        request, offset, starts, lens, case.query_block, min(case.queries, case.query_block)
+    )
     every = torch.arange(case.kv_heads, dtype=torch.int32, device=device)
-    return Geometry(starts, lens, tiles, every)
+    return Geometry(starts, lens, query_blocks, every)
 
 
 def copies(case: Case, density: float, device: torch.device) -> int:

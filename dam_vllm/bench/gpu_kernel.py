@@ -22,7 +22,7 @@ TARGETS = (
     "from density 0.1 on, >= 0.80 for decoding 32 x 32768; speed-up >= 0.95 at density 1\n"
     "dam's times include the plan; all times without launches; roof: share of the longer of "
     "bytes / copy bandwidth and operations / bf16 rate\n"
-    "each KV head reads page 0, its tile's own, and pages at random distances of its own"
+    "each KV head reads page 0, its query block's own, and pages at random distances of its own"
 )
 SECONDS, LEAST_ROUNDS = 5.0, 5
 DENSE, SPARSE = ("fa3", "sdpa"), ("flex", "triton", "flash")

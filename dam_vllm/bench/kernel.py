@@ -9,7 +9,7 @@ from dam_vllm.bench.report import Row
 from dam_vllm.bench.timing import Advance, alternate, ratio
 
 if TYPE_CHECKING:
-    from dam_vllm.engine.kernels_cpu import Prompt
+    from dam_vllm.bench.on_vllm.cpu_kernels import Prompt
 
 TARGETS = "targets: speed-up x density >= 0.95 at 16384, page 128, >= 0.90 page 32; flex >= 3"
 
@@ -37,7 +37,7 @@ def measure(
     Returns:
         A row a case; times in milliseconds, medians.
     """
-    from dam_vllm.engine.kernels_cpu import Shape, random_prompt
+    from dam_vllm.bench.on_vllm.cpu_kernels import Shape, random_prompt
 
     rows = []
     for page in pages:
@@ -57,18 +57,18 @@ def measure(
 def _case(prompt: "Prompt", window: int, with_flex: bool, rounds: int) -> Row:
     import torch
 
-    from dam_vllm.attention.select import PageSelector
     from dam_vllm.bench.flex import block_mask, flex_step
-    from dam_vllm.engine.kernels_cpu import dense_step, virtual_step
-    from dam_vllm.masks.pages import density, page_tables
+    from dam_vllm.bench.on_vllm.cpu_kernels import dense_step, virtual_step
+    from dam_vllm.masks.density import density
+    from dam_vllm.masks.page_tables import PageSelector, page_tables
 
     shape, tokens = prompt.shape, len(prompt.query)
     masks = streaming_masks(shape.kv_heads, window, shape.page)
     selector = PageSelector([page_tables(masks, 0, shape.page)])
     peers = {"dense": dense_step(prompt), "dam": virtual_step(prompt, selector)}
     if with_flex:
-        tiles = torch.arange(-(-tokens // selector.tile))
-        selected = selector.select(tiles, len(tiles) * selector.own)[0, :1]
+        query_blocks = torch.arange(-(-tokens // selector.query_block))
+        selected = selector.select(query_blocks, len(query_blocks) * selector.own)[0, :1]
         mask = block_mask(selected, tokens, tokens, shape.page)
         query, key, value = (
             part.transpose(0, 1)[None] for part in (prompt.query, prompt.key, prompt.value)

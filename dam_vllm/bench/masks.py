@@ -4,14 +4,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from dam_vllm.masks.dynamic import BudgetKind, Dynamic
+from dam_vllm.masks.budget import BudgetKind, Dynamic
 from dam_vllm.masks.fingerprint import Fingerprint
 from dam_vllm.masks.mask_set import Header, HeadMode, MaskSet, pack_lower
-from dam_vllm.masks.pages import tile_size
+from dam_vllm.masks.page_tables import query_block_size
 
 
 def window_pages(length: int, page: int, density: float) -> int:
-    """Finds the number of window pages before the tile that comes nearest to a density.
+    """Finds the number of window pages before the query block that comes nearest to a density.
 
     Args:
         length: prompt length in tokens.
@@ -19,10 +19,10 @@ def window_pages(length: int, page: int, density: float) -> int:
         density: pages read over pages of dense causal attention, between 0 and 1.
 
     Returns:
-        Pages from 0 on; each tile reads the first page, these, and its own.
+        Pages from 0 on; each query block reads the first page, these, and its own.
     """
-    own = tile_size(page) // page
-    causal = (np.arange(-(-length // tile_size(page))) + 1) * own
+    own = query_block_size(page) // page
+    causal = (np.arange(-(-length // query_block_size(page))) + 1) * own
     pages = np.arange(causal[-1] - own + 1)
     read = np.minimum(causal[None], own + 1 + pages[:, None]).sum(axis=1)
     return int(np.abs(read / causal.sum() - density).argmin())
@@ -33,7 +33,7 @@ def streaming_masks(kv_heads: int, pages: int, page: int, group: int = 1) -> Mas
 
     Args:
         kv_heads: KV heads.
-        pages: pages of the window before a tile's own.
+        pages: pages of the window before a query block's own.
         page: tokens a page.
         group: query heads a KV head; one is enough where all of a group are the same.
 
@@ -96,7 +96,7 @@ def with_dynamic_heads(
     dynamic = Dynamic(
         rotations=np.tile(np.eye(head_size, dtype=np.float32), (*shape, 1, 1)),
         ranks=np.full(shape, rank, dtype=np.int32),
-        kinds=np.full(shape, BudgetKind.COUNT, dtype=np.uint8),
+        kinds=np.full(shape, BudgetKind.TOP_K, dtype=np.uint8),
         budgets=np.full(shape, tokens, dtype=np.float32),
         floors=np.zeros(shape, dtype=np.int32),
         caps=np.full(shape, tokens, dtype=np.int32),

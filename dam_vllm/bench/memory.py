@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from dam_vllm.bench.model import Llama, write_model
+from dam_vllm.bench.on_vllm.memory_run import RESULT
 from dam_vllm.bench.report import Row
 from dam_vllm.bench.timing import Advance
 from dam_vllm.demo import model_dir
-from dam_vllm.engine.memory_run import RESULT
 from dam_vllm.masks.baselines import streaming
 from dam_vllm.masks.file import load_mask_set, save_mask_set
 from dam_vllm.masks.mask_set import HeadMode, MaskSet
@@ -67,7 +67,7 @@ class Case:
         Args:
             dam: `dam` options beside the masks, or None for the stock backend.
             room: requests of the model's length that fit into the cache with all pages kept.
-            setup: further parts of `dam_vllm.engine.memory_run.measure`'s setup.
+            setup: further parts of `dam_vllm.bench.on_vllm.memory_run.measure`'s setup.
 
         Returns:
             What `measure` found.
@@ -91,7 +91,7 @@ class Case:
             arguments |= {"attention_backend": "dam", "additional_config": config}
         whole = {"arguments": arguments, "prompt": 0, "requests": 0, **setup}
         done = subprocess.run(
-            [sys.executable, "-m", "dam_vllm.engine.memory_run", json.dumps(whole)],
+            [sys.executable, "-m", "dam_vllm.bench.on_vllm.memory_run", json.dumps(whole)],
             capture_output=True,
             text=True,
         )

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from dam_vllm.attention.flash import attend_flash
-from dam_vllm.attention.triton_paged import Softmax, attend_paged
-from dam_vllm.attention.triton_plan import DevicePlan, plan_heads
+from dam_vllm.attention.cuda.flash import attend_flash
+from dam_vllm.attention.cuda.paged import Softmax, attend_paged
+from dam_vllm.attention.cuda.plan import DevicePlan, plan_heads
 from dam_vllm.bench.fa3 import Flash
 from dam_vllm.bench.gpu_case import DTYPE, Case, Geometry, Inputs
 from dam_vllm.bench.gpu_timing import Call
@@ -119,8 +119,8 @@ def flex_calls(case: Case, inputs: Sequence[Inputs], selection: Selection) -> li
 
 def plan_call(case: Case, where: Geometry, each: Inputs, selection: Selection) -> DevicePlan:
     """Plans a layer, as serving does in every step."""
-    plan = DevicePlan.empty(where.tiles, case.kv_heads, case.pages)
-    plan_heads(plan, where.every, selection.selector, where.tiles, each.block_table)
+    plan = DevicePlan.empty(where.query_blocks, case.kv_heads, case.pages)
+    plan_heads(plan, where.every, selection.selector, where.query_blocks, each.block_table)
     return plan
 
 
@@ -159,10 +159,10 @@ def dam_calls(
         def call() -> torch.Tensor:
             plan = plan_call(case, where, each, selection)
             if flash is None:
-                attend_paged(*paged, plan, where.tiles, where.every, softmax)
+                attend_paged(*paged, plan, where.query_blocks, where.every, softmax)
             else:
                 heads = range(case.kv_heads)
-                attend_flash(flash.varlen, *paged, plan, where.tiles, heads, softmax)
+                attend_flash(flash.varlen, *paged, plan, where.query_blocks, heads, softmax)
             return output
 
         return call

@@ -36,7 +36,7 @@ def expected(
     Args:
         case: the geometry.
         inputs: queries, keys and values.
-        pages: bool [kv_heads, tiles, pages] that are read, or None for all.
+        pages: bool [kv_heads, query_blocks, pages] that are read, or None for all.
         sampled: the pairs.
 
     Returns:
@@ -51,8 +51,8 @@ def expected(
         )
         scores = keys @ inputs.query[row, head].float() * case.scale
         if pages is not None:
-            tile = position // case.tile - int(case.tiles[0])
-            seen = pages[kv_head, tile].repeat_interleave(case.page)[: position + 1]
+            query_block = position // case.query_block - int(case.query_blocks[0])
+            seen = pages[kv_head, query_block].repeat_interleave(case.page)[: position + 1]
             scores = scores.masked_fill(~seen.to(scores.device), float("-inf"))
         found.append(scores.softmax(dim=0) @ values)
     return torch.stack(found)

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dam_vllm.attention.select import PageSelector
 from dam_vllm.bench.gpu_case import DTYPE, Case
 from dam_vllm.bench.roof import Work
-from dam_vllm.masks.pages import PageTables
+from dam_vllm.masks.page_tables import PageSelector, PageTables
 
 SEED = 2508
 
@@ -19,7 +18,7 @@ class Selection:
 
     Attributes:
         selector: page tables of one layer, on the device.
-        pages: bool [kv_heads, tiles, pages], what each tile of a request reads; on the host.
+        pages: bool [kv_heads, query_blocks, pages], what each query block of a request reads; on the host.
         density: pages read over pages of dense causal attention.
         work: what attention over these pages takes.
     """
@@ -39,7 +38,7 @@ def scattered(case: Case, density: float, device: torch.device) -> Selection:
         device: where its tables are put.
     """
     tables = scattered_tables(case, density)
-    pages = torch.from_numpy(tables.select(case.tiles)[..., : case.pages])
+    pages = torch.from_numpy(tables.select(case.query_blocks)[..., : case.pages])
     return Selection(
         selector=PageSelector([tables], device=device),
         pages=pages,
@@ -49,7 +48,7 @@ def scattered(case: Case, density: float, device: torch.device) -> Selection:
 
 
 def scattered_tables(case: Case, density: float) -> PageTables:
-    """The first page, the tile's own, and pages at distances drawn for each head.
+    """The first page, the query block's own, and pages at distances drawn for each head.
 
     Args:
         case: the geometry.
@@ -60,9 +59,9 @@ def scattered_tables(case: Case, density: float) -> PageTables:
     """
     distances = np.arange(case.pages)
     # Page 0 is read anyway, so a distance adds a page where it ends on a later one.
-    gained = (case.tiles[:, None] * case.own - distances >= 1).sum(axis=0)
+    gained = (case.query_blocks[:, None] * case.own - distances >= 1).sum(axis=0)
     useful = np.flatnonzero(gained * (distances > 0))
-    causal = (case.tiles + 1) * case.own
+    causal = (case.query_blocks + 1) * case.own
     least = np.minimum(causal, case.own + 1).sum()
     kept = np.zeros((case.kv_heads, case.pages + 1), dtype=bool)
     rng = np.random.default_rng(SEED)
@@ -72,7 +71,7 @@ def scattered_tables(case: Case, density: float) -> PageTables:
         head[order[: np.abs(read / causal.sum() - density).argmin()]] = True
     return PageTables(
         page=case.page,
-        tile=case.tile,
+        query_block=case.query_block,
         near=np.ones((case.kv_heads, 1, case.own), dtype=bool),
         columns=np.zeros((case.kv_heads, case.own), dtype=bool),
         distances=kept,
@@ -81,8 +80,8 @@ def scattered_tables(case: Case, density: float) -> PageTables:
 
 
 def every_page(case: Case) -> torch.Tensor:
-    """What dense causal attention reads, bool [tiles, pages]."""
-    last = torch.from_numpy((case.tiles + 1) * case.own)
+    """What dense causal attention reads, bool [query_blocks, pages]."""
+    last = torch.from_numpy((case.query_blocks + 1) * case.own)
     return torch.arange(case.pages) < last[:, None]
 
 
@@ -91,15 +90,15 @@ def work(case: Case, pages: torch.Tensor) -> Work:
 
     Args:
         case: the geometry.
-        pages: bool [kv_heads, tiles, pages].
+        pages: bool [kv_heads, query_blocks, pages].
 
     Returns:
         Products over the keys that causal queries see, and bytes of queries, outputs, and of
         each key and value that is read, once.
     """
-    rows = min(case.queries, case.tile)
-    # Of a tile's own pages its queries see on average half, the last token's all.
-    own_keys = rows * case.tile - rows * (rows - 1) // 2
+    rows = min(case.queries, case.query_block)
+    # Of a query block's own pages its queries see on average half, the last token's all.
+    own_keys = rows * case.query_block - rows * (rows - 1) // 2
     before = int(pages.sum()) - pages.shape[0] * pages.shape[1] * case.own
     pairs = before * case.page * rows + pages.shape[0] * pages.shape[1] * own_keys
     distinct = int(pages.any(dim=1).sum()) * case.page * case.head_size

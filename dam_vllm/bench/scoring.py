@@ -36,7 +36,7 @@ def measure(
         A row a case; times in milliseconds, medians. "select" is scoring and choosing, "rotate"
         turns queries and keys, "dam" is everything, attention over the pages included.
     """
-    from dam_vllm.engine.kernels_cpu import Shape, dense_step, dynamic_steps, random_prompt
+    from dam_vllm.bench.on_vllm.cpu_kernels import Shape, dense_step, dynamic_steps, random_prompt
 
     rows = []
     cases = [

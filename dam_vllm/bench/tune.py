@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from dam_vllm.attention.triton_paged import Softmax, attend_paged
-from dam_vllm.attention.triton_plan import DevicePlan
-from dam_vllm.attention.tuning import FEW_ROWS, LARGE_MEMORY, NARROW_HEAD, Tuning, tuning
+from dam_vllm.attention.cuda.paged import Softmax, attend_paged
+from dam_vllm.attention.cuda.plan import DevicePlan
+from dam_vllm.attention.cuda.tuning import FEW_ROWS, LARGE_MEMORY, NARROW_HEAD, Tuning, tuning
 from dam_vllm.bench.gpu_case import Case, Inputs, copies, draw, geometry
 from dam_vllm.bench.gpu_timing import Call, Timer
 from dam_vllm.bench.peers import plan_call, virtual_pages
@@ -199,7 +199,13 @@ class _Trial:
         self, each: Inputs, plan: DevicePlan, candidate: Tuning, output: torch.Tensor
     ) -> Call:
         softmax = Softmax(self._case.scale)
-        paged = (each.query, *virtual_pages(self._case, each), output, plan, self._where.tiles)
+        paged = (
+            each.query,
+            *virtual_pages(self._case, each),
+            output,
+            plan,
+            self._where.query_blocks,
+        )
 
         def call() -> torch.Tensor:
             attend_paged(*paged, self._where.every, softmax, tuned=candidate)

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from dam_vllm.calibration.errors import CalibrationError
-from dam_vllm.calibration.mean_maps import MapSums
+from dam_vllm.calibration.static.maps import MapSums
 
 STATE = "state.json"
 GROUP = "group.safetensors"

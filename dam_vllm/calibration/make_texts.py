@@ -15,7 +15,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from dam_vllm.evaluation.tasks import RETRIEVAL, make_questions
+from dam_vllm.questions.tasks import RETRIEVAL, make_questions
 
 OUTPUT = Path(__file__).parent.parent / "demo" / "texts.jsonl"
 FOLDERS = (".", "asyncio", "collections", "concurrent", "email", "http", "importlib", "json",

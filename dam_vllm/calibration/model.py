@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from dam_vllm.calibration import capture
 from dam_vllm.calibration.errors import CalibrationError
-from dam_vllm.masks.shape import ModelShape, model_shape
+from dam_vllm.masks.model_shape import ModelShape, model_shape
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

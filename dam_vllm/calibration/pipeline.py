@@ -13,20 +13,19 @@ import torch
 
 from dam_vllm.calibration.capture import IMPLEMENTATION, observe_forward
 from dam_vllm.calibration.checkpoint import Checkpoint
-from dam_vllm.calibration.config import CalibrationConfig
-from dam_vllm.calibration.corpus import read_documents
-from dam_vllm.calibration.coverage import Coverage
 from dam_vllm.calibration.errors import CalibrationError, CalibrationStopped
-from dam_vllm.calibration.fit import fit_masks, with_measures
-from dam_vllm.calibration.fitting.candidates import Pattern
-from dam_vllm.calibration.fitting.inputs import FitInputs, Prompt, fit_cost, fit_prompts
-from dam_vllm.calibration.fitting.run import fit_modes
-from dam_vllm.calibration.fitting.store import FitStore
-from dam_vllm.calibration.lengths import choose_lengths, full_layers, map_memory
-from dam_vllm.calibration.map_capture import MapPlan, capture_maps
+from dam_vllm.calibration.fit.candidates import Pattern
+from dam_vllm.calibration.fit.inputs import FitInputs, Prompt, fit_cost, fit_prompts
+from dam_vllm.calibration.fit.run import fit_modes
+from dam_vllm.calibration.fit.store import FitStore
+from dam_vllm.calibration.memory import choose_lengths, full_layers, map_memory
 from dam_vllm.calibration.model import ModelSource
 from dam_vllm.calibration.progress import Reporter, Work, cost
-from dam_vllm.calibration.windows import (
+from dam_vllm.calibration.settings import CalibrationConfig
+from dam_vllm.calibration.static.build import fit_masks, with_measures
+from dam_vllm.calibration.static.coverage import Coverage
+from dam_vllm.calibration.static.passes import MapPlan, capture_maps
+from dam_vllm.calibration.texts import (
     Batch,
     TokenisedTexts,
     Windows,
@@ -34,12 +33,13 @@ from dam_vllm.calibration.windows import (
     cut,
     make_windows,
     pad,
+    read_documents,
     tokenise,
 )
 from dam_vllm.masks.file import save_mask_set
 from dam_vllm.masks.fingerprint import fingerprint
 from dam_vllm.masks.mask_set import Header, MaskSet
-from dam_vllm.masks.shape import ModelShape
+from dam_vllm.masks.model_shape import ModelShape
 
 DOCUMENTS_PER_WINDOW = 4
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dam_vllm.calibration.windows import Batch
+from dam_vllm.calibration.texts import Batch
 
 
 @dataclass

@@ -37,9 +37,9 @@ def finish(benchmarks: Sequence[Benchmark], json: Path | None) -> None:
     """Runs benchmarks, prints each one's table and keeps the file up to date row by row."""
     from rich.console import Console
 
-    from dam_vllm.bench.machine import describe, machine
     from dam_vllm.bench.report import progress, table
     from dam_vllm.files import write_json
+    from dam_vllm.machine import describe, machine
 
     console = Console()
     found = machine(gpu=any(benchmark.gpu for benchmark in benchmarks))
@@ -65,7 +65,7 @@ def scoring(
 ) -> Benchmark:
     """Choosing pages."""
     from dam_vllm.bench import scoring
-    from dam_vllm.bench.options import channels_option, lengths_option, pages_option
+    from dam_vllm.bench.checks import channels_option, lengths_option, pages_option
 
     sizes = channels_option(head_sizes, "--head-sizes", 32)
     channels = channels_option(ranks, "--ranks", 1)
@@ -84,16 +84,16 @@ def scoring(
 
 def plan(page: int, window: int, rounds: int, eager: bool) -> Benchmark:
     """A step's plan."""
-    from dam_vllm.bench import plan
-    from dam_vllm.bench.options import pages_option, window_option
+    from dam_vllm.bench import plan_time
+    from dam_vllm.bench.checks import pages_option, window_option
 
     pages_option(str(page), "--page")
     window_option(window)
     return Benchmark(
         f"the step's plan, 4 layers, page {page}, first token and window of {window}",
-        plan.TARGETS,
+        plan_time.TARGETS,
         2,
-        lambda advance: plan.measure(page, window, rounds, EAGER if eager else (), advance),
+        lambda advance: plan_time.measure(page, window, rounds, EAGER if eager else (), advance),
     )
 
 
@@ -108,15 +108,15 @@ def e2e(
 ) -> Benchmark:
     """Requests over HTTP; `heads` are the head size and the KV heads that choose."""
     from dam_vllm.bench import e2e
-    from dam_vllm.bench.model import LONG
-    from dam_vllm.bench.options import (
+    from dam_vllm.bench.checks import (
         dynamic_option,
         heads_option,
         lengths_option,
         pages_option,
         window_option,
     )
-    from dam_vllm.bench.serving import Setup
+    from dam_vllm.bench.model import LONG
+    from dam_vllm.bench.servers import Setup
 
     tokens = lengths_option(lengths, 128, 32768)
     pages_option(str(page), "--page")
@@ -149,7 +149,7 @@ def _crossover(rows: Rows) -> str:
 def memory(masks: Path | None, plot: Path | None) -> Benchmark:
     """The KV cache."""
     from dam_vllm.bench import memory
-    from dam_vllm.bench.options import file_option, image_option
+    from dam_vllm.bench.checks import file_option, image_option
 
     file_option(masks, "--masks")
     image_option(plot, "--plot")

@@ -82,10 +82,10 @@ def calibrate(
     """
     from transformers.utils import logging
 
-    from dam_vllm.calibration.config import load_config
     from dam_vllm.calibration.errors import CalibrationStopped
     from dam_vllm.calibration.model import ModelSource
     from dam_vllm.calibration.pipeline import Job
+    from dam_vllm.calibration.settings import load_config
 
     logging.disable_progress_bar()
     overrides = {

@@ -22,8 +22,8 @@ def demo(
 
     The static masks are the paper's, calibrated now; the fitted ones come with the model.
     """
-    from dam_vllm.config import MASKS_IN_MODEL
     from dam_vllm.demo import model_dir
+    from dam_vllm.options import MASKS_IN_MODEL
 
     if where:
         typer.echo(model_dir())
@@ -33,7 +33,7 @@ def demo(
 
     from dam_vllm.demo.run import serve_and_ask
     from dam_vllm.masks.file import load_mask_set
-    from dam_vllm.masks.plot import plot_masks
+    from dam_vllm.masks.plots import plot_masks
 
     sizes = _lengths(lengths)
     console = Console()

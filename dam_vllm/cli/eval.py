@@ -117,7 +117,7 @@ def evaluate(
     """
     from transformers.utils import logging
 
-    from dam_vllm.evaluation.options import output_options
+    from dam_vllm.evaluation.checks import output_options
     from dam_vllm.evaluation.prepare import prepare
     from dam_vllm.evaluation.state import State
     from dam_vllm.server import ServerError
@@ -170,9 +170,9 @@ def _measure(job: "Job", state: "State") -> "list[Place]":
         TimeRemainingColumn,
     )
 
-    from dam_vllm.evaluation.prompting import prompting
     from dam_vllm.evaluation.runner import Evaluation
-    from dam_vllm.evaluation.serving import starter
+    from dam_vllm.evaluation.subjects import starter
+    from dam_vllm.questions.prompting import prompting
 
     columns = (
         TextColumn("{task.description}"),

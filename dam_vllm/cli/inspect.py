@@ -52,8 +52,7 @@ def inspect(
 
 
 def _plot(masks: "MaskSet", path: Path) -> None:
-    from dam_vllm.masks.plot import plot_masks
-    from dam_vllm.masks.plot_curve import plot_curve
+    from dam_vllm.masks.plots import plot_curve, plot_masks
 
     plot_masks(masks, path)
     if "fit" in masks.header.parameters:
@@ -62,7 +61,7 @@ def _plot(masks: "MaskSet", path: Path) -> None:
 
 def _report(masks: "MaskSet", length: int, page: int) -> dict[str, Any]:
     """All that is shown, as JSON values; what was not measured is None."""
-    from dam_vllm.masks.pages import density
+    from dam_vllm.masks.density import density
 
     heads, kv_heads = density(masks, [length], page)
     layers = []
@@ -85,7 +84,7 @@ def _report(masks: "MaskSet", length: int, page: int) -> dict[str, Any]:
 
 def _dynamic(masks: "MaskSet", layer: int) -> list[dict[str, Any]]:
     """How a layer's dynamic heads choose; budgets in tokens, a share, or attention mass."""
-    from dam_vllm.masks.dynamic import BudgetKind
+    from dam_vllm.masks.budget import BudgetKind
     from dam_vllm.masks.mask_set import HeadMode
 
     dynamic, found = masks.dynamic, []

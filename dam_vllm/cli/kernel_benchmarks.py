@@ -5,7 +5,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from dam_vllm.cli.benchmarks import Benchmark
-from dam_vllm.config import OptionError
+from dam_vllm.options import OptionError
 
 LONGEST_CPU, LONGEST_GPU, GPU_WIDTH = 65536, 2**20, 260
 
@@ -62,7 +62,7 @@ def kernel(options: KernelOptions) -> Benchmark:
 
 def _on_cpu(options: KernelOptions) -> Benchmark:
     from dam_vllm.bench import kernel
-    from dam_vllm.bench.options import (
+    from dam_vllm.bench.checks import (
         counts_option,
         densities_option,
         heads_option,
@@ -98,10 +98,7 @@ def _on_gpu(options: KernelOptions) -> Benchmark:
     import torch
 
     from dam_vllm.bench import gpu_kernel
-    from dam_vllm.bench.fa3 import load
-    from dam_vllm.bench.gpu_case import Case
-    from dam_vllm.bench.gpu_timing import CudaTimer
-    from dam_vllm.bench.options import (
+    from dam_vllm.bench.checks import (
         counts_option,
         densities_option,
         fa3_option,
@@ -109,11 +106,14 @@ def _on_gpu(options: KernelOptions) -> Benchmark:
         heads_option,
         lengths_option,
     )
+    from dam_vllm.bench.fa3 import load
+    from dam_vllm.bench.gpu_case import Case
+    from dam_vllm.bench.gpu_timing import CudaTimer
     from dam_vllm.bench.roof import cuda_roof
-    from dam_vllm.masks.pages import tile_size
+    from dam_vllm.masks.page_tables import query_block_size
 
     pages = gpu_pages_option(options.pages or GPU.pages)
-    least = max(tile_size(page) for page in pages)
+    least = max(query_block_size(page) for page in pages)
     tokens = lengths_option(options.lengths or GPU.lengths, least, LONGEST_GPU)
     densities = densities_option(options.densities or GPU.densities)
     batches = counts_option(options.batches or BATCHES, "--batches")
@@ -163,13 +163,13 @@ def tune(head_sizes: str, page: int, tokens: int, batch: int, rounds: int) -> Be
     import torch
 
     from dam_vllm.bench import tune
+    from dam_vllm.bench.checks import channels_option, gpu_pages_option, lengths_option
     from dam_vllm.bench.gpu_timing import CudaTimer
-    from dam_vllm.bench.options import channels_option, gpu_pages_option, lengths_option
-    from dam_vllm.masks.pages import tile_size
+    from dam_vllm.masks.page_tables import query_block_size
 
     sizes = channels_option(head_sizes, "--head-sizes", 16)
     gpu_pages_option(str(page))
-    lengths_option(str(tokens), tile_size(page), LONGEST_GPU)
+    lengths_option(str(tokens), query_block_size(page), LONGEST_GPU)
     if not torch.cuda.is_available():
         raise OptionError("bench tune measures the GPU's kernel: torch finds no CUDA here")
     wanted = tune.entries(sizes, page, tokens, batch)

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dam_vllm.demo import model_dir
-from dam_vllm.evaluation.tasks import Question, is_correct, make_questions
+from dam_vllm.masks.density import density
 from dam_vllm.masks.file import load_mask_set
-from dam_vllm.masks.pages import density
+from dam_vllm.questions.tasks import Question, is_correct, make_questions
 from dam_vllm.server import Server, rest
 
 DENSE = "dense"

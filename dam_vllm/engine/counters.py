@@ -5,16 +5,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dam_vllm.attention.plan import Tiles, cut_tiles
+from dam_vllm.attention.query_blocks import QueryBlocks, cut_query_blocks
 
 if TYPE_CHECKING:
-    from dam_vllm.attention.triton_geometry import DeviceTiles
-    from dam_vllm.attention.triton_plan import DevicePlan
+    from dam_vllm.attention.cuda.plan import DevicePlan, DeviceQueryBlocks
 
 
 @dataclass
 class Counts:
-    """Pages times queries, summed over tiles, layers and KV heads, of prefill alone.
+    """Pages times queries, summed over query blocks, layers and KV heads, of prefill alone.
 
     Both are added up where they arise, so that a GPU need not be waited for.
 
@@ -26,23 +25,25 @@ class Counts:
     read: torch.Tensor | int = 0
     dense: torch.Tensor | int = 0
 
-    def add_prefill(self, pages: torch.Tensor, tiles: Tiles, new: torch.Tensor, page: int) -> None:
-        """Counts a step's tiles, but for those of decoding.
+    def add_prefill(
+        self, pages: torch.Tensor, query_blocks: QueryBlocks, new: torch.Tensor, page: int
+    ) -> None:
+        """Counts a step's query blocks, but for those of decoding.
 
         Args:
-            pages: int [..., tiles], pages read.
-            tiles: the step's tiles.
+            pages: int [..., query_blocks], pages read.
+            query_blocks: the step's query blocks.
             new: int [requests], queries of each request; one is decoding.
             page: tokens a page.
         """
-        queries = (tiles.stop - tiles.start) * (new[tiles.request] > 1)
-        self.add(pages, queries, tiles.stop, page)
+        queries = (query_blocks.stop - query_blocks.start) * (new[query_blocks.request] > 1)
+        self.add(pages, queries, query_blocks.stop, page)
 
     def add_dense(
         self,
         query_start_loc: torch.Tensor,
         seq_lens: torch.Tensor,
-        tile: int,
+        query_block: int,
         page: int,
         heads: int,
     ) -> None:
@@ -51,42 +52,45 @@ class Counts:
         Args:
             query_start_loc: int32 [requests + 1], on the CPU.
             seq_lens: int32 [requests], on the CPU.
-            tile: tokens a tile.
+            query_block: tokens a query block.
             page: tokens a page.
             heads: KV heads of all layers.
         """
-        tiles = cut_tiles(query_start_loc, seq_lens, tile)
-        causal = (tiles.stop - 1) // page + 1
-        self.add_prefill(causal.expand(heads, -1), tiles, query_start_loc.diff(), page)
+        query_blocks = cut_query_blocks(query_start_loc, seq_lens, query_block)
+        causal = (query_blocks.stop - 1) // page + 1
+        self.add_prefill(causal.expand(heads, -1), query_blocks, query_start_loc.diff(), page)
 
     def add_plan(
-        self, plan: "DevicePlan", tiles: "DeviceTiles", heads: torch.Tensor, page: int
+        self, plan: "DevicePlan", query_blocks: "DeviceQueryBlocks", heads: torch.Tensor, page: int
     ) -> None:
         """Counts some heads of a prefill's plan, without waiting for the device.
 
         Args:
             plan: of one layer.
-            tiles: its tiles.
+            query_blocks: its query blocks.
             heads: int32 [n], KV heads.
             page: tokens a page.
         """
         pages = (plan.seq_lens.t()[heads.long()] + page - 1) // page
-        request = tiles.request.long()
-        end = tiles.seq_lens[request]
-        first = end - tiles.query_start_loc.diff()[request]
-        start = torch.maximum((first // tiles.tile + tiles.offset) * tiles.tile, first)
+        request = query_blocks.request.long()
+        end = query_blocks.seq_lens[request]
+        first = end - query_blocks.query_start_loc.diff()[request]
+        start = torch.maximum(
+            (first // query_blocks.query_block + query_blocks.offset) * query_blocks.query_block,
+            first,
+        )
         queries = plan.starts.diff()
         self.add(pages, queries, start + queries, page)
 
     def add(
         self, pages: torch.Tensor, queries: torch.Tensor, stop: torch.Tensor, page: int
     ) -> None:
-        """Counts tiles.
+        """Counts query blocks.
 
         Args:
-            pages: int [..., tiles], pages read.
-            queries: int [tiles].
-            stop: int [tiles], position after each tile's last query.
+            pages: int [..., query_blocks], pages read.
+            queries: int [query_blocks].
+            stop: int [query_blocks], position after each query block's last query.
             page: tokens a page.
         """
         causal = (stop - 1) // page + 1

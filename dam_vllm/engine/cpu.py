@@ -18,14 +18,14 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-from dam_vllm.engine.admission import admit
+from dam_vllm.engine.backend import DamImpl
+from dam_vllm.engine.checks import admit
 from dam_vllm.engine.dynamic import DynamicStep, LayerDynamic
-from dam_vllm.engine.heads import masked_layers, shard
-from dam_vllm.engine.impl import DamImpl
+from dam_vllm.engine.kv_free.head_groups import SplitLayers
 from dam_vllm.engine.naive import NaiveBatch, serve_naive
 from dam_vllm.engine.planner import Planner
 from dam_vllm.engine.report import log_masks
-from dam_vllm.engine.split import SplitLayers
+from dam_vllm.engine.shards import masked_layers, shard
 from dam_vllm.engine.virtual import Scheduler, VirtualBatch, attend
 from dam_vllm.masks.mask_set import HeadMode
 

@@ -30,16 +30,16 @@ from vllm.v1.attention.backends.flash_attn import (
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
-from dam_vllm.attention.device_layer import Part
-from dam_vllm.attention.triton_geometry import DeviceTiles, tile_slots
-from dam_vllm.config import OptionError
-from dam_vllm.engine.admission import admit
+from dam_vllm.attention.cuda.layer import Part
+from dam_vllm.attention.cuda.plan import DeviceQueryBlocks, query_block_slots
+from dam_vllm.engine.backend import DamImpl
+from dam_vllm.engine.checks import admit
 from dam_vllm.engine.counters import COUNTS, counting
 from dam_vllm.engine.device_heads import LayerHeads, layer_heads
-from dam_vllm.engine.heads import masked_layers, shard
-from dam_vllm.engine.impl import DamImpl
 from dam_vllm.engine.naive import NaiveBatch, serve_naive
 from dam_vllm.engine.report import log_masks
+from dam_vllm.engine.shards import masked_layers, shard
+from dam_vllm.options import OptionError
 
 
 class DamCUDABackend(FlashAttentionBackend):
@@ -134,7 +134,7 @@ class DamCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
 
     # Decoding's shapes depend on the number of requests alone; a prefill's on its queries.
     _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
-    # Layers of another group may need tiles of another size.
+    # Layers of another group may need query blocks of another size.
     supports_update_block_table = False
 
     def __init__(
@@ -156,13 +156,13 @@ class DamCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
         self.always = is_quantized_kv_cache(vllm_config.cache_config.cache_dtype)
         if self.always:
             _refuse_whole_layers(layer_names, self.masked, attention)
-        tiles, self.dense_until = set(), 0
+        query_blocks, self.dense_until = set(), 0
         for name, index in self.masked.items():
             impl = attention[name].impl
             impl.heads = layer_heads(self.serving, index, attention[name], self.block_size, device)
-            tiles |= {each.selector.tile for each in impl.heads.layer.sets}
+            query_blocks |= {each.selector.query_block for each in impl.heads.layer.sets}
             self.dense_until = impl.heads.dense_until
-        self.tiles = sorted(tiles)
+        self.query_blocks = sorted(query_blocks)
         most = max(vllm_config.scheduler_config.max_num_seqs, self.max_cudagraph_size or 0)
         self.first = torch.zeros(most, dtype=torch.int32, device=device)
         self.each = torch.arange(most, dtype=torch.int32, device=device)
@@ -202,8 +202,8 @@ class DamCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
 
     def _count_dense(self, common: CommonAttentionMetadata) -> None:
         heads = len(self.masked) * self.num_heads_kv
-        tile, lens = max(self.tiles), common.seq_lens.cpu()
-        COUNTS.add_dense(common.query_start_loc_cpu, lens, tile, self.block_size, heads)
+        query_block, lens = max(self.query_blocks), common.seq_lens.cpu()
+        COUNTS.add_dense(common.query_start_loc_cpu, lens, query_block, self.block_size, heads)
 
     def _parts(self, common: CommonAttentionMetadata) -> tuple[Part, ...]:
         decodes, prefills, decode_tokens, _ = split_decodes_and_prefills(common, 1)
@@ -212,19 +212,24 @@ class DamCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
         if decodes:
             lens = (common.query_start_loc[: decodes + 1], common.seq_lens[:decodes])
             slots = (self.each[:decodes], self.first[:decodes])
-            tiles = {tile: DeviceTiles(*slots, *lens, tile, 1) for tile in self.tiles}
+            query_blocks = {
+                query_block: DeviceQueryBlocks(*slots, *lens, query_block, 1)
+                for query_block in self.query_blocks
+            }
             table = common.block_table_tensor[:decodes]
-            parts.append(Part(tiles, table, slice(0, decodes), width))
+            parts.append(Part(query_blocks, table, slice(0, decodes), width))
         if prefills:
             lens = (common.query_start_loc[decodes:] - decode_tokens, common.seq_lens[decodes:])
             queries = np.diff(common.query_start_loc_cpu.numpy()[decodes:])
-            tiles = {}
-            for tile in self.tiles:
-                request, offset = self._move(tile_slots(queries, tile))
-                most = min(tile, int(queries.max()))
-                tiles[tile] = DeviceTiles(request, offset, *lens, tile, most)
+            query_blocks = {}
+            for query_block in self.query_blocks:
+                request, offset = self._move(query_block_slots(queries, query_block))
+                most = min(query_block, int(queries.max()))
+                query_blocks[query_block] = DeviceQueryBlocks(
+                    request, offset, *lens, query_block, most
+                )
             rows = slice(decode_tokens, common.num_actual_tokens)
-            parts.append(Part(tiles, common.block_table_tensor[decodes:], rows, width))
+            parts.append(Part(query_blocks, common.block_table_tensor[decodes:], rows, width))
         return tuple(parts)
 
     def _move(self, slots: np.ndarray) -> torch.Tensor:

@@ -8,19 +8,19 @@ import torch
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends import flash_attn
 
-from dam_vllm.attention.device_dynamic import DeviceDynamic
-from dam_vllm.attention.device_layer import DeviceLayer, HeadSet
-from dam_vllm.attention.flash import Varlen
-from dam_vllm.attention.rotate import HeadRotation
-from dam_vllm.attention.select import PageSelector
-from dam_vllm.attention.token_bits import TokenBits
-from dam_vllm.attention.triton_paged import Softmax
-from dam_vllm.config import DamOptions, OptionError
-from dam_vllm.engine.admission import Serving
+from dam_vllm.attention.cuda.flash import Varlen
+from dam_vllm.attention.cuda.layer import DeviceLayer, HeadSet
+from dam_vllm.attention.cuda.paged import Softmax
+from dam_vllm.attention.cuda.select import DeviceDynamic
+from dam_vllm.attention.cuda.token_bits import TokenBits
+from dam_vllm.attention.rotation import HeadRotation
+from dam_vllm.engine.checks import Serving
 from dam_vllm.engine.counters import COUNTS, counting
 from dam_vllm.engine.dynamic import dynamic_heads
-from dam_vllm.engine.heads import Shard, shard
+from dam_vllm.engine.shards import Shard, shard
 from dam_vllm.masks.mask_set import HeadMode
+from dam_vllm.masks.page_tables import PageSelector
+from dam_vllm.options import DamOptions, OptionError
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def layer_heads(
         rotation = HeadRotation(chosen.heads.long(), torch.from_numpy(bases).to(device))
     tables = local.tables(serving.masks, index, page)
     dense_until = PageSelector([tables], serving.options.dense_below)
-    return LayerHeads(layer, rotation, dense_until.dense_tiles * dense_until.tile)
+    return LayerHeads(layer, rotation, dense_until.dense_blocks * dense_until.query_block)
 
 
 def _fixed_sets(

@@ -9,16 +9,16 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from dam_vllm.attention.choose import Budget
-from dam_vllm.attention.dynamic import DynamicHeads, select_dynamic
-from dam_vllm.attention.plan import Tiles, VirtualPages, plan_pages
-from dam_vllm.attention.rotate import HeadRotation
-from dam_vllm.attention.select import PageSelector
+from dam_vllm.attention.cpu.plan import VirtualPages, plan_pages
+from dam_vllm.attention.cpu.select import DynamicHeads, select_dynamic
+from dam_vllm.attention.query_blocks import QueryBlocks
+from dam_vllm.attention.rotation import HeadRotation
 from dam_vllm.engine.counters import COUNTS
-from dam_vllm.engine.heads import Shard
+from dam_vllm.engine.shards import Shard
 from dam_vllm.engine.virtual import Scheduler, VirtualBatch
+from dam_vllm.masks.budget import Budget
 from dam_vllm.masks.mask_set import MaskSet
-from dam_vllm.masks.pages import tile_size
+from dam_vllm.masks.page_tables import PageSelector, query_block_size
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,12 @@ class DynamicStep:
     """What a step's dynamic heads need, the same for all layers.
 
     Attributes:
-        tiles: the batch's queries, cut at pages.
+        query_blocks: the batch's queries, cut at pages.
         new: int64 [requests], queries of each request.
         where: virtual pages of all KV heads of these layers.
     """
 
-    tiles: Tiles
+    query_blocks: QueryBlocks
     new: torch.Tensor
     where: VirtualPages
 
@@ -71,9 +71,11 @@ class LayerDynamic:
         scoring = query.transpose(0, 1)[..., : max(self.dynamic.ranks)]
         heads = self.rotation.heads
         where = step.where.take(self.row, heads)
-        selected = select_dynamic(self.dynamic, scoring[heads], keys, step.tiles, where.tables()[0])
-        COUNTS.add_prefill(selected.sum(-1), step.tiles, step.new, page)
-        plan = plan_pages(selected[None], where, step.tiles, page)
+        selected = select_dynamic(
+            self.dynamic, scoring[heads], keys, step.query_blocks, where.tables()[0]
+        )
+        COUNTS.add_prefill(selected.sum(-1), step.query_blocks, step.new, page)
+        plan = plan_pages(selected[None], where, step.query_blocks, page)
         return self.scheduler.dynamic(plan, heads)
 
 
@@ -94,7 +96,7 @@ def dynamic_heads(
         layer: global layer index.
         shard: KV heads of this rank.
         page: tokens a page.
-        dense_below: positions below it read everything; rounded up to static heads' tiles.
+        dense_below: positions below it read everything; rounded up to static heads' query blocks.
         scale: factor of the scores, that of an fp8 cache's keys included.
         softcap: soft-capping of the scores, 0 for none.
         device: where page tables are kept.
@@ -106,8 +108,8 @@ def dynamic_heads(
     if not local or masks.dynamic is None:
         return None
     heads = [shard.start + head for head in local]
-    tables = shard.tables(masks, layer, page, tile=page).take(local)
-    dense_until = -(-dense_below // tile_size(page)) * tile_size(page)
+    tables = shard.tables(masks, layer, page, query_block=page).take(local)
+    dense_until = -(-dense_below // query_block_size(page)) * query_block_size(page)
     return DynamicHeads(
         ranks=[int(masks.dynamic.ranks[layer, head]) for head in heads],
         budgets=[Budget.of(masks.dynamic, layer, head, page) for head in heads],

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from dam_vllm.attention.naive import dynamic_mask, exact_mask, masked_attention, page_mask
-from dam_vllm.engine.admission import Serving
-from dam_vllm.engine.heads import Shard
+from dam_vllm.attention.oracle import dynamic_mask, exact_mask, masked_attention, page_mask
+from dam_vllm.engine.checks import Serving
+from dam_vllm.engine.shards import Shard
 
 FP8_DTYPES = {
     "fp8": torch.float8_e4m3fn,

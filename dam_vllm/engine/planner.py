@@ -1,18 +1,19 @@
-"""A step's plan for some layers: tiles, selected pages, virtual sequences and their schedules."""
+"""A step's plan for some layers: query blocks, selected pages, virtual sequences and their schedules."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
 
-from dam_vllm.attention.plan import VirtualPages, build_plan, cut_tiles
-from dam_vllm.attention.select import PageSelector
-from dam_vllm.engine.admission import Serving
+from dam_vllm.attention.cpu.plan import VirtualPages, build_plan
+from dam_vllm.attention.query_blocks import cut_query_blocks
+from dam_vllm.engine.checks import Serving
 from dam_vllm.engine.counters import COUNTS
 from dam_vllm.engine.dynamic import DynamicStep, layer_dynamic
-from dam_vllm.engine.heads import Shard
 from dam_vllm.engine.naive import FP8_DTYPES
+from dam_vllm.engine.shards import Shard
 from dam_vllm.engine.virtual import Scheduler, VirtualBatch
+from dam_vllm.masks.page_tables import PageSelector
 
 
 class Step(Protocol):
@@ -55,7 +56,7 @@ class Planner:
         self._scheduler = scheduler
         tables = [local.tables(serving.masks, layer, page) for layer in layers.values()]
         self.selector = PageSelector(tables, serving.options.dense_below)
-        self.dense_until = self.selector.dense_tiles * self.selector.tile
+        self.dense_until = self.selector.dense_blocks * self.selector.query_block
         self._all = list(range(self.selector.heads))
         self._static = {
             name: [head for head in self._all if head not in local.dynamic_heads(serving.masks, i)]
@@ -102,8 +103,10 @@ class Planner:
         Returns:
             By layer name; None for a layer without such heads.
         """
-        tiles = cut_tiles(step.query_start_loc, step.seq_lens, self.selector.tile)
-        plan = build_plan(self.selector, tiles, where)
+        query_blocks = cut_query_blocks(
+            step.query_start_loc, step.seq_lens, self.selector.query_block
+        )
+        plan = build_plan(self.selector, query_blocks, where)
         result: dict[str, VirtualBatch | None] = {}
         for row, name in enumerate(self.layers):
             heads = self._static[name]
@@ -112,14 +115,14 @@ class Planner:
                 pages = (plan.seq_lens[row] + self.selector.page - 1) // self.selector.page
                 new = step.query_start_loc.diff()
                 COUNTS.add_prefill(
-                    pages.view(len(self._all), -1)[heads], tiles, new, self.selector.page
+                    pages.view(len(self._all), -1)[heads], query_blocks, new, self.selector.page
                 )
         return result
 
     def dynamic(self, step: Step, where: VirtualPages) -> DynamicStep:
         """What dynamic heads need; arguments as for `virtual`."""
-        tiles = cut_tiles(step.query_start_loc, step.seq_lens, self.selector.page)
-        return DynamicStep(tiles, step.query_start_loc.diff(), where)
+        query_blocks = cut_query_blocks(step.query_start_loc, step.seq_lens, self.selector.page)
+        return DynamicStep(query_blocks, step.query_start_loc.diff(), where)
 
     def dense(self, step: Step, where: VirtualPages) -> dict[str, VirtualBatch | None]:
         """Virtual sequences of all heads where a whole step is dense; one for each request.
@@ -143,7 +146,7 @@ class Planner:
             COUNTS.add_dense(
                 step.query_start_loc,
                 step.seq_lens,
-                self.selector.tile,
+                self.selector.query_block,
                 self.selector.page,
                 self.selector.layers * self.selector.heads,
             )

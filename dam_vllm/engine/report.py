@@ -4,9 +4,9 @@ import json
 
 import numpy as np
 
-from dam_vllm.engine.admission import Serving, logger
+from dam_vllm.engine.checks import Serving, logger
+from dam_vllm.masks.density import density
 from dam_vllm.masks.mask_set import HeadMode, MaskSet
-from dam_vllm.masks.pages import density
 
 REASONS = {"sliding": "left to vLLM: sliding window", "other": "left to vLLM: no plain attention"}
 

@@ -7,13 +7,13 @@ import torch
 from vllm import _custom_ops as ops
 from vllm import envs
 
-from dam_vllm.attention.plan import Plan
+from dam_vllm.attention.cpu.plan import Plan
 from dam_vllm.engine.workspace import WORKSPACE
 
 
 @dataclass(frozen=True)
 class VirtualBatch:
-    """Virtual sequences of some KV heads of a layer; n = these heads x tiles.
+    """Virtual sequences of some KV heads of a layer; n = these heads x query blocks.
 
     Attributes:
         heads: int64, the KV heads in order, or None for all.

@@ -9,14 +9,14 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer
 
 from dam_vllm import __version__
-from dam_vllm.bench.machine import machine
-from dam_vllm.config import OptionError
-from dam_vllm.evaluation import options
+from dam_vllm.evaluation import checks
 from dam_vllm.evaluation.settings import Settings, Subject
 from dam_vllm.evaluation.state import digest
-from dam_vllm.evaluation.tasks import VERSION
+from dam_vllm.machine import machine
 from dam_vllm.masks.fingerprint import Fingerprint, fingerprint
-from dam_vllm.masks.shape import model_shape
+from dam_vllm.masks.model_shape import model_shape
+from dam_vllm.options import OptionError
+from dam_vllm.questions.tasks import VERSION
 
 
 @dataclass(frozen=True)
@@ -72,17 +72,17 @@ def prepare(
     Raises:
         ValueError: for an option that cannot be honoured.
     """
-    names = options.tasks_option(tasks)
-    options.page_option(page)
-    arguments = options.serve_args_option(serve_args)
+    names = checks.tasks_option(tasks)
+    checks.page_option(page)
+    arguments = checks.serve_args_option(serve_args)
     served = fingerprint(model)
-    subjects = options.masks_option(masks, served)
+    subjects = checks.masks_option(masks, served)
     try:
         shape = model_shape(AutoConfig.from_pretrained(model))
         tokenizer = AutoTokenizer.from_pretrained(model)
     except OSError as error:
         raise OptionError(f"MODEL is {model!r}: {str(error).splitlines()[0]}") from None
-    tokens = options.lengths_option(lengths, names, shape.max_length)
+    tokens = checks.lengths_option(lengths, names, shape.max_length)
     settings = Settings(
         model=model,
         tasks=names,
@@ -93,10 +93,10 @@ def prepare(
         dense_below=dense_below,
         streaming=streaming,
         serve_args=arguments,
-        text=None if text is None else options.text_option(text, tokenizer, windows, tokens[-1]),
+        text=None if text is None else checks.text_option(text, tokenizer, windows, tokens[-1]),
         windows=0 if text is None else windows,
     )
-    options.check_questions(settings, tokenizer)
+    checks.check_questions(settings, tokenizer)
     return Job(settings, subjects, tokenizer, cache_folder(settings, subjects, served))
 
 

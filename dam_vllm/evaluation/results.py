@@ -7,9 +7,9 @@ from dataclasses import asdict
 from typing import Any
 
 from dam_vllm import __version__
-from dam_vllm.bench.machine import machine
 from dam_vllm.evaluation.settings import DENSE, Place, Settings
 from dam_vllm.evaluation.state import State
+from dam_vllm.machine import machine
 
 Row = dict[str, Any]
 DEPTHS = 5

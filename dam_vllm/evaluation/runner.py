@@ -8,13 +8,13 @@ from typing import Any
 from dam_vllm.evaluation.agreement import compare, text_windows
 from dam_vllm.evaluation.client import Client
 from dam_vllm.evaluation.equal_density import SINKS, TOLERANCE, equal_window
-from dam_vllm.evaluation.prompting import prompting
 from dam_vllm.evaluation.results import page_density
-from dam_vllm.evaluation.serving import Start
 from dam_vllm.evaluation.settings import REPLY_TOKENS, STOCK, TEXT, Key, Place, Settings, Subject
 from dam_vllm.evaluation.state import State
-from dam_vllm.evaluation.tasks import Question, is_correct, make_questions
+from dam_vllm.evaluation.subjects import Start
 from dam_vllm.masks.baselines import streaming
+from dam_vllm.questions.prompting import prompting
+from dam_vllm.questions.tasks import Question, is_correct, make_questions
 
 Progress = Callable[[str, int, int], None]
 

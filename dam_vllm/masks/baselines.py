@@ -5,7 +5,7 @@ from transformers import AutoConfig
 
 from dam_vllm.masks.fingerprint import FingerprintError, fingerprint
 from dam_vllm.masks.mask_set import Header, HeadMode, MaskSet, pack_lower
-from dam_vllm.masks.shape import model_shape
+from dam_vllm.masks.model_shape import model_shape
 
 
 def dense(model: str) -> MaskSet:

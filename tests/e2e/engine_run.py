@@ -147,13 +147,13 @@ def use_sliding_window():
     """Gives units that free pages vLLM's own sliding-window spec, which keeps no sinks."""
     from vllm.v1.kv_cache_interface import SlidingWindowSpec, replace_as
 
-    from dam_vllm.engine import kv_free
+    from dam_vllm.engine.kv_free import apply
 
     def sliding(spec, cls, *, drop, bounds, in_flight_tokens):
-        window = bounds.window * bounds.page + bounds.tile
+        window = bounds.window * bounds.page + bounds.query_block
         return replace_as(spec, SlidingWindowSpec, drop=drop, sliding_window=window)
 
-    kv_free.replace_as = sliding
+    apply.replace_as = sliding
 
 
 if __name__ == "__main__":

@@ -7,9 +7,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from dam_vllm.demo import model_dir
-from dam_vllm.evaluation.tasks import is_correct, make_questions
 from dam_vllm.masks.baselines import streaming
 from dam_vllm.masks.file import save_mask_set
+from dam_vllm.questions.tasks import is_correct, make_questions
 from dam_vllm.server import Server
 
 pytestmark = pytest.mark.e2e

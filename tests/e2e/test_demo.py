@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from dam_vllm.config import MASKS_IN_MODEL
 from dam_vllm.demo import model_dir
 from dam_vllm.masks.file import load_mask_set
 from dam_vllm.masks.fingerprint import fingerprint
 from dam_vllm.masks.mask_set import HeadMode
+from dam_vllm.options import MASKS_IN_MODEL
 
 pytestmark = pytest.mark.e2e
 

@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dam_vllm.config import MASKS_IN_MODEL
 from dam_vllm.demo import model_dir
+from dam_vllm.engine.kv_free.bounds import Bounds, head_bounds
 from dam_vllm.masks.file import load_mask_set, save_mask_set
 from dam_vllm.masks.fingerprint import fingerprint
 from dam_vllm.masks.mask_set import HeadMode
-from dam_vllm.memory.bounds import Bounds, head_bounds
+from dam_vllm.options import MASKS_IN_MODEL
 from tests.conftest import random_mask_set
 from tests.e2e.engine_run import PAGE, RESULT
 
@@ -188,7 +188,7 @@ def pages_held(masks, lengths):
     """Pages of two layers each that requests hold in the end where every other layer frees."""
     heads = head_bounds(masks, PAGE, 0)
     sinks, window = int(heads.sinks[1::2].max()), int(heads.window[1::2].max())
-    bounds = Bounds(PAGE, heads.tile, sinks, window, heads.start)
+    bounds = Bounds(PAGE, heads.query_block, sinks, window, heads.start)
     held = 0
     for tokens in lengths:
         first, last = bounds.unread(tokens)

@@ -17,8 +17,8 @@ def use_cuda_backend() -> None:
     """Puts the CUDA backend and what it needs of a GPU in the CPU's place."""
     from vllm.v1.attention.backends import flash_attn
 
-    from dam_vllm.engine import admission, registration
-    from tests.unit.attention.varlen_oracle import varlen
+    from dam_vllm.engine import checks, registration
+    from tests.unit.attention.cuda.varlen_oracle import varlen
 
     asked = (
         "q", "k", "v", "out", "cu_seqlens_q", "seqused_k", "block_table", "max_seqlen_q",
@@ -35,7 +35,7 @@ def use_cuda_backend() -> None:
         values[page, inside] = value[: len(slots)][real]
 
     registration.CPU = registration.CUDA
-    admission._refuse_options = lambda options: None
+    checks._refuse_options = lambda options: None
     for name, stand_in in (
         ("get_flash_attn_version", lambda *args, **kwargs: 2),
         ("flash_attn_varlen_func", attend),

@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from dam_vllm.attention.naive import masked_attention, page_mask
-from dam_vllm.attention.select import PageSelector
+from dam_vllm.attention.oracle import masked_attention, page_mask
 from dam_vllm.bench.masks import streaming_masks
-from dam_vllm.masks.pages import page_tables
+from dam_vllm.masks.page_tables import PageSelector, page_tables
 
 pytestmark = pytest.mark.engine
 
@@ -15,7 +14,7 @@ GROUP, KV_HEADS, WINDOW_PAGES = 2, 3, 1
 
 @pytest.fixture(params=[32, 128])
 def prompt(request, rng):
-    from dam_vllm.engine.kernels_cpu import Shape, random_prompt
+    from dam_vllm.bench.on_vllm.cpu_kernels import Shape, random_prompt
 
     torch.manual_seed(int(rng.integers(2**31)))
     return random_prompt(Shape(GROUP * KV_HEADS, KV_HEADS, 64, request.param), 777)
@@ -29,7 +28,7 @@ def oracle(prompt, masks):
 
 
 def test_dense_step_equals_oracle(prompt):
-    from dam_vllm.engine.kernels_cpu import dense_step
+    from dam_vllm.bench.on_vllm.cpu_kernels import dense_step
 
     pages = prompt.batch.block_table_tensor.shape[1]
     everything = streaming_masks(KV_HEADS, pages, prompt.shape.page, GROUP)
@@ -38,7 +37,7 @@ def test_dense_step_equals_oracle(prompt):
 
 
 def test_virtual_step_equals_oracle(prompt):
-    from dam_vllm.engine.kernels_cpu import virtual_step
+    from dam_vllm.bench.on_vllm.cpu_kernels import virtual_step
 
     masks = streaming_masks(KV_HEADS, WINDOW_PAGES, prompt.shape.page, GROUP)
     selector = PageSelector([page_tables(masks, 0, prompt.shape.page)])
@@ -52,7 +51,7 @@ def test_flex_sees_the_same_mask(rng, page):
     from torch.nn.attention.flex_attention import flex_attention
 
     from dam_vllm.bench.flex import block_mask
-    from dam_vllm.engine.kernels_cpu import Shape, random_prompt, virtual_step
+    from dam_vllm.bench.on_vllm.cpu_kernels import Shape, random_prompt, virtual_step
 
     torch.manual_seed(int(rng.integers(2**31)))
     prompt = random_prompt(Shape(GROUP * KV_HEADS, KV_HEADS, 64, page), 640)

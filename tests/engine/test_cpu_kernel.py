@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from dam_vllm.attention.dynamic import select_dynamic
-from dam_vllm.attention.naive import dynamic_mask, masked_attention, page_mask
-from dam_vllm.attention.plan import VirtualPages, build_plan, cut_tiles
-from dam_vllm.attention.select import PageSelector
-from dam_vllm.masks.pages import page_tables
+from dam_vllm.attention.cpu.plan import VirtualPages, build_plan
+from dam_vllm.attention.cpu.select import select_dynamic
+from dam_vllm.attention.oracle import dynamic_mask, masked_attention, page_mask
+from dam_vllm.attention.query_blocks import cut_query_blocks
+from dam_vllm.masks.page_tables import PageSelector, page_tables
 
 pytestmark = pytest.mark.engine
 
@@ -88,9 +88,9 @@ def test_kernel_equals_oracle(
     starts = torch.tensor([0, *np.cumsum([count for _, count in REQUESTS])], dtype=torch.int32)
     selector = PageSelector([page_tables(masks, 0, page)])
     where = VirtualPages.of_layers(table, 1, 3)
-    plan = build_plan(selector, cut_tiles(starts, lens, selector.tile), where)
+    plan = build_plan(selector, cut_query_blocks(starts, lens, selector.query_block), where)
     fixed = [0, 2] if dynamic else [0, 1, 2]
-    step = DynamicStep(cut_tiles(starts, lens, page), starts.diff(), where)
+    step = DynamicStep(cut_query_blocks(starts, lens, page), starts.diff(), where)
     metadata = SimpleNamespace(
         num_actual_tokens=int(starts[-1]),
         virtual={"layer": scheduler.static(plan, 0, 3, fixed)},
@@ -119,7 +119,7 @@ def test_kernel_equals_oracle(
         rows = slice(starts[row], starts[row + 1])
         if heads:
             mine = dynamic_pages(heads, asked, cache, step, row, page)
-            static = page_mask(masks, 0, stop - count, stop, page, tile=page)[2]
+            static = page_mask(masks, 0, stop - count, stop, page, query_block=page)[2]
             oracle = dynamic_mask(
                 masks, 0, 1, asked[rows].view(count, 3, 2, SIZE)[:, 1], key[:, 1], static, page,
                 SCALE, softcap,
@@ -136,7 +136,7 @@ def test_kernel_equals_oracle(
 def own_heads(masks, page, softcap, cache_dtype, scheduler):
     """The layer's dynamic heads as the builder makes them, or None."""
     from dam_vllm.engine.dynamic import layer_dynamic
-    from dam_vllm.engine.heads import Shard
+    from dam_vllm.engine.shards import Shard
 
     scale = SCALE if cache_dtype == "auto" else SCALE * 0.5
     stored = {"fp8": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}.get(cache_dtype)
@@ -149,7 +149,7 @@ def dynamic_pages(heads, query, cache, step, row, page):
     keys = cache.view(-1, 2, width // 2, page)[:, 0]
     asked = query.view(len(query), kv_heads, -1, SIZE)[:, 1].unsqueeze(0)
     tables = step.where.take(0, heads.rotation.heads).tables()[0]
-    selected = select_dynamic(heads.dynamic, asked, keys, step.tiles, tables)[0]
-    mine = step.tiles.request == row
-    count = (step.tiles.stop - step.tiles.start)[mine]
+    selected = select_dynamic(heads.dynamic, asked, keys, step.query_blocks, tables)[0]
+    mine = step.query_blocks.request == row
+    count = (step.query_blocks.stop - step.query_blocks.start)[mine]
     return selected[mine].repeat_interleave(count, dim=0).repeat_interleave(page, dim=1)

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from dam_vllm.attention.naive import dynamic_mask, exact_mask, masked_attention, page_mask
-from dam_vllm.config import DamOptions, OptionError
+from dam_vllm.attention.oracle import dynamic_mask, exact_mask, masked_attention, page_mask
 from dam_vllm.demo import model_dir
-from tests.unit.attention.no_sync import no_sync
-from tests.unit.attention.varlen_oracle import varlen
+from dam_vllm.options import DamOptions, OptionError
+from tests.unit.attention.cuda.no_sync import no_sync
+from tests.unit.attention.cuda.varlen_oracle import varlen
 
 pytestmark = pytest.mark.engine
 
@@ -37,9 +37,10 @@ def backend(monkeypatch, random_masks, rng, device):
     from vllm.v1.attention.backends import flash_attn
     from vllm.v1.kv_cache_interface import FullAttentionSpec, KVQuantMode
 
-    from dam_vllm.engine import cuda, device_heads, impl
-    from dam_vllm.engine.admission import Serving
-    from dam_vllm.engine.heads import Shard
+    from dam_vllm.engine import backend as shared
+    from dam_vllm.engine import cuda, device_heads
+    from dam_vllm.engine.checks import Serving
+    from dam_vllm.engine.shards import Shard
 
     def make(
         dtype=torch.float32, stored=None, softcap=0.0, mode="static", padded=None, masks=None,
@@ -51,7 +52,7 @@ def backend(monkeypatch, random_masks, rng, device):
         )  # fmt: skip
         kv_heads = local[1] - local[0]
         serving = Serving(DamOptions(**options), Path("masks"), masks)
-        for module in (cuda, impl):
+        for module in (cuda, shared):
             monkeypatch.setattr(module, "admit", lambda config: serving)
         for module in (cuda, device_heads):
             monkeypatch.setattr(module, "shard", lambda count: Shard(*local))
@@ -281,10 +282,10 @@ def test_pages_are_counted_as_they_are_read(backend, rng, device, monkeypatch):
     steps = Steps(rng, device, torch.float32, None)
     COUNTS.read = COUNTS.dense = 0
     steps.run(served, served.builder.build(0, steps.step(served, MIXED)))
-    tile, read, dense = 128, 0, 0
+    query_block, read, dense = 128, 0, 0
     for stop, count in MIXED:
-        for first in range((stop - count) // tile * tile, stop, tile):
-            rows = range(max(first, stop - count), min(first + tile, stop))
+        for first in range((stop - count) // query_block * query_block, stop, query_block):
+            rows = range(max(first, stop - count), min(first + query_block, stop))
             mask = page_mask(served.masks, 0, rows[0], rows[-1] + 1, PAGE)
             seen = mask[::GROUP, -1]
             padded = np.pad(seen, ((0, 0), (0, -seen.shape[1] % PAGE)))
@@ -305,7 +306,7 @@ def test_padded_pages_are_refused(backend):
 @pytest.mark.parametrize("mode", ["static", "dynamic"])
 def test_kernels_are_compiled_before_the_first_request(backend, monkeypatch, mode):
     """What the layer launches is launched once, for prefill and for decoding."""
-    from dam_vllm.attention import triton_merge, triton_paged, triton_plan
+    from dam_vllm.attention.cuda import paged, plan
 
     launched = set()
 
@@ -317,7 +318,7 @@ def test_kernels_are_compiled_before_the_first_request(backend, monkeypatch, mod
             launched.add(self.name)
             return self.kernel[grid]
 
-    for module in (triton_merge, triton_paged, triton_plan):
+    for module in (paged, plan):
         for name in vars(module).copy():
             if name.endswith("_kernel"):
                 monkeypatch.setattr(module, name, Watched(name, getattr(module, name)))

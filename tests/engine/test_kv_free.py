@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from dam_vllm.config import DamOptions
 from dam_vllm.masks.mask_set import HeadMode
+from dam_vllm.options import DamOptions
 
 pytestmark = pytest.mark.engine
 
@@ -56,23 +56,23 @@ def config(layers, **changed):
 @pytest.fixture
 def serve(monkeypatch, random_masks):
     """Function that lets `free_kv_heads` act on a configuration; returns what it logged."""
-    from dam_vllm.engine import kv_free
-    from dam_vllm.engine.admission import Serving
-    from dam_vllm.engine.heads import Shard
+    from dam_vllm.engine.checks import Serving
+    from dam_vllm.engine.kv_free import apply
+    from dam_vllm.engine.shards import Shard
 
     def act(configuration, modes=None, **options):
         masks = random_masks(layers=4, heads=8, kv_heads=4, pcl=200, head_size=HEAD_SIZE)
         masks.modes[:] = HeadMode.STATIC if modes is None else modes
         serving = Serving(DamOptions(dense_below=0, **options), Path("masks"), masks)
         logged = []
-        monkeypatch.setattr(kv_free, "admit", lambda _: serving)
-        monkeypatch.setattr(kv_free, "shard", lambda heads: Shard(0, heads))
+        monkeypatch.setattr(apply, "admit", lambda _: serving)
+        monkeypatch.setattr(apply, "shard", lambda heads: Shard(0, heads))
         for name, value in (("rank", 0), ("world_size", 1)):
-            monkeypatch.setattr(kv_free, f"get_tensor_model_parallel_{name}", lambda v=value: v)
+            monkeypatch.setattr(apply, f"get_tensor_model_parallel_{name}", lambda v=value: v)
         monkeypatch.setattr(
-            kv_free, "logger", SimpleNamespace(info=lambda text, *args: logged.append(text % args))
+            apply, "logger", SimpleNamespace(info=lambda text, *args: logged.append(text % args))
         )
-        kv_free.free_kv_heads(configuration)
+        apply.free_kv_heads(configuration)
         return logged
 
     return act
@@ -131,7 +131,7 @@ def test_everything_is_kept_where_no_head_is_bounded(serve):
 
 
 def test_whole_layers(serve):
-    from dam_vllm.engine.kv_cache import BoundedAttentionSpec
+    from dam_vllm.engine.kv_free.spec import BoundedAttentionSpec
 
     modes = np.array([[HeadMode.DENSE] * 4, [HeadMode.STATIC] * 4] * 2)
     modes[0, 1:] = HeadMode.STATIC
@@ -147,7 +147,7 @@ def test_whole_layers(serve):
 
 
 def test_single_heads(serve):
-    from dam_vllm.engine.kv_cache import BoundedAttentionSpec
+    from dam_vllm.engine.kv_free.spec import BoundedAttentionSpec
 
     modes = np.full((4, 4), HeadMode.STATIC)
     modes[:, 2] = HeadMode.DENSE

@@ -13,10 +13,9 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from dam_vllm.demo.training.tokenizer import BOS
-from dam_vllm.evaluation.filler import sentence
-from dam_vllm.evaluation.keys import make_keys, make_value
-from dam_vllm.evaluation.wordings import WORDINGS, Wording
-from dam_vllm.evaluation.words import ADJECTIVES, NOUNS
+from dam_vllm.questions.keys import make_keys, make_value
+from dam_vllm.questions.wordings import WORDINGS, Wording
+from dam_vllm.questions.words import ADJECTIVES, NOUNS, sentence
 
 TEMPLATE, REPLY, VALUE, FILLER, TEXT = 0.03, 0.3, 1.0, 0.3, 0.5
 KINDS = ("lines", "kv", "needle", "text", "copy")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from dam_vllm.evaluation.wordings import WORDINGS
-from dam_vllm.evaluation.words import ADJECTIVES, NOUNS, VERBS
+from dam_vllm.questions.wordings import WORDINGS
+from dam_vllm.questions.words import ADJECTIVES, NOUNS, VERBS
 
 VOCABULARY = 2304
 SPECIAL = ("<|pad|>", "<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>", "<|end|>")

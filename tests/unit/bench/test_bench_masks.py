@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from dam_vllm.bench.masks import streaming_masks, window_pages, with_dynamic_heads
+from dam_vllm.masks.density import density
 from dam_vllm.masks.mask_set import HeadMode
-from dam_vllm.masks.pages import density
 
 
 @pytest.mark.parametrize("page", [32, 128])
@@ -27,13 +27,13 @@ def test_group_repeats_the_heads():
 
 
 def test_the_first_heads_choose_on_top_of_their_window():
-    """8 pages more a tile, but for the first ones, which have no more to choose from."""
+    """8 pages more a query block, but for the first ones, which have no more to choose from."""
     static = streaming_masks(4, 1, 32)
     masks = with_dynamic_heads(static, 1, 64, 16, 256)
     assert masks.modes.tolist() == [[HeadMode.DYNAMIC, *[HeadMode.STATIC] * 3]]
     before, after = (density(each, [4096], 32)[1][0, 0] for each in (static, masks))
     np.testing.assert_allclose(after[1:], before[1:])
     causal = 128 * 129 / 2
-    # The tile of a dynamic head is a page, that of a static one 128 tokens.
+    # The query block of a dynamic head is a page, that of a static one 128 tokens.
     assert after[0] * causal == pytest.approx(sum(min(own, 3 + 8) for own in range(1, 129)))
     assert with_dynamic_heads(static, 0, 64, 16, 256).dynamic is None

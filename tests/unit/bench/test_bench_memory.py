@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
 
+from dam_vllm.bench.checks import file_option, image_option
 from dam_vllm.bench.masks import streaming_masks
 from dam_vllm.bench.memory import bounded_masks, plot_held, total
-from dam_vllm.bench.options import file_option, image_option
-from dam_vllm.config import OptionError
 from dam_vllm.masks.mask_set import HeadMode
+from dam_vllm.options import OptionError
 
 
 @pytest.mark.parametrize("share", [0.25, 0.5, 1.0])

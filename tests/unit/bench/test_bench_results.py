@@ -5,10 +5,10 @@ from rich.console import Console
 
 from dam_vllm.bench.client import decode_step
 from dam_vllm.bench.e2e import crossover_length, rounds_at
-from dam_vllm.bench.machine import describe, machine
 from dam_vllm.bench.model import DEMO, write_model
 from dam_vllm.bench.report import table
 from dam_vllm.bench.timing import alternate, ratio
+from dam_vllm.machine import describe, machine
 
 ROWS = [
     {"bench": "kernel", "tokens": 4096, "speedup": 5.123456, "flex_ms": 1.5},

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from dam_vllm.bench import fa3
+from dam_vllm.bench.checks import fa3_option
 from dam_vllm.bench.fa3 import INTERFACE, LIBRARY, load
 from dam_vllm.bench.gpu_case import Case, draw, geometry
-from dam_vllm.bench.options import fa3_option
 from dam_vllm.bench.peers import flash_calls, sdpa_calls
-from dam_vllm.config import OptionError
-from tests.unit.attention.varlen_oracle import varlen
+from dam_vllm.options import OptionError
+from tests.unit.attention.cuda.varlen_oracle import varlen
 
 # As `_vllm_fa3_C.abi3.so` of vLLM 0.26 registers them.
 FWD = """fwd(Tensor(a!) q, Tensor k, Tensor v, Tensor? k_new, Tensor? v_new, Tensor? q_v,

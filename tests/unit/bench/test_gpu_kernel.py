@@ -12,7 +12,7 @@ from dam_vllm.bench.gpu_timing import CudaTimer
 from dam_vllm.bench.reference import expected, relative_error, sample
 from dam_vllm.bench.roof import Roof
 from dam_vllm.bench.scattered import scattered
-from tests.unit.attention.varlen_oracle import varlen
+from tests.unit.attention.cuda.varlen_oracle import varlen
 from tests.unit.bench.host_timer import HostTimer
 
 CPU = torch.device("cpu")

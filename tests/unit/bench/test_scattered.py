@@ -15,9 +15,9 @@ LONG = [
 
 
 def positions(case):
-    """Of all queries of a request, and the tile's number among the case's."""
+    """Of all queries of a request, and the query block's number among the case's."""
     position = np.arange(case.tokens - case.queries, case.tokens)
-    return position, position // case.tile - case.tiles[0]
+    return position, position // case.query_block - case.query_blocks[0]
 
 
 @pytest.mark.parametrize("case", LONG, ids=str)
@@ -40,7 +40,7 @@ def test_extremes(case):
 @pytest.mark.parametrize("case", LONG, ids=str)
 def test_the_selector_reads_these_pages(case):
     selection = scattered(case, 0.3, CPU)
-    found = selection.selector.select(torch.from_numpy(case.tiles), case.pages)[0]
+    found = selection.selector.select(torch.from_numpy(case.query_blocks), case.pages)[0]
     assert torch.equal(found, selection.pages)
 
 
@@ -49,8 +49,8 @@ def test_work_is_that_of_the_mask(phase):
     """Counted pair by pair and key by key."""
     case = Case(phase, 6, 2, 32, 64, 512, 1 if phase == "prefill" else 2)
     selection = scattered(case, 0.6, CPU)
-    position, tile = positions(case)
-    seen = selection.pages.numpy()[:, tile].repeat(case.page, axis=2)
+    position, query_block = positions(case)
+    seen = selection.pages.numpy()[:, query_block].repeat(case.page, axis=2)
     seen &= np.arange(case.tokens) <= position[:, None]
     found = work(case, selection.pages)
     assert found == selection.work

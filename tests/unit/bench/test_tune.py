@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dam_vllm.attention.tuning import Tuning
+from dam_vllm.attention.cuda.tuning import Tuning
 from dam_vllm.bench import tune
 from dam_vllm.bench.gpu_timing import CudaTimer
 from dam_vllm.bench.tune import entries, line, neighbours, table_lines, walk

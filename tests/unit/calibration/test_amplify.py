@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from dam_vllm.calibration.amplify import Statistics, amplify
-from dam_vllm.calibration.config import Amplification
+from dam_vllm.calibration.settings import Amplification
+from dam_vllm.calibration.static.amplify import Statistics, amplify
 
 LAYERS, HEADS, PCL = 3, 2, 9
 SMALLEST = 5e-4

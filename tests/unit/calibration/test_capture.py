@@ -5,8 +5,8 @@ import torch
 from dam_vllm.calibration import capture
 from dam_vllm.calibration.capture import observe_forward, register
 from dam_vllm.calibration.errors import CalibrationError
-from dam_vllm.calibration.mean_maps import MapSums, pair_counts
-from dam_vllm.calibration.windows import pad
+from dam_vllm.calibration.static.maps import MapSums, pair_counts
+from dam_vllm.calibration.texts import pad
 from tests.unit.calibration.conftest import CONFIGS, build
 
 FULL = {"gqa": [0, 1, 2], "mqa": [0, 1, 2], "mha": [0, 1, 2], "gemma": [1, 3], "sliding": [0, 1]}

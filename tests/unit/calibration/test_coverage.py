@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 import torch
 
-from dam_vllm.calibration.coverage import Coverage
-from dam_vllm.masks.extension import token_mask
+from dam_vllm.calibration.static.coverage import Coverage
 from dam_vllm.masks.fingerprint import Fingerprint
 from dam_vllm.masks.mask_set import Header, MaskSet, pack_lower
+from dam_vllm.masks.rule import token_mask
 
 LAYERS, HEADS, PCL = 2, 3, 13
 

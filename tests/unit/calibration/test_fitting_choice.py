@@ -7,23 +7,22 @@ import numpy as np
 import pytest
 import torch
 
-from dam_vllm.attention.choose import Budget
-from dam_vllm.attention.naive import dynamic_mask, masked_attention, page_mask
+from dam_vllm.attention.oracle import dynamic_mask, masked_attention, page_mask
 from dam_vllm.calibration.errors import CalibrationError
-from dam_vllm.calibration.fitting.assemble import assemble
-from dam_vllm.calibration.fitting.candidates import Candidate, Pattern, candidates, layer_patterns
-from dam_vllm.calibration.fitting.choice import DENSE, Memory, Point, curve, pick
-from dam_vllm.calibration.fitting.losses import Sums, TextLosses, group_names, text_blocks
-from dam_vllm.calibration.fitting.proving import prove
-from dam_vllm.calibration.fitting.sensitivity import (
+from dam_vllm.calibration.fit.assemble import assemble
+from dam_vllm.calibration.fit.candidates import Candidate, Pattern, candidates, layer_patterns
+from dam_vllm.calibration.fit.curve import DENSE, Memory, Point, curve, pick
+from dam_vllm.calibration.fit.losses import Sums, TextLosses, group_names, text_blocks
+from dam_vllm.calibration.fit.probes import (
     alone,
     relative_errors,
     sensitivities,
     worst_by_part,
 )
-from dam_vllm.calibration.fitting.states import LayerStates
-from dam_vllm.calibration.fitting.texts import FitText
-from dam_vllm.masks.dynamic import BudgetKind
+from dam_vllm.calibration.fit.proof import prove
+from dam_vllm.calibration.fit.samples import FitText
+from dam_vllm.calibration.fit.states import LayerStates
+from dam_vllm.masks.budget import Budget, BudgetKind
 from dam_vllm.masks.mask_set import HeadMode
 
 PAGE, SIZE = 16, 8
@@ -191,7 +190,7 @@ def test_losses_are_those_of_the_masks_that_are_served(rng, patterns):
         torch.randn(2, tokens, SIZE), 0.4, 0.0,
     )  # fmt: skip
     rotations = np.linalg.qr(rng.normal(size=(1, 2, SIZE, SIZE)))[0].astype("f4")
-    mass = Candidate(0, 5, Budget(BudgetKind.MASS, 0.8, 1, 3))
+    mass = Candidate(0, 5, Budget(BudgetKind.TOP_P, 0.8, 1, 3))
     each = [*candidates(patterns, 0, [5])[::4], mass, Candidate(1)]
     groups = group_names([text], [256, 512])
     sums = Sums.empty(groups, 1, 2, len(each))
@@ -232,7 +231,7 @@ def served(masks, states, head, prompt):
     tokens = states.query.shape[1]
     if masks.dynamic is None:
         return torch.from_numpy(page_mask(masks, 0, 0, tokens, PAGE))
-    static = page_mask(masks, 0, 0, tokens, PAGE, tile=PAGE)
+    static = page_mask(masks, 0, 0, tokens, PAGE, query_block=PAGE)
     result = torch.from_numpy(static.copy())
     rotation = torch.from_numpy(masks.dynamic.rotations[0, head])
     query = states.query[2 * head : 2 * head + 2].transpose(0, 1) @ rotation

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from dam_vllm.attention.naive import dynamic_mask, masked_attention, page_mask
+from dam_vllm.attention.oracle import dynamic_mask, masked_attention, page_mask
 from dam_vllm.calibration.capture import register
-from dam_vllm.calibration.fitting.bases import KeyCovariance
-from dam_vllm.calibration.fitting.rows import split_rows
-from dam_vllm.calibration.fitting.simulate import Simulation
-from dam_vllm.calibration.fitting.states import LayerStates, hooked, prepare, run
-from dam_vllm.calibration.fitting.texts import REPLY_TOKENS, question_prompts, with_reply
+from dam_vllm.calibration.fit.bases import KeyCovariance
+from dam_vllm.calibration.fit.rows import split_rows
+from dam_vllm.calibration.fit.samples import REPLY_TOKENS, question_prompts, with_reply
+from dam_vllm.calibration.fit.simulate import Simulation
+from dam_vllm.calibration.fit.states import LayerStates, hooked, prepare, run
 from dam_vllm.masks.mask_set import HeadMode
 from tests.unit.calibration.conftest import build
 
@@ -52,14 +52,16 @@ def test_pages_add_up_to_attention_under_any_selection(rng, softcap):
     heads = slice(head * group, (head + 1) * group)
     causal = torch.ones(75, 75, dtype=torch.bool).tril()
     full = expected_output(states, causal.expand(4, -1, -1))
-    for each, tiles in enumerate(selected):
-        for tile, chosen in enumerate(tiles):
+    for each, query_blocks in enumerate(selected):
+        for query_block, chosen in enumerate(query_blocks):
             keys = chosen.repeat_interleave(PAGE)[:75]
             keys = torch.nn.functional.pad(keys, (0, 75 - len(keys)))
             other = expected_output(states, (causal & keys).expand(4, -1, -1))
-            error = (other - full)[heads, position[tile]].square().sum(dim=-1)
+            error = (other - full)[heads, position[query_block]].square().sum(dim=-1)
             # Rows run query by query, the heads of the group inside.
-            torch.testing.assert_close(found[each, tile], error.t().flatten(), rtol=1e-3, atol=1e-6)
+            torch.testing.assert_close(
+                found[each, query_block], error.t().flatten(), rtol=1e-3, atol=1e-6
+            )
 
 
 @pytest.mark.parametrize(("tokens", "prompt"), [(150, 131), (96, 96), (161, 128)])
@@ -67,7 +69,7 @@ def test_pages_add_up_to_attention_under_any_selection(rng, softcap):
 def test_simulation_is_attention_over_the_served_pages(
     rng, random_masks, monkeypatch, tokens, prompt, softcap
 ):
-    monkeypatch.setattr("dam_vllm.calibration.fitting.simulate.ROWS", 50)
+    monkeypatch.setattr("dam_vllm.calibration.fit.simulate.ROWS", 50)
     masks = random_masks(dynamic=True, dense=True, layers=2)
     group = masks.heads // masks.kv_heads
     for layer in range(masks.layers):
@@ -93,7 +95,7 @@ def served(masks, states, head, prompt):
     tokens = len(key)
     result = np.zeros((tokens, tokens), dtype=bool)
     for start, stop in [(0, prompt), *((at, at + 1) for at in range(prompt, tokens))]:
-        static = page_mask(masks, states.layer, start, stop, PAGE, tile=PAGE)[heads.start]
+        static = page_mask(masks, states.layer, start, stop, PAGE, query_block=PAGE)[heads.start]
         result[start:stop, :stop] = dynamic_mask(
             masks, states.layer, head, query[start:stop], key[:stop], static, PAGE,
             states.scale, states.softcap,

@@ -10,19 +10,25 @@ import pytest
 
 from dam_vllm.calibration.capture import register
 from dam_vllm.calibration.errors import CalibrationStopped
-from dam_vllm.calibration.fitting.candidates import Pattern
-from dam_vllm.calibration.fitting.config import FitConfig
-from dam_vllm.calibration.fitting.inputs import FitInputs
-from dam_vllm.calibration.fitting.run import fit_modes
-from dam_vllm.calibration.fitting.store import FitStore
+from dam_vllm.calibration.fit.candidates import Pattern
+from dam_vllm.calibration.fit.inputs import FitInputs
+from dam_vllm.calibration.fit.run import fit_modes
+from dam_vllm.calibration.fit.store import FitStore
 from dam_vllm.calibration.progress import Reporter, Work
+from dam_vllm.calibration.settings import FitConfig
 from dam_vllm.masks.mask_set import HeadMode
-from dam_vllm.masks.shape import model_shape
+from dam_vllm.masks.model_shape import model_shape
 from tests.conftest import random_mask_set
 from tests.unit.calibration.conftest import build
 
 CONFIG = FitConfig(
-    target_density=0.9, page=16, lengths=[660], check=3, ranks=[4, 8], tiles=1, scoring_cost=0.1
+    target_density=0.9,
+    page=16,
+    lengths=[660],
+    check=3,
+    ranks=[4, 8],
+    query_blocks=1,
+    scoring_cost=0.1,
 )
 LENGTHS = {"plain": (650, 530, 540), "lines": (660, 650, 540)}
 

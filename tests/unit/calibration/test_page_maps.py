@@ -8,8 +8,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from dam_vllm.calibration import capture
 from dam_vllm.calibration.capture import observe_forward, register
-from dam_vllm.calibration.mean_maps import MapSums, pair_counts
-from dam_vllm.calibration.windows import pad
+from dam_vllm.calibration.static.maps import MapSums, pair_counts
+from dam_vllm.calibration.texts import pad
 from tests.unit.calibration.conftest import build
 
 LAYERS, HEADS, PAGE, PAGES = [0, 2], 4, 6, 7  # 42 tokens

@@ -2,12 +2,12 @@ import numpy as np
 import pytest
 import torch
 
-from dam_vllm.calibration import map_capture
-from dam_vllm.calibration.config import CalibrationConfig
 from dam_vllm.calibration.errors import CalibrationError, CalibrationStopped
 from dam_vllm.calibration.model import ModelSource
 from dam_vllm.calibration.pipeline import Job, calibrate
 from dam_vllm.calibration.progress import Reporter
+from dam_vllm.calibration.settings import CalibrationConfig
+from dam_vllm.calibration.static import passes
 from dam_vllm.masks.file import load_mask_set
 from tests.unit.calibration.conftest import build, save_tokenizer
 
@@ -140,7 +140,7 @@ def test_a_chosen_pcl_leaves_no_reach_below_it(make):
 
 
 def test_a_checkpoint_every_few_batches_survives_a_crash(make, monkeypatch):
-    monkeypatch.setattr(map_capture, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(passes, "CHECKPOINT_SECONDS", 0)
     job, calls = make("crash"), []
 
     def crash():

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from dam_vllm.calibration.budget import choose_pcl, layer_groups
 from dam_vllm.calibration.errors import CalibrationError
-from dam_vllm.calibration.windows import TokenisedTexts, cut, pad, special_prefix, tokenise
+from dam_vllm.calibration.memory import choose_pcl, layer_groups
+from dam_vllm.calibration.texts import TokenisedTexts, cut, pad, special_prefix, tokenise
 
 
 def test_the_prefix_is_what_starts_a_text(tokenizer):

@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 from dam_vllm.cli import bench, benchmarks, kernel_benchmarks
 from dam_vllm.cli.benchmarks import Benchmark, finish
 from dam_vllm.cli.kernel_benchmarks import KernelOptions, Phase
-from dam_vllm.config import OptionError
+from dam_vllm.options import OptionError
 
 
 @pytest.fixture(autouse=True)

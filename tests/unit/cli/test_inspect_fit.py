@@ -8,7 +8,7 @@ import typer
 from typer.testing import CliRunner
 
 from dam_vllm.cli.inspect import inspect
-from dam_vllm.masks.dynamic import BudgetKind
+from dam_vllm.masks.budget import BudgetKind
 from dam_vllm.masks.file import save_mask_set
 
 FIT = {
@@ -33,9 +33,9 @@ FIT = {
     "check": {"kv/reply": {"kl": 0.01234, "top1": 0.9876}},
 }
 KINDS = (
-    (BudgetKind.COUNT, 64, "64 tokens, 32 to 96 tokens"),
+    (BudgetKind.TOP_K, 64, "64 tokens, 32 to 96 tokens"),
     (BudgetKind.SHARE, 0.05, "0.05 of the context, 32 to 96 tokens"),
-    (BudgetKind.MASS, 0.9, "up to 0.9 of the mass, 32 to 96 tokens"),
+    (BudgetKind.TOP_P, 0.9, "up to 0.9 of the mass, 32 to 96 tokens"),
 )
 
 

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dam_vllm.demo import model_dir
-from dam_vllm.evaluation.tasks import is_correct, make_questions
+from dam_vllm.questions.tasks import is_correct, make_questions
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 from dam_vllm.demo import model_dir
 from dam_vllm.evaluation.client import TOP, Logprobs, Reply
 from dam_vllm.evaluation.settings import Settings
-from dam_vllm.evaluation.tasks import make_questions
+from dam_vllm.questions.tasks import make_questions
 
 MODEL = str(model_dir())
 DENSITY = {"dense": (0, 0), "full": (10, 10), "half": (5, 10)}

@@ -7,10 +7,10 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from dam_vllm.bench import machine
+from dam_vllm import machine
 from dam_vllm.cli.eval import ManyMasks, evaluate, spread
 from dam_vllm.cli.inspect import inspect
-from dam_vllm.evaluation import serving
+from dam_vllm.evaluation import subjects
 from dam_vllm.evaluation.settings import STOCK, Settings, Subject
 from dam_vllm.masks.baselines import dense, streaming
 from dam_vllm.masks.file import load_mask_set, save_mask_set
@@ -44,7 +44,7 @@ def files(tmp_path):
 def servers(tokenizer, settings, monkeypatch):
     density = {"full": (1, 1), "half": (7, 10), "streaming": (71, 100)}
     pretended = Servers(tokenizer, settings(), density)
-    monkeypatch.setattr(serving, "starter", lambda settings, chat: pretended.start)
+    monkeypatch.setattr(subjects, "starter", lambda settings, chat: pretended.start)
     return pretended
 
 
@@ -221,9 +221,9 @@ def test_servers_are_stock_or_masked(monkeypatch, tmp_path):
         def __exit__(self, *error):
             pass
 
-    monkeypatch.setattr(serving, "Server", Recorder)
+    monkeypatch.setattr(subjects, "Server", Recorder)
     settings = Settings(MODEL, ("words",), (512,), 1, 0, 32, 64, True, ("--dtype=float32",))
-    start = serving.starter(settings, chat=True)
+    start = subjects.starter(settings, chat=True)
     for subject in (STOCK, Subject("made", "made", dense(MODEL))):
         with start(subject):
             pass

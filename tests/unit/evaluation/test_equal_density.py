@@ -7,12 +7,12 @@ from tests.unit.evaluation.conftest import MODEL
 
 
 def counted(window, length, page, dense_below):
-    """Density by going through queries: pages of the tile's selection over causal ones."""
-    tile = 128
+    """Density by going through queries: pages of the query block's selection over causal ones."""
+    query_block = 128
     read = dense = 0
     for query in range(length):
-        start = query // tile * tile
-        stop = min(start + tile, length)
+        start = query // query_block * query_block
+        stop = min(start + query_block, length)
         pages = range(-(-stop // page))
         if start < dense_below:
             read += len(pages)

@@ -3,9 +3,9 @@ import pytest
 from transformers import GemmaConfig, LlamaConfig, MistralConfig, Qwen2Config
 
 from dam_vllm.masks.baselines import dense, streaming
-from dam_vllm.masks.extension import allowed
+from dam_vllm.masks.density import density
 from dam_vllm.masks.file import save_mask_set
-from dam_vllm.masks.pages import density
+from dam_vllm.masks.rule import allowed
 
 
 @pytest.fixture

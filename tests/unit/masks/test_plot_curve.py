@@ -1,7 +1,7 @@
 import pytest
 from matplotlib.figure import Figure
 
-from dam_vllm.masks.plot_curve import plot_curve
+from dam_vllm.masks.plots import plot_curve
 
 FIT = {
     "lengths": [2048, 8192],

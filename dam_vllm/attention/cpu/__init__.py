@@ -1,0 +1,1 @@
+"""Attention on CPU: planned on the host, run by a paged kernel that is handed in."""

@@ -1,0 +1,188 @@
+"""Selection of dynamic heads: static pages, and pages chosen for the queries at hand.
+
+A dynamic head's query block is one page: prefixes found in the cache end at a page, so no query block is cut
+by them, and every page before a query block is complete. QueryBlocks of one query (decoding) and longer ones
+(prefill) are scored by separate code, so that neither depends on what else is in the batch.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from dam_vllm.attention.cpu.score import (
+    KEY_BLOCK,
+    max_scores_of_own_page,
+    max_scores_of_rows,
+    max_scores_of_span,
+)
+from dam_vllm.attention.query_blocks import QueryBlocks
+from dam_vllm.masks.budget import Budget, PageScores, choose
+from dam_vllm.masks.page_tables import PageSelector
+
+SPAN_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class DynamicHeads:
+    """A layer's dynamic heads on one worker.
+
+    Attributes:
+        ranks: leading channels that score, a head.
+        budgets: a head.
+        static: page tables of these heads, one layer, query blocks of one page.
+        scale: factor of the scores, that of an fp8 cache's keys included.
+        softcap: soft-capping of the scores, 0 for none.
+        computed: dtype that scores are computed in; bfloat16 where keys have no more digits.
+        stored: dtype of an fp8 cache, whose keys are handed over as bytes; else None.
+    """
+
+    ranks: list[int]
+    budgets: list[Budget]
+    static: PageSelector
+    scale: float
+    softcap: float = 0.0
+    computed: torch.dtype = torch.float32
+    stored: torch.dtype | None = None
+
+    def logits(self, max_scores: torch.Tensor) -> torch.Tensor:
+        """Scaled and capped scores in float32."""
+        # A factor with a dimension makes one pass of conversion and product.
+        logits = max_scores * torch.tensor([self.scale], device=max_scores.device)
+        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
+
+
+def select_dynamic(
+    dynamic: DynamicHeads,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    query_blocks: QueryBlocks,
+    tables: torch.Tensor,
+) -> torch.Tensor:
+    """Selects the pages of each query block from its queries and the cache.
+
+    Args:
+        dynamic: the layer's dynamic heads.
+        query: [dynamic heads, tokens, group, channels], rotated; the leading channels, as many as
+            the largest rank.
+        keys: [virtual pages, head_size, page], rotated keys of the cache, these queries' own
+            included.
+        query_blocks: the batch's queries, cut at pages.
+        tables: int32 [dynamic heads, requests, pages], each head's virtual pages.
+
+    Returns:
+        bool [dynamic heads, query_blocks, pages], static and own pages included, causal.
+    """
+    pages = int(query_blocks.index.max()) + 1
+    selected = dynamic.static.select(query_blocks.index, pages)[0]
+    single = query_blocks.stop - query_blocks.start == 1
+    query = query.to(dynamic.computed)
+    if single.any():
+        _choose_decode(dynamic, query, keys, query_blocks.take(single), tables, single, selected)
+    for request in query_blocks.request[~single].unique().tolist():
+        longer = (query_blocks.request == request) & ~single
+        mine = query_blocks.take(longer)
+        for at in range(len(dynamic.ranks)):
+            table = tables[at, request]
+            chosen = _choose_prefill(dynamic, at, query[at], keys, mine, table, pages)
+            selected[at, longer] |= chosen
+    return selected
+
+
+def _choose_decode(
+    dynamic: DynamicHeads,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    query_blocks: QueryBlocks,
+    tables: torch.Tensor,
+    single: torch.Tensor,
+    selected: torch.Tensor,
+) -> None:
+    """Adds pages for all query blocks of one query to `selected`, whose rows `single` they are."""
+    own = query_blocks.index
+    each = torch.arange(len(own))
+    after = torch.arange(selected.shape[2])[:, None] > own
+    place = (query_blocks.stop - 1) % keys.shape[2]
+    for at, rank in enumerate(dynamic.ranks):
+        cached = _gather(dynamic, at, keys, tables[at, query_blocks.request, : selected.shape[2]])
+        asked = query[at, query_blocks.row, :, :rank]
+        max_scores = max_scores_of_rows(asked, cached)
+        max_scores[own, each] = max_scores_of_own_page(asked[:, None], cached[each, own], place)
+        logits = dynamic.logits(max_scores).masked_fill_(after[..., None], float("-inf"))
+        scores = PageScores(logits, None, own)
+        selected[at, single] |= choose(scores, selected[at, single], dynamic.budgets[at])
+
+
+def _choose_prefill(
+    dynamic: DynamicHeads,
+    at: int,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    query_blocks: QueryBlocks,
+    table: torch.Tensor,
+    pages: int,
+) -> torch.Tensor:
+    """Chooses pages for a request's longer query blocks, span by span of its positions.
+
+    Spans lie at fixed positions; where this step holds only a part of one, the rest is zeros, so
+    that the products keep their shape.
+
+    Returns:
+        bool [query_blocks, pages].
+    """
+    page, group, rank = keys.shape[2], query.shape[1], dynamic.ranks[at]
+    start, stop = int(query_blocks.start[0]), int(query_blocks.stop[-1])
+    size = max(1, SPAN_ROWS // group // page) * page
+    base, end = start // size * size, -(-stop // size) * size
+    row = int(query_blocks.row[0])
+    asked = query.new_zeros(end - base, group, rank)
+    asked[start - base : stop - base] = query[row : row + stop - start, :, :rank]
+    ids = torch.zeros(end // page, dtype=table.dtype)
+    known = min(len(table), end // page)
+    ids[:known] = table[:known]
+    cached = _gather(dynamic, at, keys, ids)
+    by_token = cached.transpose(1, 2).contiguous()
+    scratch = query.new_empty(max(KEY_BLOCK, page) * size * group)
+    static = dynamic.static.select(torch.arange(base // page, end // page), end // page)[0, at]
+    result = torch.zeros(end // page, max(pages, end // page), dtype=torch.bool)
+    for first in range(base, end, size):
+        index = torch.arange(first // page, (first + size) // page)
+        rows = asked[first - base : first - base + size].view(len(index), page, group, rank)
+        max_scores = max_scores_of_span(rows.view(-1, rank), by_token[: index[-1] + 1], scratch)
+        logits = dynamic.logits(max_scores).view(-1, len(index), page * group)
+        own = max_scores_of_own_page(rows, cached[index], torch.zeros_like(index))
+        _hide_later_pages(logits, dynamic.logits(own))
+        position = torch.arange(first, first + size).view(len(index), page)
+        present = (position >= start) & (position < stop)
+        scores = PageScores(
+            logits, None if present.all() else present.repeat_interleave(group, dim=1), index
+        )
+        mine = static[index - base // page, : len(logits)]
+        result[index, : len(logits)] = choose(scores, mine, dynamic.budgets[at])
+    return result[query_blocks.index, :pages]
+
+
+def _hide_later_pages(logits: torch.Tensor, own: torch.Tensor) -> None:
+    """Puts a span's causal scores of its own pages in, and -inf behind them.
+
+    Args:
+        logits: [pages, query_blocks, rows], the query blocks' own pages last.
+        own: [query_blocks, rows].
+    """
+    count = logits.shape[1]
+    last = logits[-count:]
+    later = torch.ones(count, count, dtype=torch.bool).tril(-1)
+    last.masked_fill_(later[..., None], float("-inf"))
+    each = torch.arange(count)
+    last[each, each] = own
+
+
+def _gather(
+    dynamic: DynamicHeads, at: int, keys: torch.Tensor, table: torch.Tensor
+) -> torch.Tensor:
+    """Leading channels of a head's keys in some virtual pages: contiguous [..., rank, page]."""
+    page, rank = keys.shape[2], dynamic.ranks[at]
+    flat = keys.flatten(1)[:, : rank * page]
+    found = flat.index_select(0, table.flatten())
+    if dynamic.stored is not None:
+        found = found.view(dynamic.stored)
+    return found.to(dynamic.computed).view(*table.shape, rank, page)

@@ -1,0 +1,1 @@
+"""Attention on CUDA: planned on the device, run by FlashAttention or Triton."""

@@ -1,0 +1,272 @@
+"""Page max scores on a GPU: the largest score that each query row finds in each page of keys.
+
+A matrix product takes the keys of TOKENS tokens, of several small pages or of a part of a large
+one; only its maxima over pages leave the registers. Shapes and order depend on the page size and
+on whether a query block has one query or more, never on what else is in the batch, so that neither do
+results.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from dam_vllm.attention.cuda.plan import DeviceQueryBlocks, query_block_at
+
+TOKENS = 128
+CHUNK_TOKENS = 1024
+MOST_ROWS = 64
+# Enough to fill any GPU several times; more would only wait, or find nothing to do.
+PROGRAMS = 4096
+LOWEST = tl.constexpr(-3.0e38)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Query rows of the query blocks that a launch takes: those of one query, or all longer ones.
+
+    Attributes:
+        queries: most queries of a query block, 1 or the page size.
+        group: query heads a KV head; a query block's rows are its queries' heads, query by query.
+    """
+
+    queries: int
+    group: int
+
+    @property
+    def count(self) -> int:
+        """Most rows of a query block."""
+        return self.queries * self.group
+
+    @property
+    def block(self) -> int:
+        """Rows of a block; a matrix product takes 16 at least."""
+        return min(MOST_ROWS, max(16, triton.next_power_of_2(self.count)))
+
+    @property
+    def blocks(self) -> int:
+        """Blocks a query block."""
+        return triton.cdiv(self.count, self.block)
+
+
+@dataclass(frozen=True)
+class PageBlocks:
+    """How pages of keys are cut for matrix products.
+
+    Attributes:
+        page: tokens a page, a multiple of 16.
+    """
+
+    page: int
+
+    @property
+    def unit(self) -> int:
+        """Tokens of a page in one product: a power of two that divides the page."""
+        return min(TOKENS, self.page & -self.page)
+
+    @property
+    def parts(self) -> int:
+        """Products until a page is done."""
+        return self.page // self.unit
+
+    @property
+    def pages(self) -> int:
+        """Pages in one product."""
+        return TOKENS // self.unit
+
+    @property
+    def chunk(self) -> int:
+        """Pages whose masses are summed at once; chunks start at multiples of it."""
+        return max(1, CHUNK_TOKENS // (self.page * self.pages)) * self.pages
+
+
+@dataclass(frozen=True)
+class PageMaxScores:
+    """Page max scores of the rows of query blocks, undefined for rows, pages and chunks that are not there.
+
+    Attributes:
+        logits: float32 [heads, slots, pages, rows], scaled and capped.
+        largest: float32 [heads, slots, chunks, rows], largest logit of a chunk's pages.
+        sums: float32 [heads, slots, chunks, rows], sum of exp(logit - largest) over them.
+    """
+
+    logits: torch.Tensor
+    largest: torch.Tensor
+    sums: torch.Tensor
+
+    @classmethod
+    def empty(
+        cls, heads: int, slots: int, width: int, rows: Rows, blocks: PageBlocks, like: torch.Tensor
+    ) -> "PageMaxScores":
+        """Memory for peaks of `width` pages, on the device of `like`."""
+        chunks = triton.cdiv(width, blocks.chunk)
+        logits, largest, sums = (
+            like.new_empty(heads, slots, count, rows.count, dtype=torch.float32)
+            for count in (width, chunks, chunks)
+        )
+        return cls(logits, largest, sums)
+
+
+def lanes(programs: int, chunks: int) -> int:
+    """Programs that share a query block's chunks, where there are `programs` without sharing."""
+    return max(1, min(chunks, PROGRAMS // programs))
+
+
+def score_pages(
+    max_scores: PageMaxScores,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    block_table: torch.Tensor,
+    query_blocks: DeviceQueryBlocks,
+    heads: torch.Tensor,
+    ranks: torch.Tensor,
+    max_rank: int,
+    rows: Rows,
+    scale: float,
+    softcap: float,
+) -> None:
+    """Fills `max_scores` for all query blocks of one query, or for all longer ones.
+
+    Args:
+        max_scores: to be filled.
+        query: [tokens, kv_heads, group, head_size], rotated; last dimension contiguous.
+        keys: [virtual pages, page, head_size], last dimension contiguous; the head size is a
+            multiple of 8.
+        block_table: int32 [requests, n]; entries after a request's last page are not read.
+        query_blocks: of one page each.
+        heads: int32 [n], KV heads to score.
+        ranks: int32 [n], leading channels that score.
+        max_rank: the largest of them.
+        rows: which query blocks.
+        scale: factor of the scores.
+        softcap: soft-capping of the scores, 0 for none.
+    """
+    n, slots, _, count = max_scores.logits.shape
+    chunks = max_scores.sums.shape[2]
+    blocks = PageBlocks(keys.shape[1])
+    _score_pages[(slots * rows.blocks, n, lanes(slots * rows.blocks * n, chunks))](
+        query, keys, block_table, heads, ranks, max_scores.logits, max_scores.largest, max_scores.sums,
+        *query_blocks.arguments,
+        scale, *query.stride()[:3], *keys.stride()[:2], block_table.stride(0),
+        query.shape[1], slots, max_scores.logits.shape[2], chunks,
+        GROUP=rows.group, QUERIES=rows.queries, ROWS=rows.block, BLOCKS=rows.blocks, COUNT=count,
+        PAGE=blocks.page, UNIT=blocks.unit, PARTS=blocks.parts, PAGES=blocks.pages,
+        CHUNK=blocks.chunk, RANK=max(16, triton.next_power_of_2(max_rank)), SOFTCAP=softcap,
+        UPCAST=triton.knobs.runtime.interpret,
+    )  # fmt: skip
+
+
+@triton.jit
+def query_block_of_rows(
+    slot, request_ptr, offset_ptr, query_start_ptr, seq_len_ptr,
+    PAGE: tl.constexpr, QUERIES: tl.constexpr,
+):  # fmt: skip
+    """A slot's query block of one page, if it is one that a launch takes, see `Rows`.
+
+    Returns:
+        Row of the batch, page, first query row, position of the first query, and how many
+        queries: none for query blocks that others take.
+    """
+    request, page, row, start, stop = query_block_at(
+        slot, request_ptr, offset_ptr, query_start_ptr, seq_len_ptr, PAGE
+    )
+    queries = tl.maximum(stop - start, 0)
+    return request, page, row, start, tl.where((queries > 1) == (QUERIES > 1), queries, 0)
+
+
+@triton.jit
+def _cap(logits, SOFTCAP: tl.constexpr):
+    """Soft-capping by tanh, which 1 - 2 / (e^2x + 1) gives without overflow."""
+    if SOFTCAP > 0:
+        logits = SOFTCAP - 2 * SOFTCAP / (tl.exp(logits * (2 / SOFTCAP)) + 1)
+    return logits
+
+
+@triton.jit(do_not_specialize=["slots", "width", "chunks"])
+def _score_pages(
+    query_ptr, key_ptr, table_ptr, head_ptr, rank_ptr, max_score_ptr, largest_ptr, sum_ptr,
+    request_ptr, offset_ptr, query_start_ptr, seq_len_ptr,
+    scale, query_token, query_head, query_group, key_page, key_token, table_row,
+    kv_heads, slots, width, chunks,
+    GROUP: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
+    COUNT: tl.constexpr, PAGE: tl.constexpr, UNIT: tl.constexpr, PARTS: tl.constexpr,
+    PAGES: tl.constexpr, CHUNK: tl.constexpr, RANK: tl.constexpr, SOFTCAP: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Scores some of a query block's chunks for a block of its rows."""
+    # Neighbours score the same keys for neighbouring query blocks, which finds them in the L2 cache.
+    slot = tl.program_id(0) // BLOCKS
+    block = tl.program_id(0) % BLOCKS
+    at = tl.program_id(1)
+    request, own, first_row, start, queries = query_block_of_rows(
+        slot, request_ptr, offset_ptr, query_start_ptr, seq_len_ptr, PAGE, QUERIES
+    )
+    if block * ROWS >= queries * GROUP:
+        return
+    head = tl.load(head_ptr + at)
+    rank = tl.load(rank_ptr + at)
+    row = block * ROWS + tl.arange(0, ROWS)
+    present = row < queries * GROUP
+    channel = tl.arange(0, RANK)
+    asked_ptr = query_ptr + (first_row + row // GROUP).to(tl.int64) * query_token
+    asked_ptr += head.to(tl.int64) * query_head + row % GROUP * query_group
+    asked = tl.load(
+        asked_ptr[:, None] + channel[None, :],
+        mask=present[:, None] & (channel < rank)[None, :],
+        other=0.0,
+    )
+    query_dtype = asked.dtype
+    if UPCAST:
+        asked = asked.to(tl.float32)
+    position = start + row // GROUP
+    token = tl.arange(0, PAGES * UNIT)
+    # A limit that divides by 8 lets keys be loaded by vectors; the query is 0 in what is more.
+    is_read = channel < (rank + 7) // 8 * 8
+    query_block = (at * slots + slot).to(tl.int64)
+    for chunk in range(tl.program_id(2), own // CHUNK + 1, tl.num_programs(2)):
+        largest = tl.full([ROWS], LOWEST, tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        for first in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, own + 1), PAGES):
+            page = first + token // UNIT
+            virtual = (
+                tl.load(
+                    table_ptr + request.to(tl.int64) * table_row + page, mask=page <= own, other=0
+                ).to(tl.int64)
+                * kv_heads
+                + head
+            )
+            max_scores = tl.full([ROWS, PAGES], float("-inf"), tl.float32)
+            for part in range(PARTS):
+                place = part * UNIT + token % UNIT
+                key_position = page * PAGE + place
+                cached = tl.load(
+                    key_ptr + (virtual * key_page + place * key_token)[None, :] + channel[:, None],
+                    mask=(key_position < start + queries)[None, :] & is_read[:, None],
+                    other=0.0,
+                ).to(query_dtype)
+                if UPCAST:
+                    cached = cached.to(tl.float32)
+                scores = tl.dot(asked, cached, input_precision="ieee")
+                if first + PAGES > own:
+                    scores = tl.where(
+                        key_position[None, :] <= position[:, None], scores, float("-inf")
+                    )
+                max_scores = tl.maximum(
+                    max_scores, tl.max(tl.reshape(scores, [ROWS, PAGES, UNIT]), axis=2)
+                )
+            logits = _cap(max_scores * scale, SOFTCAP)
+            pages = first + tl.arange(0, PAGES)
+            logits = tl.where((pages <= own)[None, :], logits, float("-inf"))
+            tl.store(
+                max_score_ptr + (query_block * width + pages)[None, :] * COUNT + row[:, None],
+                logits,
+                mask=(pages <= own)[None, :] & present[:, None],
+            )
+            larger = tl.maximum(largest, tl.max(logits, axis=1))
+            total *= tl.exp(largest - larger)
+            total += tl.sum(tl.exp(logits - larger[:, None]), axis=1)
+            largest = larger
+        summary = (query_block * chunks + chunk) * COUNT + row
+        tl.store(largest_ptr + summary, largest, mask=present)
+        tl.store(sum_ptr + summary, total, mask=present)

@@ -1,0 +1,179 @@
+"""The oracle: dense attention under an explicit mask, in float32, written plainly."""
+
+import numpy as np
+import torch
+
+from dam_vllm.masks.budget import BudgetKind
+from dam_vllm.masks.mask_set import HeadMode, MaskSet
+from dam_vllm.masks.page_tables import query_block_size
+from dam_vllm.masks.rule import allowed, token_mask
+
+
+def masked_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    scale: float,
+    softcap: float = 0.0,
+) -> torch.Tensor:
+    """Softmax attention over the keys that a mask allows.
+
+    Args:
+        query: [queries, heads, head_size].
+        key: [keys, kv_heads, head_size]; query heads are grouped evenly over KV heads.
+        value: [keys, kv_heads, head_size].
+        mask: bool [heads, queries, keys]; every row must allow a key.
+        scale: factor of the scores.
+        softcap: soft-capping of the scores, 0 for none.
+
+    Returns:
+        float32 [queries, heads, head_size].
+    """
+    group = query.shape[1] // key.shape[1]
+    keys = key.float().repeat_interleave(group, dim=1)
+    values = value.float().repeat_interleave(group, dim=1)
+    scores = torch.einsum("qhd,khd->hqk", query.float(), keys) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
+    return torch.einsum("hqk,khd->qhd", weights, values)
+
+
+def page_mask(
+    masks: MaskSet,
+    layer: int,
+    start: int,
+    stop: int,
+    page: int,
+    dense_below: int = 0,
+    query_block: int | None = None,
+) -> np.ndarray:
+    """The mask that serving by pages amounts to, by its definition.
+
+    A page is seen by all of a query block's queries, in all heads of a KV head's group, if any of
+    them may see any of its keys; the first page and the query block's own pages always are.
+
+    Args:
+        masks: the mask set.
+        layer: global layer index.
+        start: first query position.
+        stop: one past the last query position.
+        page: tokens a page.
+        dense_below: query positions below it (rounded up to static query blocks) are dense.
+        query_block: tokens a query block, or None for that of static heads.
+
+    Returns:
+        bool [heads, stop - start, stop], causal.
+    """
+    dense_below = -(-dense_below // query_block_size(page)) * query_block_size(page)
+    query_block = query_block or query_block_size(page)
+    group = masks.heads // masks.kv_heads
+    result = np.zeros((masks.heads, stop - start, stop), dtype=bool)
+    for first in range(start // query_block * query_block, stop, query_block):
+        rows = slice(max(first, start) - start, min(first + query_block, stop) - start)
+        seen = allowed(masks, layer, first, first + query_block).any(axis=1)
+        seen = np.asarray(seen.reshape(masks.kv_heads, group, -1, page).any(axis=(1, 3)))
+        seen[:, [0, *range(first // page, (first + query_block) // page)]] = True
+        seen[masks.modes[layer] == HeadMode.DENSE] = True
+        if first < dense_below:
+            seen[:] = True
+        keys = seen.repeat(page, axis=1).repeat(group, axis=0)[:, :stop]
+        result[:, rows, : keys.shape[1]] = keys[:, None]
+    return result & (np.arange(stop)[None] <= np.arange(start, stop)[:, None])
+
+
+def dynamic_mask(
+    masks: MaskSet,
+    layer: int,
+    head: int,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    static: np.ndarray,
+    page: int,
+    scale: float,
+    softcap: float = 0.0,
+) -> np.ndarray:
+    """The mask of one dynamic KV head's queries, by its definition, page of queries by page.
+
+    Args:
+        masks: the mask set.
+        layer: global layer index.
+        head: KV head.
+        query: [queries, group, head_size], rotated; the last queries of the sequence.
+        key: [keys, head_size], rotated.
+        static: bool [queries, keys], causal mask of the pages read anyway, query blocks of one page.
+        page: tokens a page.
+        scale: factor of the scores.
+        softcap: soft-capping of the scores, 0 for none.
+
+    Returns:
+        bool [queries, keys], causal.
+    """
+    assert masks.dynamic is not None
+    rank = int(masks.dynamic.ranks[layer, head])
+    logits = torch.einsum("qgr,kr->qgk", query.float()[..., :rank], key.float()[:, :rank]) * scale
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    result = static.copy()
+    start = len(key) - len(query)
+    for own in range(start // page, -(-len(key) // page)):
+        positions = range(max(start, own * page), min(len(key), (own + 1) * page))
+        max_scores = np.full((own + 1, len(positions), query.shape[1]), -np.inf)
+        for row, position in enumerate(positions):
+            for each in range(own + 1):
+                seen = logits[
+                    position - start, :, each * page : min((each + 1) * page, position + 1)
+                ]
+                max_scores[each, row] = seen.amax(dim=1).numpy()
+        read = static[positions[-1] - start, : (own + 1) * page : page]
+        mass = np.exp(max_scores - max_scores.max(axis=0))
+        mass /= mass.sum(axis=0)
+        for each in _chosen(masks, layer, head, mass, read, page):
+            result[positions[0] - start : positions[-1] + 1 - start, each * page :][:, :page] = True
+    return result & (np.arange(len(key)) <= np.arange(start, len(key))[:, None])
+
+
+def _chosen(
+    masks: MaskSet, layer: int, head: int, mass: np.ndarray, read: np.ndarray, page: int
+) -> list[int]:
+    """Pages that a query block chooses, of equal ones all; shares of mass [pages, queries, group]."""
+    assert masks.dynamic is not None
+    kind, budget = masks.dynamic.kinds[layer, head], float(masks.dynamic.budgets[layer, head])
+    floor, cap = masks.dynamic.floors[layer, head], masks.dynamic.caps[layer, head]
+    best = mass.max(axis=(1, 2))
+    others = [each for each in np.argsort(-best) if not read[each] and best[each] > 0]
+    if kind == BudgetKind.TOP_P:
+        kept, count = mass[read].sum(axis=0), 0
+        while count < len(others) and (kept < budget - 1e-6).any():
+            kept += mass[others[count]]
+            count += 1
+    elif kind == BudgetKind.SHARE:
+        count = int(np.ceil(budget * len(mass) - 1e-6))
+    else:
+        count = int(np.ceil(budget / page))
+    floor, cap = -(-floor // page), -(-cap // page)
+    count = min(max(count, floor), max(cap, floor), len(others))
+    return [each for each in others if count and best[each] >= best[others[count - 1]]]
+
+
+def exact_mask(
+    masks: MaskSet, layer: int, start: int, stop: int, dense_below: int = 0
+) -> np.ndarray:
+    """The token-exact mask: the rule itself, the first token, the query's own token.
+
+    Args:
+        masks: the mask set.
+        layer: global layer index.
+        start: first query position.
+        stop: one past the last query position.
+        dense_below: query positions below it are dense.
+
+    Returns:
+        bool [heads, stop - start, stop], causal.
+    """
+    result = token_mask(masks, layer, start, stop)
+    group = masks.heads // masks.kv_heads
+    result[np.repeat(masks.modes[layer] == HeadMode.DENSE, group)] = True
+    result[:, : max(0, min(stop, dense_below) - start)] = True
+    return result & (np.arange(stop)[None] <= np.arange(start, stop)[:, None])

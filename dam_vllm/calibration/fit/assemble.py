@@ -1,0 +1,83 @@
+"""The fitted mask set: each KV head's mode, pattern, basis and budget."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from dam_vllm.calibration.fit.candidates import Candidate, Pattern
+from dam_vllm.calibration.fit.curve import DENSE
+from dam_vllm.masks.budget import BudgetKind, Dynamic
+from dam_vllm.masks.mask_set import FloatArray, HeadMode, MaskSet
+
+
+def assemble(
+    patterns: Sequence[Pattern],
+    candidates: Sequence[Candidate],
+    chosen: np.ndarray,
+    rotations: FloatArray,
+    shares: np.ndarray,
+    page: int,
+) -> MaskSet:
+    """Puts the chosen candidates together.
+
+    Args:
+        patterns: static patterns, whose masks have one shape.
+        candidates: what `chosen` counts.
+        chosen: int [layers, kv_heads], candidate, or DENSE.
+        rotations: float32 [layers, kv_heads, head_size, head_size].
+        shares: float [layers, kv_heads, candidates], measured share of the context that is chosen.
+        page: tokens a page that budgets were fitted for.
+
+    Returns:
+        The masks; coverage and density are not measured yet.
+    """
+    fitted = patterns[0].build()
+    group = fitted.heads // fitted.kv_heads
+    modes = np.full((fitted.layers, fitted.kv_heads), HeadMode.STATIC, dtype=np.uint8)
+    dynamic = _none_chosen(fitted, rotations)
+    wanted = np.zeros(chosen.shape, dtype=int)
+    for at, index in np.ndenumerate(chosen):
+        candidate = candidates[max(index, 0)]
+        wanted[at] = candidate.pattern
+        if index == DENSE:
+            modes[at] = HeadMode.DENSE
+        elif candidate.budget is not None:
+            modes[at] = HeadMode.DYNAMIC
+            _set(dynamic, at, candidate, float(shares[*at, index]), page)
+    for pattern in sorted(set(wanted.flat) - {0}):
+        source = patterns[pattern].build()
+        heads = np.repeat(wanted == pattern, group, axis=1)
+        for name in ("columns", "diagonals", "true_bits"):
+            getattr(fitted, name)[heads] = getattr(source, name)[heads]
+    has_dynamic = (modes == HeadMode.DYNAMIC).any()
+    return replace(fitted, modes=modes, dynamic=dynamic if has_dynamic else None)
+
+
+def _none_chosen(masks: MaskSet, rotations: FloatArray) -> Dynamic:
+    shape = (masks.layers, masks.kv_heads)
+    return Dynamic(
+        rotations=rotations.astype(np.float32),
+        ranks=np.ones(shape, dtype=np.int32),
+        kinds=np.zeros(shape, dtype=np.uint8),
+        budgets=np.zeros(shape, dtype=np.float32),
+        floors=np.zeros(shape, dtype=np.int32),
+        caps=np.zeros(shape, dtype=np.int32),
+        expected=np.zeros(shape, dtype=np.float32),
+    )
+
+
+def _set(
+    dynamic: Dynamic, at: tuple[int, ...], candidate: Candidate, share: float, page: int
+) -> None:
+    """Writes a candidate's budget in tokens."""
+    budget = candidate.budget
+    assert budget is not None
+    assert candidate.rank is not None
+    dynamic.ranks[at] = candidate.rank
+    dynamic.kinds[at] = budget.kind
+    counts = budget.kind == BudgetKind.TOP_K
+    dynamic.budgets[at] = budget.value * (page if counts else 1)
+    dynamic.floors[at], dynamic.caps[at] = budget.floor * page, budget.cap * page
+    if budget.kind == BudgetKind.TOP_P:
+        dynamic.expected[at] = share

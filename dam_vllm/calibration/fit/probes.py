@@ -1,0 +1,190 @@
+"""How much an error of a head's output matters: the KL that it causes, head by head.
+
+The same relative error is harmless in one head and ruins the next token in another. Each KV head
+is therefore probed alone, all others attending to everything: the mean KL of the next-token
+distribution over its squared error is its sensitivity. It hardly depends on the size of the
+error, so that errors times sensitivities, summed over heads, predict the KL of a whole choice.
+Rows of context and rows that look back, those that end a question and its reply, are probed
+apart: an error in a reply meets the next token at once, one in the context hardly ever.
+Heads may stand in for each other, so that none is missed alone: all heads of a layer are probed
+together too. Where all of them fail, that KL is far beyond what some of them failing causes, so
+that the truth lies between the two; see `dam_vllm.calibration.fit.proof`.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from dam_vllm.calibration.fit.assemble import assemble
+from dam_vllm.calibration.fit.candidates import Candidate
+from dam_vllm.calibration.fit.inputs import FitInputs, compared_rows, probe_length
+from dam_vllm.calibration.fit.losses import CONTEXT, Sums
+from dam_vllm.calibration.fit.samples import FitText
+from dam_vllm.calibration.fit.simulate import Simulation
+from dam_vllm.calibration.fit.states import hooked, run
+from dam_vllm.masks.budget import BudgetKind
+from dam_vllm.masks.mask_set import FloatArray, HeadMode, MaskSet
+
+# Errors below tell nothing: the KL that they cause drowns in rounding.
+LEAST_ERROR = 1e-5
+
+
+def kinds_of(groups: list[str]) -> list[str]:
+    """Kinds of text, in order."""
+    return list(dict.fromkeys(group.split("/")[0] for group in groups))
+
+
+def worst_by_part(errors: np.ndarray, groups: list[str]) -> np.ndarray:
+    """Largest squared error over lengths, of context and of the rows that look back.
+
+    Args:
+        errors: squared relative errors [layers, groups, kv_heads, candidates].
+        groups: names "kind/part/length".
+
+    Returns:
+        float64 [2, layers, kinds, kv_heads, candidates]: context; question and reply.
+    """
+    split = [group.split("/") for group in groups]
+    found = []
+    for asking in (False, True):
+        rows = [
+            [row for row, (each, part, _) in enumerate(split)
+             if each == kind and (part != CONTEXT) == asking]
+            for kind in kinds_of(groups)
+        ]  # fmt: skip
+        found.append([errors[:, part].max(axis=1, initial=0.0) for part in rows])
+    return np.stack([np.stack(each, axis=1) for each in found])
+
+
+def relative_errors(sums: Sums) -> np.ndarray:
+    """Squared errors over the layer's squared output: [layers, groups, kv_heads, candidates]."""
+    return sums.error / np.maximum(sums.norm, 1e-30)[:, :, None, None]
+
+
+def alone(masks: MaskSet, layer: int, head: int) -> MaskSet:
+    """Masks under which some of a layer's KV heads are as they are, and all others are dense.
+
+    Args:
+        masks: the mask set.
+        layer: global layer index.
+        head: the KV head, or the number of KV heads for all of the layer's.
+
+    Returns:
+        The masks.
+    """
+    modes = np.full_like(masks.modes, HeadMode.DENSE)
+    heads = slice(None) if head == masks.kv_heads else head
+    modes[layer, heads] = masks.modes[layer, heads]
+    return replace(masks, modes=modes)
+
+
+def sensitivities(kls: np.ndarray, errors: np.ndarray, trust: float) -> np.ndarray:
+    """KL per squared error: the probes' largest of a head alone, moved towards its layer's.
+
+    Args:
+        kls: [probes, ..., kv_heads + 1], mean KL that each probe causes, the one of all of a
+            layer's heads together last.
+        errors: [probes, ..., kv_heads], squared error of each head under the probe.
+        trust: how far probes of whole layers count, 0 to 1, on a scale of ratios.
+
+    Returns:
+        float64 [..., kv_heads]; where no probe errs enough, the largest of all heads.
+    """
+    both = np.concatenate([errors, errors.sum(axis=-1, keepdims=True)], axis=-1)
+    each = np.where(both > LEAST_ERROR, np.maximum(kls, 0) / np.maximum(both, LEAST_ERROR), -1.0)
+    found = each.max(axis=0)
+    single, layer = found[..., :-1], np.maximum(found[..., :-1], found[..., -1:])
+    blended = np.maximum(single, 0) ** (1 - trust) * np.maximum(layer, 0) ** trust
+    return np.where(single < 0, max(layer.max(), 0.0), blended)
+
+
+def mean_kl(full: torch.Tensor, other: torch.Tensor) -> float:
+    """Mean KL(full || other) in nats of logits float32 [rows, vocabulary]."""
+    first, second = full.double().log_softmax(-1), other.double().log_softmax(-1)
+    return float((first.exp() * (first - second)).sum(-1).mean())
+
+
+BARE = 0
+PAGES = 4
+ROWS = 256
+
+
+def probes(candidates: list[Candidate]) -> list[int]:
+    """The candidates that heads are probed with: nothing, and few pages by the middle rank."""
+    ranks = sorted({each.rank for each in candidates if each.rank is not None})
+    wanted = (ranks[len(ranks) // 2], BudgetKind.TOP_K, PAGES)
+    few = next(
+        index
+        for index, each in enumerate(candidates)
+        if each.budget and (each.rank, each.budget.kind, each.budget.value) == wanted
+    )
+    return [BARE, few]
+
+
+def probe(
+    inputs: FitInputs,
+    candidates: list[Candidate],
+    rotations: FloatArray,
+    texts: list[FitText],
+    kinds: list[str],
+) -> np.ndarray:
+    """Runs every probe on every head alone and on all of a layer's heads together.
+
+    Context is probed apart from the rows that look back, those that end a question and its reply.
+
+    Args:
+        inputs: of the fit.
+        candidates: all candidates.
+        rotations: float32 [layers, kv_heads, head_size, head_size].
+        texts: one of each kind is used.
+        kinds: kinds of text.
+
+    Returns:
+        Mean KL float64 [probes, 2, layers, kinds, kv_heads + 1]: context, then rows that look
+        back; the whole layer's last.
+
+    Raises:
+        CalibrationStopped: if the caller stopped it; the store holds the finished layers.
+    """
+    shape, page = inputs.shape, inputs.config.page
+    size = (len(shape.layer_types), shape.kv_heads)
+    masks = [
+        assemble(
+            inputs.patterns, candidates, np.full(size, index), rotations,
+            np.zeros((*size, len(candidates))), page,
+        )
+        for index in probes(candidates)
+    ]  # fmt: skip
+    probed = [_text(inputs, texts, kind) for kind in kinds]
+    rows = [compared_rows(text, ROWS) for text in probed]
+    full = [run(inputs.model, text.ids, each) for text, each in zip(probed, rows, strict=True)]
+    kls = np.zeros((len(masks), 2, size[0], len(kinds), shape.kv_heads + 1))
+    for layer in inputs.layers:
+        stored = inputs.store.probes(layer)
+        if stored is not None:
+            kls[:, :, layer] = stored
+        for index, head in np.ndindex(len(masks), shape.kv_heads + 1):
+            single = alone(masks[index], layer, head)
+            for kind, text in enumerate(probed):
+                for part, span in enumerate(_spans(text, page)):
+                    if stored is None:
+                        with hooked(Simulation(single, page, text.prompt, span)):
+                            found = run(inputs.model, text.ids, rows[kind])
+                        kls[index, part, layer, kind, head] = mean_kl(full[kind], found)
+                    inputs.advance("probe", text.ids)
+        inputs.store.save_probes(layer, kls[:, :, layer])
+    return kls
+
+
+def _spans(text: FitText, page: int) -> list[tuple[int, int]]:
+    """Rows of context, and of question and reply where there are any."""
+    asking, end = text.asking(page), len(text.ids)
+    return [(0, asking)] if asking == end else [(0, asking), (asking, end)]
+
+
+def _text(inputs: FitInputs, texts: list[FitText], kind: str) -> FitText:
+    """A kind's text whose length is nearest to the one for probes."""
+    length = probe_length(inputs.config)
+    mine = [text for text in texts if text.kind == kind]
+    return min(mine, key=lambda text: abs(text.prompt - length))

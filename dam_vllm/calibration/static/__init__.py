@@ -1,0 +1,1 @@
+"""Static masks: from mean maps to kept columns and diagonals (paper, Stage 1)."""

@@ -1,0 +1,174 @@
+"""What is served and whether it can be: options, mask file, model and parallelism.
+
+Everything here is decided once a process, when the first attention layer is built, which is
+before weights are loaded. Each refusal is one error that names the option or file.
+"""
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+
+from dam_vllm.masks.file import load_mask_set
+from dam_vllm.masks.fingerprint import fingerprint
+from dam_vllm.masks.mask_set import HeadMode, MaskSet
+from dam_vllm.options import DamOptions, OptionError, find_masks, parse_options
+
+logger = init_logger("vllm.dam")
+
+PAGE_MULTIPLE = 16
+CACHE_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2")
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What this process serves with.
+
+    Attributes:
+        options: validated options.
+        file: the mask file.
+        masks: its masks.
+    """
+
+    options: DamOptions
+    file: Path
+    masks: MaskSet
+
+
+def admit(config: VllmConfig) -> Serving:
+    """Checks the configuration and loads the masks; cheap after the first call.
+
+    Args:
+        config: vLLM's configuration.
+
+    Returns:
+        What to serve with.
+
+    Raises:
+        OptionError: for an option, file or configuration that cannot be honoured.
+        MaskFileError: for a missing or damaged mask file.
+    """
+    _refuse_parallelism(config)
+    _refuse_cache(config)
+    _refuse_draft_model(config)
+    model = config.model_config
+    if model.use_mla:
+        raise OptionError(
+            f"--attention-backend dam: model {model.model} has multi-head latent attention "
+            f"(MLA), which DAM does not serve; leave the option away"
+        )
+    options = parse_options(config.additional_config)
+    _refuse_options(options)
+    serving = _load(
+        options,
+        model.model,
+        model.revision,
+        config.load_config.download_dir,
+        config.load_config.load_format == "dummy",
+    )
+    _refuse_connector(config, serving)
+    return serving
+
+
+@functools.lru_cache(maxsize=1)
+def _load(
+    options: DamOptions, model: str, revision: str | None, cache_dir: str | None, dummy: bool
+) -> Serving:
+    file = find_masks(options, model, revision)
+    masks = load_mask_set(file)
+    strict = options.fingerprint == "strict" and masks.header.fingerprint.weights is not None
+    served = fingerprint(model, revision, cache_dir, weights=strict and not dummy)
+    difference = masks.header.fingerprint.mismatch(served)
+    if difference == "config":
+        raise OptionError(
+            f"mask file {file} was made for another model ({masks.header.model}): its "
+            f"fingerprint is {masks.header.fingerprint.config}, {model} has {served.config}; "
+            f"calibrate {model} itself"
+        )
+    if difference == "weights" and strict:
+        raise OptionError(
+            f"mask file {file} was made for other weights ({masks.header.model}): fingerprint "
+            f"{masks.header.fingerprint.weights}, {model} has {served.weights}; calibrate it, or "
+            f'set "fingerprint": "config" in --additional-config to accept masks of a model of '
+            f"the same shape"
+        )
+    return Serving(options, file, masks)
+
+
+def may_free_heads(options: DamOptions) -> bool:
+    """Whether pages of single KV heads may be freed, not of whole layers alone."""
+    return options.kv_free == "head" or (options.kv_free == "auto" and current_platform.is_cpu())
+
+
+def _refuse_options(options: DamOptions) -> None:
+    """Refuses values that this platform does not serve."""
+    option, platform = "--additional-config: dam", current_platform.device_name
+    if current_platform.is_cpu():
+        if options.kernel in ("flash", "triton"):
+            raise OptionError(
+                f"{option}.kernel is {options.kernel!r}: on CPU it must be 'auto' or 'naive'"
+            )
+        if options.granularity == "token" and options.kernel != "naive":
+            raise OptionError(
+                f"{option}.granularity is 'token': on CPU it needs kernel 'naive', "
+                f"not {options.kernel!r}"
+            )
+        return
+    if options.granularity == "token" and options.kernel == "flash":
+        raise OptionError(
+            f"{option}.granularity is 'token': it needs kernel 'auto', 'triton' or 'naive', "
+            f"not 'flash'"
+        )
+    if options.kv_free == "head":
+        raise OptionError(
+            f"{option}.kv_free is 'head': on {platform} it must be 'auto', 'layer' or 'off'"
+        )
+
+
+def _refuse_connector(config: VllmConfig, serving: Serving) -> None:
+    # Keys of dynamic heads are stored rotated: pages mean nothing to a process with other masks.
+    if config.kv_transfer_config is not None and (serving.masks.modes == HeadMode.DYNAMIC).any():
+        raise OptionError(
+            f"--kv-transfer-config names {config.kv_transfer_config.kv_connector}: mask file "
+            f"{serving.file} has dynamic heads, whose pages cannot leave the process; leave the "
+            f"option away or serve masks without dynamic heads"
+        )
+
+
+def _refuse_parallelism(config: VllmConfig) -> None:
+    parallel = config.parallel_config
+    for option in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        size = getattr(parallel, option)
+        if size > 1:
+            raise OptionError(
+                f"--{option.replace('_', '-')} is {size}: --attention-backend dam serves "
+                f"without context parallelism, set it to 1"
+            )
+
+
+def _refuse_draft_model(config: VllmConfig) -> None:
+    speculative = config.speculative_config
+    # Draft layers of EAGLE and MTP are numbered after the model's own and are left to vLLM;
+    # those of a whole draft model carry the same numbers as the layers that the masks are for.
+    if speculative is not None and speculative.method == "draft_model":
+        raise OptionError(
+            "--speculative-config names a draft model: --attention-backend dam cannot tell its "
+            "layers from the model's; use another method (ngram, eagle, mtp)"
+        )
+
+
+def _refuse_cache(config: VllmConfig) -> None:
+    cache = config.cache_config
+    if cache.block_size is not None and cache.block_size % PAGE_MULTIPLE:
+        raise OptionError(
+            f"--block-size is {cache.block_size}: --attention-backend dam needs pages of a "
+            f"multiple of {PAGE_MULTIPLE} tokens"
+        )
+    if cache.cache_dtype not in CACHE_DTYPES:
+        raise OptionError(
+            f"--kv-cache-dtype is {cache.cache_dtype}: --attention-backend dam serves "
+            f"{', '.join(CACHE_DTYPES)}"
+        )

@@ -1,0 +1,88 @@
+"""Density: pages read over pages that dense causal attention reads."""
+
+import numpy as np
+
+from dam_vllm.masks.mask_set import FloatArray, HeadMode, MaskSet
+from dam_vllm.masks.page_tables import (
+    PageTables,
+    _head_tables,
+    _join,
+    page_tables,
+    query_block_size,
+)
+
+
+def density(
+    masks: MaskSet, lengths: list[int], page: int, dense_below: int = 0
+) -> tuple[FloatArray, FloatArray]:
+    """Pages read over pages of dense causal attention, for prompts of some lengths.
+
+    Both count whole query blocks against all pages up to the query block's end, as they are read.
+
+    Args:
+        masks: the mask set.
+        lengths: prompt lengths in tokens.
+        page: tokens a page.
+        dense_below: positions below it are read densely.
+
+    Returns:
+        float32 [len(lengths), layers, heads] of each query head on its own, and float32
+        [len(lengths), layers, kv_heads] of what is read. Layers left to vLLM count 1.
+    """
+    shape = (len(lengths), masks.layers)
+    heads = np.ones((*shape, masks.heads), dtype=np.float32)
+    kv_heads = np.ones((*shape, masks.kv_heads), dtype=np.float32)
+    for layer, kind in enumerate(masks.header.layer_types):
+        if kind == "full":
+            measured = [_static(masks, layer, length, page, dense_below) for length in lengths]
+            heads[:, layer], kv_heads[:, layer] = (
+                np.stack(part) for part in zip(*measured, strict=True)
+            )
+            _add_dynamic(masks, layer, lengths, page, dense_below, heads, kv_heads)
+    return heads, kv_heads
+
+
+def _static(
+    masks: MaskSet, layer: int, length: int, page: int, dense_below: int
+) -> tuple[FloatArray, FloatArray]:
+    """Density of a layer's heads, as if none were dynamic."""
+    tables = _head_tables(masks, layer, page, query_block_size(page))
+    joined = _join(tables, masks.heads // masks.kv_heads)
+    return _density(tables, length, dense_below), _density(joined, length, dense_below)
+
+
+def _add_dynamic(
+    masks: MaskSet,
+    layer: int,
+    lengths: list[int],
+    page: int,
+    dense_below: int,
+    heads: FloatArray,
+    kv_heads: FloatArray,
+) -> None:
+    """Overwrites a layer's dynamic heads; query heads read what their KV head reads."""
+    dynamic = np.flatnonzero(masks.modes[layer] == HeadMode.DYNAMIC)
+    if masks.dynamic is None or not len(dynamic):
+        return
+    tables = page_tables(masks, layer, page, query_block=page)
+    dense_below = -(-dense_below // query_block_size(page)) * query_block_size(page)
+    for row, length in enumerate(lengths):
+        causal = np.arange(-(-length // page)) + 1
+        read = tables.select(causal - 1).sum(axis=2)[dynamic]
+        chosen = [masks.dynamic.chosen(layer, head, page, causal) for head in dynamic]
+        read = np.where((causal - 1) * page < dense_below, causal, read + np.stack(chosen))
+        kv_heads[row, layer, dynamic] = np.minimum(read, causal).sum(axis=1) / causal.sum()
+    group = masks.heads // masks.kv_heads
+    joined = np.repeat(kv_heads[:, layer], group, axis=1)
+    own = np.isin(np.arange(masks.heads) // group, dynamic)
+    heads[:, layer, own] = joined[:, own]
+
+
+def _density(tables: PageTables, length: int, dense_below: int) -> FloatArray:
+    query_blocks = np.arange(-(-length // tables.query_block))
+    pages = -(-length // tables.page)
+    read = tables.select(query_blocks)[:, :, :pages]
+    own = tables.query_block // tables.page
+    causal = np.arange(pages)[None] < (query_blocks[:, None] + 1) * own
+    read = np.where((query_blocks < -(-dense_below // tables.query_block))[:, None], causal, read)
+    return np.asarray(read.sum(axis=(1, 2)) / causal.sum(), dtype=np.float32)

@@ -1,0 +1,126 @@
+"""Draws the masks of all heads: layers down, query heads across."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
+
+from dam_vllm.masks.mask_set import FloatArray, MaskSet
+from dam_vllm.masks.rule import token_mask
+
+MAX_CELLS = 128
+MAX_ROWS = 16
+"""Rows of a cell that are looked at; they lie evenly in a cell that has more."""
+INCHES = 1.5
+
+
+def plot_masks(masks: MaskSet, path: Path) -> None:
+    """Draws every head's mask up to `plot_end`; a line marks where the true mask ends.
+
+    A cell's darkness is the share of its pairs that are attended, on a root scale, so that
+    thin columns and diagonals stay visible.
+
+    Args:
+        masks: what to draw.
+        path: image file; its suffix chooses the format.
+
+    Raises:
+        ValueError: for a suffix that matplotlib cannot write.
+    """
+    layers = [index for index, kind in enumerate(masks.header.layer_types) if kind == "full"]
+    size = (INCHES * masks.heads + 1, INCHES * len(layers) + 1.2)
+    figure = Figure(size, layout="constrained")
+    grid = figure.subplots(len(layers), masks.heads, squeeze=False)
+    for row, layer in zip(grid, layers, strict=True):
+        for head, (axes, image) in enumerate(zip(row, shares(masks, layer), strict=True)):
+            _draw(axes, np.sqrt(image), masks.pcl, plot_end(masks))
+            if layer == layers[0]:
+                axes.set_title(f"head {head}")
+            if head == 0:
+                axes.set_ylabel(f"layer {layer}")
+    figure.suptitle(f"Attended pairs up to {plot_end(masks)} tokens (line: PCL {masks.pcl})")
+    figure.supxlabel("key position")
+    figure.supylabel("query position")
+    figure.savefig(path, dpi=110)
+
+
+def plot_end(masks: MaskSet) -> int:
+    """Tokens that are drawn: twice the PCL, or the reach where it is more."""
+    return max(2 * masks.pcl, masks.reach)
+
+
+def shares(masks: MaskSet, layer: int) -> FloatArray:
+    """Share of attended pairs in cells of a layer's masks up to `plot_end`.
+
+    Args:
+        masks: the mask set.
+        layer: global layer index.
+
+    Returns:
+        float32 [heads, cells, cells], at most MAX_CELLS cells a side.
+    """
+    end = plot_end(masks)
+    side = -(-end // MAX_CELLS)
+    cells = -(-end // side)
+    near = token_mask(masks, layer, 0, masks.pcl)
+    result = np.zeros((masks.heads, cells, cells), dtype=np.float32)
+    for cell in range(cells):
+        start, stop = cell * side, min((cell + 1) * side, end)
+        count = min(stop - start, MAX_ROWS)
+        seen = np.zeros((masks.heads, count, cells * side), dtype=bool)
+        for slot in range(count):
+            row = start + slot * (stop - start) // count
+            if row < masks.pcl:
+                seen[:, slot, : masks.pcl] = near[:, row]
+            else:
+                seen[:, slot, : row + 1] = token_mask(masks, layer, row, row + 1)[:, 0]
+        result[:, cell] = seen.reshape(masks.heads, count, cells, side).mean(axis=(1, 3))
+    return result
+
+
+def _draw(axes: Axes, image: FloatArray, pcl: int, end: int) -> None:
+    axes.imshow(image, cmap="Blues", vmin=0, vmax=1, extent=(0, end, end, 0))
+    axes.plot([0, pcl], [pcl, pcl], color="tab:red", linewidth=0.8)
+    axes.set_xticks([0, pcl])
+    axes.set_yticks([0, pcl])
+    axes.tick_params(labelsize=6)
+
+
+def plot_curve(fit: dict[str, Any], path: Path) -> None:
+    """Draws the curves that a fit stored in the mask file.
+
+    Args:
+        fit: the header's parameter "fit": its "curves" are lists of points with "density" and
+            predicted "loss", the dense one first, by how far each trusts probes of layers; its
+            "proven" are points whose loss was measured, the "chosen" one among them.
+        path: image file; its suffix chooses the format.
+
+    Raises:
+        ValueError: for a suffix that matplotlib cannot write.
+    """
+    chosen, proven = fit["chosen"], fit["proven"]
+    figure = Figure((6, 4), layout="constrained")
+    axes = figure.subplots()
+    for trust, points in fit["curves"].items():
+        losses = [point["loss"] for point in points]
+        label = f"predicted, trust in layers {trust}"
+        axes.plot([point["density"] for point in points], losses, linewidth=0.8, label=label)
+    axes.plot(
+        [point["density"] for point in proven], [point["loss"] for point in proven],
+        "x", color="black", label="measured",
+    )  # fmt: skip
+    axes.plot(chosen["density"], chosen["loss"], "o", color="tab:red", label="taken")
+    axes.set_title(f"taken: density {chosen['density']:.3f}, loss {chosen['loss']:.3f}")
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel(f"density at {max(fit['lengths'])} tokens")
+    axes.set_yscale("log", nonpositive="mask")
+    axes.set_ylabel("KL of the next token (nats)")
+    axes.grid(linewidth=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,123 @@
+"""The options under `--additional-config '{"dam": {...}}'`."""
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+MASKS_VARIABLE = "DAM_MASKS"
+MASKS_IN_MODEL = "dam/masks.safetensors"
+KEY = "dam"
+
+
+class OptionError(ValueError):
+    """An option that cannot be honoured; the message names it, its value and what is allowed."""
+
+
+class DamOptions(BaseModel):
+    """Options of the `dam` attention backend.
+
+    Attributes:
+        masks: mask file, folder that holds `dam/masks.safetensors`, or Hub id of one.
+        dense_below: query positions below it attend densely, in tokens; a request shorter than
+            this runs dense. Rounded up to whole query blocks. The default is the measured length up to
+            which sparse attention does not pay on CPU (`dam-vllm bench`).
+        kv_free: "layer" gives KV-cache pages that no head of a layer can read again back to vLLM;
+            "head" those of single KV heads too, where that gains more; "off" keeps all. "auto" is
+            "head" on CPU and "layer" on CUDA, which does not serve "head" yet.
+        kernel: "flash" and "triton" are the kernels on CUDA, "auto" the first of them that can
+            serve, and vLLM's own paged kernel on CPU; "naive" is a slow float32 oracle for
+            debugging and tests.
+        granularity: "page" rounds masks up to pages; "token" is exact, served by the Triton and
+            the naive kernel.
+        fingerprint: "strict" refuses masks made for other weights; "config" accepts them where
+            the model's shape is the same, as for a quantised copy of the calibrated model.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    masks: str | None = None
+    dense_below: int = Field(default=2048, ge=0)
+    kv_free: Literal["auto", "off", "layer", "head"] = "auto"
+    kernel: Literal["auto", "flash", "triton", "naive"] = "auto"
+    granularity: Literal["page", "token"] = "page"
+    fingerprint: Literal["strict", "config"] = "strict"
+
+
+def parse_options(additional_config: object) -> DamOptions:
+    """Reads our part of vLLM's `additional_config`.
+
+    Args:
+        additional_config: `VllmConfig.additional_config`.
+
+    Returns:
+        The validated options; all defaults where there is no "dam" part.
+
+    Raises:
+        OptionError: for an unknown key or a value that is not allowed.
+    """
+    values: Any = additional_config.get(KEY, {}) if isinstance(additional_config, dict) else {}
+    if not isinstance(values, dict):
+        raise OptionError(f'--additional-config: "{KEY}" is {values!r}, must be an object')
+    try:
+        return DamOptions.model_validate(values)
+    except ValidationError as error:
+        raise OptionError("; ".join(_explain(item) for item in error.errors())) from None
+
+
+def _explain(item: Any) -> str:
+    path = ".".join([KEY, *map(str, item["loc"])])
+    if item["type"] == "extra_forbidden":
+        allowed = ", ".join(DamOptions.model_fields)
+        return f"--additional-config: unknown option {path!r}; allowed are {allowed}"
+    return f"--additional-config: {path} is {item['input']!r}: {item['msg']}"
+
+
+def find_masks(options: DamOptions, model: str, revision: str | None = None) -> Path:
+    """Locates the mask file: the option, else the environment, else the model's folder.
+
+    Args:
+        options: the validated options.
+        model: folder or Hub id of the served model.
+        revision: its Hub revision.
+
+    Returns:
+        Path of an existing file.
+
+    Raises:
+        OptionError: if there is none; the message names the places that were looked at.
+    """
+    given = options.masks or os.environ.get(MASKS_VARIABLE)
+    if given is None:
+        found = _in_repository(model, revision)
+        if found is None:
+            raise OptionError(
+                f'no mask file: set --additional-config \'{{"{KEY}": {{"masks": PATH}}}}\' or '
+                f"{MASKS_VARIABLE}, or put {MASKS_IN_MODEL} beside the model's weights "
+                f"({model}); `dam-vllm calibrate` makes one"
+            )
+        return found
+    name = "dam.masks" if options.masks else MASKS_VARIABLE
+    if Path(given).is_file():
+        return Path(given)
+    found = _in_repository(given, None)
+    if found is None:
+        raise OptionError(
+            f"{name} is {given!r}: must be a mask file, or a folder or Hugging Face Hub id "
+            f"that holds {MASKS_IN_MODEL}"
+        )
+    return found
+
+
+def _in_repository(place: str, revision: str | None) -> Path | None:
+    """The mask file in a folder or in a Hub repository, or None."""
+    if Path(place).is_dir():
+        file = Path(place) / MASKS_IN_MODEL
+        return file if file.is_file() else None
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(place, MASKS_IN_MODEL, revision=revision))
+    except Exception:  # an invalid id, no such file, no network: for the caller all the same
+        return None

@@ -1,0 +1,1 @@
+"""Questions whose answers are known, for the fit, the evaluation and the demo alike."""

@@ -1,0 +1,42 @@
+"""Whether a model is asked in a chat or by completion, and what that adds to a prompt."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from dam_vllm.questions.tasks import COMPLETION
+
+
+@dataclass(frozen=True)
+class Prompting:
+    """How a model is asked.
+
+    Attributes:
+        chat: through the chat endpoint, as its tokenizer has a chat template.
+        overhead: tokens that the template or the tokenizer adds to a prompt's own.
+    """
+
+    chat: bool
+    overhead: int
+
+    @property
+    def wording(self) -> str | None:
+        """Wording for `make_questions`: a model without a template has a text to go on with."""
+        return None if self.chat else COMPLETION
+
+
+def prompting(tokenizer: Any) -> Prompting:
+    """Finds out how a model is asked.
+
+    Args:
+        tokenizer: its transformers tokenizer.
+
+    Returns:
+        Chat where there is a template, else completion.
+    """
+    text = "text"
+    plain = len(tokenizer(text, add_special_tokens=False).input_ids)
+    if tokenizer.chat_template is None:
+        return Prompting(False, len(tokenizer(text).input_ids) - plain)
+    messages = [{"role": "user", "content": text}]
+    full = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return Prompting(True, len(tokenizer(full, add_special_tokens=False).input_ids) - plain)

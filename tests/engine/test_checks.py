@@ -1,0 +1,126 @@
+"""Configurations that are refused before anything is loaded."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from dam_vllm.demo import model_dir
+from dam_vllm.masks.baselines import streaming
+from dam_vllm.masks.file import save_mask_set
+from dam_vllm.masks.fingerprint import fingerprint
+from dam_vllm.options import OptionError
+from tests.conftest import random_mask_set
+
+pytestmark = pytest.mark.engine
+
+MODEL = str(model_dir())
+
+
+def config(masks, **changed):
+    """What admit reads of vLLM's configuration."""
+    values = {
+        "parallel_config": {"decode_context_parallel_size": 1, "prefill_context_parallel_size": 1},
+        "cache_config": {"block_size": 32, "cache_dtype": "auto"},
+        "speculative_config": None,
+        "kv_transfer_config": None,
+        "model_config": {"model": MODEL, "revision": None, "use_mla": False},
+        "load_config": {"download_dir": None, "load_format": "auto"},
+        "additional_config": {"dam": {"masks": str(masks)}},
+    }
+    for name, change in changed.items():
+        values[name] = {**(values[name] or {}), **change}
+    parts = {
+        name: SimpleNamespace(**value) if name.endswith("_config") and value else value
+        for name, value in values.items()
+        if name != "additional_config"
+    }
+    return SimpleNamespace(**parts, additional_config=values["additional_config"])
+
+
+@pytest.fixture(scope="module")
+def masks(tmp_path_factory):
+    file = tmp_path_factory.mktemp("masks") / "masks.safetensors"
+    save_mask_set(streaming(MODEL, 4, 64), file)
+    return file
+
+
+def test_what_fits_is_served(masks):
+    from dam_vllm.engine.checks import admit
+
+    serving = admit(config(masks))
+    assert serving.file == masks
+    assert serving.masks.kv_heads == 4
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"parallel_config": {"decode_context_parallel_size": 2}}, "--decode-context-parallel-s"),
+        ({"parallel_config": {"prefill_context_parallel_size": 4}}, "-parallel-size is 4"),
+        ({"cache_config": {"block_size": 24}}, "--block-size is 24"),
+        ({"cache_config": {"cache_dtype": "nvfp4"}}, "--kv-cache-dtype is nvfp4"),
+        ({"model_config": {"use_mla": True}}, "multi-head latent attention"),
+        ({"speculative_config": {"method": "draft_model"}}, "--speculative-config names a draft"),
+    ],
+)
+def test_refused(masks, changed, message):
+    from dam_vllm.engine.checks import admit
+
+    with pytest.raises(OptionError, match=message):
+        admit(config(masks, **changed))
+
+
+def test_rotated_pages_stay_in_the_process(tmp_path, rng):
+    from dam_vllm.engine.checks import admit
+
+    file = tmp_path / "masks.safetensors"
+    identity = fingerprint(MODEL)
+    save_mask_set(random_mask_set(rng, 4, 8, 4, dynamic=True, fingerprint=identity), file)
+    assert admit(config(file)).masks.dynamic is not None
+    with pytest.raises(OptionError, match="--kv-transfer-config names Some"):
+        admit(config(file, kv_transfer_config={"kv_connector": "Some"}))
+
+
+@pytest.mark.parametrize(("mode", "accepted"), [("strict", False), ("config", True)])
+def test_other_weights(tmp_path, mode, accepted):
+    from dam_vllm.engine.checks import admit
+
+    made = streaming(MODEL, 4, 64)
+    made.header.fingerprint = fingerprint(MODEL).model_copy(update={"weights": "0" * 16})
+    save_mask_set(made, tmp_path / "masks")
+    asked = config("", additional_config={
+        "dam": {"masks": str(tmp_path / "masks"), "fingerprint": mode}
+    })  # fmt: skip
+    if accepted:
+        assert admit(asked).masks.reach == 64
+    else:
+        with pytest.raises(OptionError, match="was made for other weights"):
+            admit(asked)
+
+
+@pytest.mark.parametrize(
+    ("cpu", "options", "message"),
+    [
+        (True, {}, None),
+        (True, {"kernel": "naive", "granularity": "token", "kv_free": "head"}, None),
+        (True, {"kernel": "flash"}, "dam.kernel is 'flash': on CPU it must be 'auto' or 'naive'"),
+        (True, {"kernel": "triton"}, "dam.kernel is 'triton': on CPU"),
+        (True, {"granularity": "token"}, "dam.granularity is 'token': on CPU it needs kernel"),
+        (False, {}, None),
+        (False, {"granularity": "token", "kv_free": "layer"}, None),
+        (False, {"kernel": "flash", "granularity": "token"}, "dam.granularity is 'token': it"),
+        (False, {"kv_free": "head"}, "dam.kv_free is 'head': on GPU it must be 'auto'"),
+    ],
+)
+def test_options_of_other_platforms_are_refused(masks, monkeypatch, cpu, options, message):
+    from dam_vllm.engine import checks
+
+    platform = SimpleNamespace(is_cpu=lambda: cpu, device_name="cpu" if cpu else "GPU")
+    monkeypatch.setattr(checks, "current_platform", platform)
+    asked = config(masks, additional_config={"dam": {"masks": str(masks), **options}})
+    if message is None:
+        served = checks.admit(asked).options
+        assert checks.may_free_heads(served) == (cpu and served.kv_free in ("auto", "head"))
+    else:
+        with pytest.raises(OptionError, match=message):
+            checks.admit(asked)

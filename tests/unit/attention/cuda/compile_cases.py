@@ -1,0 +1,84 @@
+"""Compiles the kernels that the tuning table can launch; prints what they need, as JSON.
+
+Run as a program in a process without TRITON_INTERPRET: `compile_cases.py CAPABILITY ...`.
+"""
+
+import functools
+import json
+import sys
+from unittest.mock import patch
+
+import numpy as np
+import torch
+
+from dam_vllm.attention.cuda import paged, tuning
+from dam_vllm.attention.cuda.plan import (
+    DevicePlan,
+    DeviceQueryBlocks,
+    plan_heads,
+    query_block_slots,
+)
+from dam_vllm.attention.cuda.token_bits import TokenBits
+from dam_vllm.masks.page_tables import PageSelector, PageTables, query_block_size
+from tests.unit.attention.cuda.compiling import choose_pages_of, compile_launches, resources
+
+KV_HEADS, GROUP, WIDTH = 2, 4, 1024
+# Head size, page, cache, queries a request, token masks.
+CASES = (
+    (128, 128, None, 999, False),
+    (128, 16, None, 1, False),
+    (256, 64, None, 999, False),
+    (256, 16, None, 1, False),
+    (128, 128, None, 999, True),
+    (64, 32, None, 1, True),
+    (96, 32, torch.float8_e4m3fn, 999, False),
+)
+
+
+def serve(size, page, stored, queries, exact, capability):
+    """Plans and attends on empty tensors, as a GPU of a capability would."""
+    flags = np.zeros((KV_HEADS, 4, 4), dtype=bool)
+    query_block = query_block_size(page)
+    tables = PageTables(page, query_block, flags, flags[:, 0], flags[:, 0], flags[:, 0, 0])
+    request, offset = torch.from_numpy(query_block_slots(np.full(2, queries), query_block))
+    ints = torch.zeros(3, dtype=torch.int32)
+    query_blocks = DeviceQueryBlocks(
+        request, offset, ints, ints[:2], query_block, min(queries, query_block)
+    )
+    plan = DevicePlan.empty(query_blocks, KV_HEADS, WIDTH, exact)
+    heads = torch.arange(KV_HEADS, dtype=torch.int32)
+    blocks = torch.zeros(2, WIDTH, dtype=torch.int32)
+    plan_heads(plan, heads, PageSelector([tables]), query_blocks, blocks)
+    query = torch.empty(2 * queries, KV_HEADS * GROUP, size, dtype=torch.bfloat16)
+    cache = torch.empty(9, page, 2 * size, dtype=stored or query.dtype)
+    bits = torch.zeros(KV_HEADS * GROUP, 128, dtype=torch.uint8)
+    with patch.object(torch.cuda, "get_device_capability", lambda device: divmod(capability, 10)):
+        # The table is asked as if the tensors lay on a GPU.
+        tuned = tuning.tuning(torch.device("cuda"), size, query_blocks.most_queries * GROUP, exact)
+    paged.attend_paged(
+        query, *cache.split(size, dim=-1), torch.empty_like(query), plan, query_blocks, heads,
+        paged.Softmax(0.1), TokenBits(bits, bits, bits, 40, 1024, 0) if exact else None,
+        tuned,
+    )  # fmt: skip
+
+
+def launches(capability):
+    """What to compile, by name."""
+    for case in CASES:
+        if case[2] is None or capability >= 89:
+            yield str(case), functools.partial(serve, *case, capability)
+    choice = functools.partial(choose_pages_of, torch.bfloat16, torch.bfloat16, 32)
+    for queries in (1, 32):
+        yield f"choice of {queries}", functools.partial(choice, queries)
+
+
+def main():
+    for capability in map(int, sys.argv[1:]):
+        for case, launch in launches(capability):
+            for name, kernel in compile_launches(launch, capability).items():
+                told = {"capability": capability, "case": case, "kernel": name}
+                print(json.dumps(told | resources(kernel)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

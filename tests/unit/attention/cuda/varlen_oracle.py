@@ -1,0 +1,61 @@
+"""`flash_attn_varlen_func` written plainly, for what the kernel is asked here."""
+
+import torch
+
+from dam_vllm.attention.oracle import masked_attention
+
+
+def varlen(
+    *, q, k, v, out, cu_seqlens_q, max_seqlen_q, max_seqlen_k, softmax_scale, causal,
+    softcap=0.0, cu_seqlens_k=None, seqused_k=None, block_table=None, **unused,
+):  # fmt: skip
+    """Attention of packed sequences; the causal mask is aligned to the end.
+
+    Keys lie in a paged cache where there is a block table, else one sequence after the other.
+    FlashAttention refuses what is asserted here.
+    """
+    assert not unused.keys() - {"fa_version", "scheduler_metadata"}
+    assert causal
+    assert cu_seqlens_q.is_contiguous()
+    assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
+    assert q.dtype == k.dtype == v.dtype == out.dtype
+    if block_table is None:
+        assert seqused_k is None
+        sequences = packed(k, v, cu_seqlens_k)
+    else:
+        assert cu_seqlens_k is None
+        assert seqused_k.is_contiguous()
+        assert block_table.stride(-1) == 1
+        assert len(block_table) == len(seqused_k)
+        sequences = paged(k, v, seqused_k, block_table)
+    assert len(sequences) == len(cu_seqlens_q) - 1
+    for row, (keys, values) in enumerate(sequences):
+        first, last = cu_seqlens_q[row : row + 2].tolist()
+        stop = len(keys)
+        assert last - first <= max_seqlen_q
+        assert stop <= max_seqlen_k
+        if last == first:
+            continue
+        if stop == 0:
+            out[first:last] = 0
+            continue
+        query = torch.arange(first, last, device=q.device)[:, None] - last + stop
+        mask = (torch.arange(stop, device=q.device) <= query).expand(q.shape[1], -1, -1)
+        found = masked_attention(q[first:last], keys, values, mask, softmax_scale, softcap)
+        out[first:last] = found.to(out.dtype)
+
+
+def packed(k, v, starts):
+    """Keys and values of sequences that follow each other."""
+    assert starts.is_contiguous()
+    return [(k[start:stop], v[start:stop]) for start, stop in starts.unfold(0, 2, 1).tolist()]
+
+
+def paged(k, v, lens, block_table):
+    """Keys and values of sequences in a paged cache, [pages, page, kv_heads, head_size]."""
+    found = []
+    for stop, table in zip(lens.tolist(), block_table, strict=True):
+        pages = table[: -(-stop // k.shape[1])].long()
+        keys, values = (part[pages].flatten(0, 1)[:stop] for part in (k, v))
+        found.append((keys, values))
+    return found

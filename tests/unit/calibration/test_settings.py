@@ -1,0 +1,66 @@
+from pathlib import Path
+
+import pytest
+
+from dam_vllm.calibration.errors import CalibrationError
+from dam_vllm.calibration.settings import CalibrationConfig, load_config
+
+CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configs_load(path):
+    load_config(path, {})
+
+
+def test_defaults_are_the_papers():
+    config = CalibrationConfig()
+    assert (config.tau, config.mu, config.amplification.name) == (0.3, 0.8, "box-cox")
+    assert (config.amplification.lambda_, config.amplification.epsilon) == (0.5, 1e-8)
+
+
+def test_options_go_before_the_file(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("pcl: 64\nseed: 3\namplification: {lambda: 0.25}\n")
+    config = load_config(file, {"pcl": 32, "seed": None})
+    assert (config.pcl, config.seed, config.amplification.lambda_) == (32, 3, 0.25)
+
+
+def test_targets_of_the_fit(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("held_out: 0.2\nfit: {target_error: 0.1, page: 64}\n")
+    config = load_config(file, {"target_kv_memory": 0.5})
+    assert (config.fit.target_error, config.fit.target_kv_memory) == (0.1, 0.5)
+    config = load_config(file, {"target_density": 0.2})
+    assert (config.fit.target_error, config.fit.target_density, config.fit.page) == (None, 0.2, 64)
+    with pytest.raises(CalibrationError, match="exactly one of them must be given"):
+        load_config(None, {"held_out": 0.2, "target_kv_memory": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("tua: 0.3", "unknown key 'tua' (value 0.3); allowed are pcl, amplification, tau"),
+        ("amplification: {lamda: 1}", "'amplification.lamda' (value 1); allowed are name, lambda"),
+        ("amplification: {name: cube}", "amplification.name is 'cube': Input should be 'box-cox'"),
+        ("mu: 1.5", "mu is 1.5: Input should be less than or equal to 1"),
+        ("pcl: many", "pcl is 'many': Input should be a valid integer"),
+        ("{pcl: 64, window: 32}", "window is 32, must be at least pcl (64)"),
+        ("{pcl: 64, reach: 64}", "reach is 64, must be more than pcl (64)"),
+        ("reach: 100", "reach is 100, must be a multiple of map_page (32)"),
+        ("[1, 2]", "holds a list, must hold keys and values"),
+        ("a: [", "is no YAML file"),
+    ],
+)
+def test_errors_name_key_value_and_what_is_allowed(tmp_path, text, message):
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(CalibrationError) as error:
+        load_config(file, {})
+    assert message in str(error.value)
+    assert str(file) in str(error.value)
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(CalibrationError, match=r"--config is 'none\.yaml', must be a YAML file"):
+        load_config("none.yaml", {})

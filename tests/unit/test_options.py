@@ -1,0 +1,59 @@
+import pytest
+
+from dam_vllm.options import OptionError, find_masks, parse_options
+
+
+def test_defaults_where_nothing_is_said():
+    assert parse_options({}).kernel == "auto"
+    assert parse_options({"dam": {"dense_below": 0}}).dense_below == 0
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"mask": "x"}, r"unknown option 'dam.mask'; allowed are masks, dense_below"),
+        ({"dense_below": -1}, r"dam.dense_below is -1"),
+        ({"kernel": "fast"}, r"dam.kernel is 'fast': .*'auto', 'flash', 'triton' or 'naive'"),
+        ({"kv_free": "heads"}, r"dam.kv_free is 'heads': .*'auto', 'off', 'layer' or 'head'"),
+        ("masks", r'"dam" is \'masks\', must be an object'),
+    ],
+)
+def test_bad_options(values, message):
+    with pytest.raises(OptionError, match=message):
+        parse_options({"dam": values})
+
+
+@pytest.fixture
+def places(tmp_path, monkeypatch):
+    """A model folder with masks of its own, and two mask files elsewhere."""
+    monkeypatch.delenv("DAM_MASKS", raising=False)
+    files = {name: tmp_path / name for name in ("option", "variable")}
+    files["model"] = tmp_path / "model" / "dam" / "masks.safetensors"
+    files["model"].parent.mkdir(parents=True)
+    for file in files.values():
+        file.touch()
+    return files
+
+
+def test_option_comes_before_variable_before_model(places, monkeypatch, tmp_path):
+    model = str(tmp_path / "model")
+    assert find_masks(parse_options({}), model) == places["model"]
+    monkeypatch.setenv("DAM_MASKS", str(places["variable"]))
+    assert find_masks(parse_options({}), model) == places["variable"]
+    options = parse_options({"dam": {"masks": str(places["option"])}})
+    assert find_masks(options, model) == places["option"]
+    assert find_masks(parse_options({"dam": {"masks": model}}), "other") == places["model"]
+
+
+def test_no_masks_anywhere(tmp_path):
+    with pytest.raises(OptionError, match="no mask file: set --additional-config"):
+        find_masks(parse_options({}), str(tmp_path))
+
+
+def test_named_masks_do_not_exist(places, monkeypatch, tmp_path):
+    options = parse_options({"dam": {"masks": "no/where"}})
+    with pytest.raises(OptionError, match=r"dam\.masks is 'no/where'"):
+        find_masks(options, str(tmp_path / "model"))
+    monkeypatch.setenv("DAM_MASKS", "nowhere.safetensors")
+    with pytest.raises(OptionError, match=r"DAM_MASKS is 'nowhere\.safetensors'"):
+        find_masks(parse_options({}), str(tmp_path / "model"))
