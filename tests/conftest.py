@@ -80,7 +80,7 @@ def random_dynamic(rng: np.random.Generator, layers: int, kv_heads: int, head_si
     floors = rng.integers(0, 40, shape).astype(np.int32)
     return Dynamic(
         rotations=np.linalg.qr(rng.normal(size=(*shape, head_size, head_size)))[0].astype("f4"),
-        ranks=rng.integers(2, head_size + 1, shape).astype(np.int32),
+        channels=rng.integers(2, head_size + 1, shape).astype(np.int32),
         kinds=kinds,
         budgets=np.take_along_axis(budgets, kinds[None].astype(int), 0)[0].astype(np.float32),
         floors=floors,

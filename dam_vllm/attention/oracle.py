@@ -111,8 +111,11 @@ def dynamic_mask(
         bool [queries, keys], causal.
     """
     assert masks.dynamic is not None
-    rank = int(masks.dynamic.ranks[layer, head])
-    logits = torch.einsum("qgr,kr->qgk", query.float()[..., :rank], key.float()[:, :rank]) * scale
+    channels = int(masks.dynamic.channels[layer, head])
+    logits = (
+        torch.einsum("qgr,kr->qgk", query.float()[..., :channels], key.float()[:, :channels])
+        * scale
+    )
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
     result = static.copy()

@@ -59,7 +59,7 @@ def counts_option(text: str, option: str) -> list[int]:
 
 
 def channels_option(text: str, option: str, least: int) -> list[int]:
-    """Head sizes or ranks, multiples of `least`; raises OptionError for others."""
+    """Head sizes or channels, multiples of `least`; raises OptionError for others."""
     values = _integers(text)
     if not values or any(v % least or not least <= v <= MAX_CHANNELS for v in values):
         raise OptionError(

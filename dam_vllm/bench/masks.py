@@ -60,25 +60,25 @@ def streaming_masks(kv_heads: int, pages: int, page: int, group: int = 1) -> Mas
     )
 
 
-def dynamic_masks(kv_heads: int, group: int, head_size: int, rank: int, tokens: int) -> MaskSet:
+def dynamic_masks(kv_heads: int, group: int, head_size: int, channels: int, tokens: int) -> MaskSet:
     """One layer whose heads all read the first page, their own, and pages that they choose.
 
     Args:
         kv_heads: KV heads.
         group: query heads a KV head.
         head_size: channels a head.
-        rank: leading channels that score.
+        channels: leading channels that score.
         tokens: tokens chosen, rounded up to pages.
 
     Returns:
         The mask set, with a fingerprint that fits no model.
     """
     masks = streaming_masks(kv_heads, 0, 1, group)
-    return with_dynamic_heads(masks, kv_heads, head_size, rank, tokens)
+    return with_dynamic_heads(masks, kv_heads, head_size, channels, tokens)
 
 
 def with_dynamic_heads(
-    masks: MaskSet, count: int, head_size: int, rank: int, tokens: int
+    masks: MaskSet, count: int, head_size: int, channels: int, tokens: int
 ) -> MaskSet:
     """Lets the first KV heads of every layer choose pages beside those that they read anyway.
 
@@ -86,7 +86,7 @@ def with_dynamic_heads(
         masks: the mask set.
         count: KV heads of each layer that choose.
         head_size: channels a head.
-        rank: leading channels that score; the basis is the identity, which costs the same.
+        channels: leading channels that score; the basis is the identity, which costs the same.
         tokens: tokens chosen, rounded up to pages.
 
     Returns:
@@ -95,7 +95,7 @@ def with_dynamic_heads(
     shape = masks.modes.shape
     dynamic = Dynamic(
         rotations=np.tile(np.eye(head_size, dtype=np.float32), (*shape, 1, 1)),
-        ranks=np.full(shape, rank, dtype=np.int32),
+        channels=np.full(shape, channels, dtype=np.int32),
         kinds=np.full(shape, BudgetKind.TOP_K, dtype=np.uint8),
         budgets=np.full(shape, tokens, dtype=np.float32),
         floors=np.zeros(shape, dtype=np.int32),

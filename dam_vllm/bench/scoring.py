@@ -16,7 +16,7 @@ def measure(
     head_sizes: Sequence[int],
     lengths: Sequence[int],
     pages: Sequence[int],
-    ranks: Sequence[int],
+    channels: Sequence[int],
     group: int,
     rounds: int,
     advance: Advance,
@@ -27,7 +27,7 @@ def measure(
         head_sizes: channels a head.
         lengths: prompt lengths in tokens.
         pages: page sizes in tokens.
-        ranks: leading channels that score.
+        channels: leading channels that score.
         group: query heads a KV head.
         rounds: measurements of each peer.
         advance: called once a case.
@@ -40,22 +40,28 @@ def measure(
 
     rows = []
     cases = [
-        (size, page, length, rank)
+        (size, page, length, count)
         for size in head_sizes
         for page in pages
         for length in lengths
-        for rank in ranks
-        if rank <= size
+        for count in channels
+        if count <= size
     ]
-    for size, page, length, rank in cases:
+    for size, page, length, count in cases:
         prompt = random_prompt(Shape(group * KV_HEADS, KV_HEADS, size, page), length)
-        steps = dynamic_steps(prompt, dynamic_masks(KV_HEADS, group, size, rank, CHOSEN))
+        steps = dynamic_steps(prompt, dynamic_masks(KV_HEADS, group, size, count, CHOSEN))
         peers = {"dense": dense_step(prompt), "dam": steps.whole}
         peers |= {"select": steps.select, "rotate": steps.rotate}
         seconds = alternate(peers, rounds)
         times = {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
         rows.append(
-            {"bench": "scoring", "head_size": size, "page": page, "tokens": length, "rank": rank}
+            {
+                "bench": "scoring",
+                "head_size": size,
+                "page": page,
+                "tokens": length,
+                "channels": channels,
+            }
             | {f"{name}_ms": value for name, value in times.items()}
             | {
                 "select_over_dense": ratio(seconds["select"], seconds["dense"]),

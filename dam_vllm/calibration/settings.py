@@ -30,7 +30,7 @@ class FitConfig(BaseModel):
         query_blocks: static query blocks of context that are measured in each text.
         taus: thresholds of the true mask that are tried for static heads.
         mus: shares of a pattern's cells that are tried for static heads.
-        ranks: channels that score a token, or None for an eighth, a quarter, a half and all of a
+        channels: channels that score a token, or None for an eighth, a quarter, a half and all of a
             head's.
         scoring_cost: time that scoring takes a token and channel over that of attention; measured
             on CPU by `dam-vllm bench scoring`.
@@ -50,7 +50,7 @@ class FitConfig(BaseModel):
     query_blocks: int = Field(default=8, ge=1)
     taus: list[float] = Field(default=[0.05, 0.1, 0.2, 0.3], min_length=1)
     mus: list[float] = Field(default=[0.6, 0.8], min_length=1)
-    ranks: list[int] | None = None
+    channels: list[int] | None = None
     scoring_cost: float = Field(default=2.4, ge=0)
     seed: int = Field(default=0, ge=0)
 

@@ -11,7 +11,7 @@ from dam_vllm.cli.kernel_benchmarks import BATCHES, CPU, GPU, KernelOptions, Pha
 app = typer.Typer(help="Measure speed beside a peer in the same run.", no_args_is_help=True)
 
 LENGTHS = "1024,2048,4096,8192,16384"
-PAGES, HEAD_SIZES, SCORING_LENGTHS, RANKS = "32,128", "32,64,128", "16384", "16,32"
+PAGES, HEAD_SIZES, SCORING_LENGTHS, CHANNELS = "32,128", "32,64,128", "16384", "16,32"
 PAGE, WINDOW, HEAD_SIZE, ROUNDS = 128, 513, 64, 3
 TUNED_SIZES, TUNED_TOKENS, TUNED_BATCH = "64,128,256", 32768, 32
 
@@ -104,13 +104,15 @@ def scoring(
     head_sizes: Annotated[str, typer.Option(help="Channels a head.")] = HEAD_SIZES,
     lengths: Lengths = SCORING_LENGTHS,
     pages: Annotated[str, typer.Option(help="Page sizes, comma-separated.")] = PAGES,
-    ranks: Annotated[str, typer.Option(help="Leading channels that score.")] = RANKS,
+    channels: Annotated[str, typer.Option(help="Leading channels that score.")] = CHANNELS,
     group: Annotated[int, typer.Option(min=1, help="Query heads a KV head.")] = 4,
     rounds: Rounds = 5,
     json: Json = None,
 ) -> None:
     """Choosing pages by token scores, against the dense attention that it replaces."""
-    benchmarks.finish([benchmarks.scoring(head_sizes, lengths, pages, ranks, group, rounds)], json)
+    benchmarks.finish(
+        [benchmarks.scoring(head_sizes, lengths, pages, channels, group, rounds)], json
+    )
 
 
 @app.command()
@@ -163,7 +165,7 @@ def every(json: Json = None) -> None:
     """All but tune with their defaults, and the crossover; about half an hour."""
     chosen = [
         kernel_benchmarks.kernel(KernelOptions()),
-        benchmarks.scoring(HEAD_SIZES, SCORING_LENGTHS, PAGES, RANKS, 4, 5),
+        benchmarks.scoring(HEAD_SIZES, SCORING_LENGTHS, PAGES, CHANNELS, 4, 5),
         benchmarks.plan(PAGE, WINDOW, ROUNDS, False),
         benchmarks.e2e(LENGTHS, PAGE, WINDOW, (HEAD_SIZE, 0), ROUNDS, True, False),
         benchmarks.memory(None, None),

@@ -61,16 +61,16 @@ def finish(benchmarks: Sequence[Benchmark], json: Path | None) -> None:
 
 
 def scoring(
-    head_sizes: str, lengths: str, pages: str, ranks: str, group: int, rounds: int
+    head_sizes: str, lengths: str, pages: str, channel_counts: str, group: int, rounds: int
 ) -> Benchmark:
     """Choosing pages."""
     from dam_vllm.bench import scoring
     from dam_vllm.bench.checks import channels_option, lengths_option, pages_option
 
     sizes = channels_option(head_sizes, "--head-sizes", 32)
-    channels = channels_option(ranks, "--ranks", 1)
+    channels = channels_option(channel_counts, "--channels", 1)
     tokens, page_sizes = lengths_option(lengths, 128, 65536), pages_option(pages)
-    cases = [(size, rank) for size in sizes for rank in channels if rank <= size]
+    cases = [(size, count) for size in sizes for count in channels if count <= size]
     return Benchmark(
         f"choosing pages in a prefill, one layer, bf16, {group} query heads a KV head, "
         f"{scoring.CHOSEN} tokens chosen",

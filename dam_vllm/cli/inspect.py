@@ -92,7 +92,7 @@ def _dynamic(masks: "MaskSet", layer: int) -> list[dict[str, Any]]:
         return []
     for head in (masks.modes[layer] == HeadMode.DYNAMIC).nonzero()[0].tolist():
         at = (layer, head)
-        entry: dict[str, Any] = {"head": head, "rank": int(dynamic.ranks[at])}
+        entry: dict[str, Any] = {"head": head, "channels": int(dynamic.channels[at])}
         entry |= {"kind": BudgetKind(int(dynamic.kinds[at])).name.lower()}
         entry |= {"budget": round(float(dynamic.budgets[at]), 4)}
         found.append(entry | {"floor": int(dynamic.floors[at]), "cap": int(dynamic.caps[at])})
@@ -147,12 +147,12 @@ def _print_dynamic(console: "Console", layers: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     table = Table(title="dynamic heads")
-    for name in ("layer", "KV head", "rank"):
+    for name in ("layer", "KV head", "channels"):
         table.add_column(name, justify="right")
     table.add_column("pages chosen")
     for entry in layers:
         for head in entry.get("dynamic", []):
-            numbers = (entry["layer"], head["head"], head["rank"])
+            numbers = (entry["layer"], head["head"], head["channels"])
             table.add_row(*(str(number) for number in numbers), _budget(head))
     if table.row_count:
         console.print(table)

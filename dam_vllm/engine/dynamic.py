@@ -68,7 +68,7 @@ class LayerDynamic:
         """
         page, width = kv_cache.shape[2:]
         keys = kv_cache.view(-1, 2, width // 2, page)[:, 0]
-        scoring = query.transpose(0, 1)[..., : max(self.dynamic.ranks)]
+        scoring = query.transpose(0, 1)[..., : max(self.dynamic.channels)]
         heads = self.rotation.heads
         where = step.where.take(self.row, heads)
         selected = select_dynamic(
@@ -111,7 +111,7 @@ def dynamic_heads(
     tables = shard.tables(masks, layer, page, query_block=page).take(local)
     dense_until = -(-dense_below // query_block_size(page)) * query_block_size(page)
     return DynamicHeads(
-        ranks=[int(masks.dynamic.ranks[layer, head]) for head in heads],
+        channels=[int(masks.dynamic.channels[layer, head]) for head in heads],
         budgets=[Budget.of(masks.dynamic, layer, head, page) for head in heads],
         static=PageSelector([tables], dense_until, device),
         scale=scale,

@@ -31,7 +31,7 @@ class Dynamic:
         rotations: float32 [layers, kv_heads, head_size, head_size], orthogonal; column c is the
             direction of the keys' c-th largest variance on calibration texts (Loki, arXiv
             2406.02542). Queries and keys are multiplied by it from the right.
-        ranks: int32 [layers, kv_heads], leading channels that score a token.
+        channels: int32 [layers, kv_heads], leading channels that score a token.
         kinds: uint8 [layers, kv_heads], a `BudgetKind` each.
         budgets: float32 [layers, kv_heads], in the unit that the kind tells.
         floors: int32 [layers, kv_heads], fewest tokens chosen, rounded up to pages.
@@ -41,7 +41,7 @@ class Dynamic:
     """
 
     rotations: npt.NDArray[np.float32]
-    ranks: IntArray
+    channels: IntArray
     kinds: npt.NDArray[np.uint8]
     budgets: npt.NDArray[np.float32]
     floors: IntArray
@@ -63,7 +63,7 @@ class Dynamic:
             if found != shape:
                 raise ValueError(f"dynamic {name} has shape {found}, expected {shape}")
         bounds = {
-            "ranks": (1, size),
+            "channels": (1, size),
             "kinds": (0, max(BudgetKind)),
             "budgets": (0, np.inf),
             "floors": (0, np.inf),

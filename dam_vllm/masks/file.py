@@ -13,7 +13,7 @@ from dam_vllm.files import replacing
 from dam_vllm.masks.budget import Dynamic
 from dam_vllm.masks.mask_set import Header, MaskSet
 
-FORMAT = "dam-masks/1"
+FORMAT = "dam-masks/2"
 BIT_ARRAYS = ("columns", "diagonals")
 REQUIRED = ("columns", "diagonals", "true_bits", "modes")
 OPTIONAL = ("coverage", "coverage_extended", "density_lengths", "density_heads", "density_kv")
@@ -31,7 +31,7 @@ DTYPES: dict[str, type[np.generic]] = {
 DYNAMIC = "dynamic."
 DYNAMIC_DTYPES: dict[str, type[np.generic]] = {
     "rotations": np.float32,
-    "ranks": np.int32,
+    "channels": np.int32,
     "kinds": np.uint8,
     "budgets": np.float32,
     "floors": np.int32,

@@ -237,11 +237,11 @@ def test_a_rank_serves_its_own_heads(backend, rng, device, options, mode):
     steps = Steps(rng, device, torch.float32, None)
     common = steps.step(whole, MIXED)
     found = steps.run(whole, whole.builder.build(0, common))[:, GROUP:]
-    rank = backend(mode=mode, masks=whole.masks, local=(1, KV_HEADS), dense_below=0, **options)
+    channels = backend(mode=mode, masks=whole.masks, local=(1, KV_HEADS), dense_below=0, **options)
     query = steps.query[:, GROUP:].contiguous()
     cache, output = steps.cache[:, 1:].contiguous(), torch.full_like(query, torch.nan)
-    metadata = rank.builder.build(0, common)
-    rank.impl.forward(rank.layer, query, None, None, cache, metadata, output)
+    metadata = channels.builder.build(0, common)
+    channels.impl.forward(channels.layer, query, None, None, cache, metadata, output)
     torch.testing.assert_close(output.cpu(), found, rtol=1e-5, atol=1e-5)
 
 

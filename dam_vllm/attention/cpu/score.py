@@ -14,8 +14,8 @@ def max_scores_of_rows(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """Scores pages for few rows that share no keys: decoding.
 
     Args:
-        query: [n, rows, rank].
-        keys: [n, pages, rank, page].
+        query: [n, rows, channels].
+        keys: [n, pages, channels, page].
 
     Returns:
         [pages, n, rows].
@@ -29,8 +29,8 @@ def max_scores_of_span(
     """Scores pages for many rows over the same keys: prefill.
 
     Args:
-        query: [rows, rank].
-        keys: [pages, page, rank], contiguous.
+        query: [rows, channels].
+        keys: [pages, page, channels], contiguous.
         scratch: at least KEY_BLOCK * rows elements; fresh memory would cost as much as the
             product itself.
 
@@ -55,15 +55,15 @@ def max_scores_of_own_page(
     """Scores each query block's own page, causally.
 
     Args:
-        query: [query_blocks, queries, group, rank].
-        keys: [query_blocks, rank, page], the page that holds the query block.
+        query: [query_blocks, queries, group, channels].
+        keys: [query_blocks, channels, page], the page that holds the query block.
         first: int64 [query_blocks], place in its page of each query block's first query.
 
     Returns:
         [query_blocks, queries * group].
     """
-    query_blocks, queries, group, rank = query.shape
-    scores = torch.matmul(query.reshape(query_blocks, queries * group, rank), keys)
+    query_blocks, queries, group, channels = query.shape
+    scores = torch.matmul(query.reshape(query_blocks, queries * group, channels), keys)
     row = first[:, None] + torch.arange(queries, device=query.device)
     later = torch.arange(keys.shape[2], device=query.device) > row[..., None]
     later = later.repeat_interleave(group, dim=1)

@@ -27,7 +27,7 @@ class DynamicHeads:
     """A layer's dynamic heads on one worker.
 
     Attributes:
-        ranks: leading channels that score, a head.
+        channels: leading channels that score, a head.
         budgets: a head.
         static: page tables of these heads, one layer, query blocks of one page.
         scale: factor of the scores, that of an fp8 cache's keys included.
@@ -36,7 +36,7 @@ class DynamicHeads:
         stored: dtype of an fp8 cache, whose keys are handed over as bytes; else None.
     """
 
-    ranks: list[int]
+    channels: list[int]
     budgets: list[Budget]
     static: PageSelector
     scale: float
@@ -63,7 +63,7 @@ def select_dynamic(
     Args:
         dynamic: the layer's dynamic heads.
         query: [dynamic heads, tokens, group, channels], rotated; the leading channels, as many as
-            the largest rank.
+            the largest channels.
         keys: [virtual pages, head_size, page], rotated keys of the cache, these queries' own
             included.
         query_blocks: the batch's queries, cut at pages.
@@ -81,7 +81,7 @@ def select_dynamic(
     for request in query_blocks.request[~single].unique().tolist():
         longer = (query_blocks.request == request) & ~single
         mine = query_blocks.take(longer)
-        for at in range(len(dynamic.ranks)):
+        for at in range(len(dynamic.channels)):
             table = tables[at, request]
             chosen = _choose_prefill(dynamic, at, query[at], keys, mine, table, pages)
             selected[at, longer] |= chosen
@@ -102,9 +102,9 @@ def _choose_decode(
     each = torch.arange(len(own))
     after = torch.arange(selected.shape[2])[:, None] > own
     place = (query_blocks.stop - 1) % keys.shape[2]
-    for at, rank in enumerate(dynamic.ranks):
+    for at, channels in enumerate(dynamic.channels):
         cached = _gather(dynamic, at, keys, tables[at, query_blocks.request, : selected.shape[2]])
-        asked = query[at, query_blocks.row, :, :rank]
+        asked = query[at, query_blocks.row, :, :channels]
         max_scores = max_scores_of_rows(asked, cached)
         max_scores[own, each] = max_scores_of_own_page(asked[:, None], cached[each, own], place)
         logits = dynamic.logits(max_scores).masked_fill_(after[..., None], float("-inf"))
@@ -129,13 +129,13 @@ def _choose_prefill(
     Returns:
         bool [query_blocks, pages].
     """
-    page, group, rank = keys.shape[2], query.shape[1], dynamic.ranks[at]
+    page, group, channels = keys.shape[2], query.shape[1], dynamic.channels[at]
     start, stop = int(query_blocks.start[0]), int(query_blocks.stop[-1])
     size = max(1, SPAN_ROWS // group // page) * page
     base, end = start // size * size, -(-stop // size) * size
     row = int(query_blocks.row[0])
-    asked = query.new_zeros(end - base, group, rank)
-    asked[start - base : stop - base] = query[row : row + stop - start, :, :rank]
+    asked = query.new_zeros(end - base, group, channels)
+    asked[start - base : stop - base] = query[row : row + stop - start, :, :channels]
     ids = torch.zeros(end // page, dtype=table.dtype)
     known = min(len(table), end // page)
     ids[:known] = table[:known]
@@ -146,8 +146,8 @@ def _choose_prefill(
     result = torch.zeros(end // page, max(pages, end // page), dtype=torch.bool)
     for first in range(base, end, size):
         index = torch.arange(first // page, (first + size) // page)
-        rows = asked[first - base : first - base + size].view(len(index), page, group, rank)
-        max_scores = max_scores_of_span(rows.view(-1, rank), by_token[: index[-1] + 1], scratch)
+        rows = asked[first - base : first - base + size].view(len(index), page, group, channels)
+        max_scores = max_scores_of_span(rows.view(-1, channels), by_token[: index[-1] + 1], scratch)
         logits = dynamic.logits(max_scores).view(-1, len(index), page * group)
         own = max_scores_of_own_page(rows, cached[index], torch.zeros_like(index))
         _hide_later_pages(logits, dynamic.logits(own))
@@ -179,10 +179,10 @@ def _hide_later_pages(logits: torch.Tensor, own: torch.Tensor) -> None:
 def _gather(
     dynamic: DynamicHeads, at: int, keys: torch.Tensor, table: torch.Tensor
 ) -> torch.Tensor:
-    """Leading channels of a head's keys in some virtual pages: contiguous [..., rank, page]."""
-    page, rank = keys.shape[2], dynamic.ranks[at]
-    flat = keys.flatten(1)[:, : rank * page]
+    """Leading channels of a head's keys in some virtual pages: contiguous [..., channels, page]."""
+    page, channels = keys.shape[2], dynamic.channels[at]
+    flat = keys.flatten(1)[:, : channels * page]
     found = flat.index_select(0, table.flatten())
     if dynamic.stored is not None:
         found = found.view(dynamic.stored)
-    return found.to(dynamic.computed).view(*table.shape, rank, page)
+    return found.to(dynamic.computed).view(*table.shape, channels, page)

@@ -120,8 +120,8 @@ def score_pages(
     block_table: torch.Tensor,
     query_blocks: DeviceQueryBlocks,
     heads: torch.Tensor,
-    ranks: torch.Tensor,
-    max_rank: int,
+    channels: torch.Tensor,
+    max_channels: int,
     rows: Rows,
     scale: float,
     softcap: float,
@@ -136,8 +136,8 @@ def score_pages(
         block_table: int32 [requests, n]; entries after a request's last page are not read.
         query_blocks: of one page each.
         heads: int32 [n], KV heads to score.
-        ranks: int32 [n], leading channels that score.
-        max_rank: the largest of them.
+        channels: int32 [n], leading channels that score.
+        max_channels: the largest of them.
         rows: which query blocks.
         scale: factor of the scores.
         softcap: soft-capping of the scores, 0 for none.
@@ -146,13 +146,13 @@ def score_pages(
     chunks = max_scores.sums.shape[2]
     blocks = PageBlocks(keys.shape[1])
     _score_pages[(slots * rows.blocks, n, lanes(slots * rows.blocks * n, chunks))](
-        query, keys, block_table, heads, ranks, max_scores.logits, max_scores.largest, max_scores.sums,
+        query, keys, block_table, heads, channels, max_scores.logits, max_scores.largest, max_scores.sums,
         *query_blocks.arguments,
         scale, *query.stride()[:3], *keys.stride()[:2], block_table.stride(0),
         query.shape[1], slots, max_scores.logits.shape[2], chunks,
         GROUP=rows.group, QUERIES=rows.queries, ROWS=rows.block, BLOCKS=rows.blocks, COUNT=count,
         PAGE=blocks.page, UNIT=blocks.unit, PARTS=blocks.parts, PAGES=blocks.pages,
-        CHUNK=blocks.chunk, RANK=max(16, triton.next_power_of_2(max_rank)), SOFTCAP=softcap,
+        CHUNK=blocks.chunk, CHANNELS=max(16, triton.next_power_of_2(max_channels)), SOFTCAP=softcap,
         UPCAST=triton.knobs.runtime.interpret,
     )  # fmt: skip
 
@@ -185,13 +185,13 @@ def _cap(logits, SOFTCAP: tl.constexpr):
 
 @triton.jit(do_not_specialize=["slots", "width", "chunks"])
 def _score_pages(
-    query_ptr, key_ptr, table_ptr, head_ptr, rank_ptr, max_score_ptr, largest_ptr, sum_ptr,
+    query_ptr, key_ptr, table_ptr, head_ptr, channels_ptr, max_score_ptr, largest_ptr, sum_ptr,
     request_ptr, offset_ptr, query_start_ptr, seq_len_ptr,
     scale, query_token, query_head, query_group, key_page, key_token, table_row,
     kv_heads, slots, width, chunks,
     GROUP: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
     COUNT: tl.constexpr, PAGE: tl.constexpr, UNIT: tl.constexpr, PARTS: tl.constexpr,
-    PAGES: tl.constexpr, CHUNK: tl.constexpr, RANK: tl.constexpr, SOFTCAP: tl.constexpr,
+    PAGES: tl.constexpr, CHUNK: tl.constexpr, CHANNELS: tl.constexpr, SOFTCAP: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Scores some of a query block's chunks for a block of its rows."""
@@ -205,15 +205,15 @@ def _score_pages(
     if block * ROWS >= queries * GROUP:
         return
     head = tl.load(head_ptr + at)
-    rank = tl.load(rank_ptr + at)
+    channels = tl.load(channels_ptr + at)
     row = block * ROWS + tl.arange(0, ROWS)
     present = row < queries * GROUP
-    channel = tl.arange(0, RANK)
+    channel = tl.arange(0, CHANNELS)
     asked_ptr = query_ptr + (first_row + row // GROUP).to(tl.int64) * query_token
     asked_ptr += head.to(tl.int64) * query_head + row % GROUP * query_group
     asked = tl.load(
         asked_ptr[:, None] + channel[None, :],
-        mask=present[:, None] & (channel < rank)[None, :],
+        mask=present[:, None] & (channel < channels)[None, :],
         other=0.0,
     )
     query_dtype = asked.dtype
@@ -222,7 +222,7 @@ def _score_pages(
     position = start + row // GROUP
     token = tl.arange(0, PAGES * UNIT)
     # A limit that divides by 8 lets keys be loaded by vectors; the query is 0 in what is more.
-    is_read = channel < (rank + 7) // 8 * 8
+    is_read = channel < (channels + 7) // 8 * 8
     query_block = (at * slots + slot).to(tl.int64)
     for chunk in range(tl.program_id(2), own // CHUNK + 1, tl.num_programs(2)):
         largest = tl.full([ROWS], LOWEST, tl.float32)

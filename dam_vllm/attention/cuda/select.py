@@ -20,7 +20,7 @@ from dam_vllm.attention.cuda.score import (
     query_block_of_rows,
     score_pages,
 )
-from dam_vllm.attention.cuda.shares import STATIC, Ranking, mass_of_pages, rank_pages
+from dam_vllm.attention.cuda.shares import STATIC, PageShares, mass_of_pages, share_pages
 from dam_vllm.masks.budget import Budget, BudgetKind
 from dam_vllm.masks.page_tables import PageSelector
 
@@ -67,7 +67,7 @@ class DeviceBudgets:
 def choose_pages(
     chosen: torch.Tensor,
     max_scores: PageMaxScores,
-    ranking: Ranking,
+    page_shares: PageShares,
     query_blocks: DeviceQueryBlocks,
     budgets: DeviceBudgets,
     rows: Rows,
@@ -78,7 +78,7 @@ def choose_pages(
     Args:
         chosen: uint8 [heads, slots, pages], zeros, where chosen pages become 1.
         max_scores: of these query blocks.
-        ranking: of these query blocks.
+        page_shares: of these query blocks.
         query_blocks: of one page each.
         budgets: of the heads.
         rows: which query blocks.
@@ -87,7 +87,7 @@ def choose_pages(
     n, slots, width, count = max_scores.logits.shape
     whole = triton.next_power_of_2(max(16, count))
     _choose_pages[(slots, n)](
-        chosen, *chosen.stride()[:2], ranking.bits, max_scores.logits, ranking.largest, ranking.total,
+        chosen, *chosen.stride()[:2], page_shares.bits, max_scores.logits, page_shares.largest, page_shares.total,
         budgets.kinds, budgets.values, budgets.floors, budgets.caps,
         *query_blocks.arguments, slots, width,
         ANY_TOP_P=budgets.any_top_p, SCAN=SCAN, PAGES=max(1, ELEMENTS // whole), WHOLE=whole,
@@ -223,8 +223,8 @@ class DeviceDynamic:
 
     Attributes:
         heads: int32 [n], KV heads among those of the worker.
-        ranks: int32 [n], leading channels that score.
-        max_rank: the largest of them.
+        channels: int32 [n], leading channels that score.
+        max_channels: the largest of them.
         budgets: of these heads.
         static: page tables of these heads, one layer, query blocks of one page.
         scale: factor of the scores, that of an fp8 cache's keys included.
@@ -232,8 +232,8 @@ class DeviceDynamic:
     """
 
     heads: torch.Tensor
-    ranks: torch.Tensor
-    max_rank: int
+    channels: torch.Tensor
+    max_channels: int
     budgets: DeviceBudgets
     static: PageSelector
     scale: float
@@ -245,8 +245,8 @@ class DeviceDynamic:
         device = dynamic.static.near.device
         return cls(
             heads=torch.tensor(heads, dtype=torch.int32, device=device),
-            ranks=torch.tensor(dynamic.ranks, dtype=torch.int32, device=device),
-            max_rank=max(dynamic.ranks),
+            channels=torch.tensor(dynamic.channels, dtype=torch.int32, device=device),
+            max_channels=max(dynamic.channels),
             budgets=DeviceBudgets.of(dynamic.budgets, device),
             static=dynamic.static,
             scale=dynamic.scale,
@@ -294,10 +294,10 @@ def choose_on_device(
             )
             max_scores = PageMaxScores.empty(heads, len(part), width, rows, blocks, query)
             score_pages(
-                max_scores, query, keys, block_table, part, dynamic.heads, dynamic.ranks,
-                dynamic.max_rank, rows, dynamic.scale, dynamic.softcap,
+                max_scores, query, keys, block_table, part, dynamic.heads, dynamic.channels,
+                dynamic.max_channels, rows, dynamic.scale, dynamic.softcap,
             )  # fmt: skip
-            ranking = rank_pages(max_scores, part, dynamic.static, rows, blocks)
+            page_shares = share_pages(max_scores, part, dynamic.static, rows, blocks)
             target = chosen[:, first : first + step]
-            choose_pages(target, max_scores, ranking, part, dynamic.budgets, rows, page)
+            choose_pages(target, max_scores, page_shares, part, dynamic.budgets, rows, page)
     return chosen.view(torch.bool)

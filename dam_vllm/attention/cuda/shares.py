@@ -1,4 +1,4 @@
-"""Ranking of pages on a GPU: how much of its attention mass any row of a query block finds in a page."""
+"""PageShares of pages on a GPU: how much of its attention mass any row of a query block finds in a page."""
 
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ STATIC = tl.constexpr(0x40000000)
 
 
 @dataclass(frozen=True)
-class Ranking:
+class PageShares:
     """Ranks of pages for query blocks, and what makes logits of rows shares of their mass.
 
     Attributes:
@@ -39,13 +39,13 @@ class Ranking:
     bits: torch.Tensor
 
 
-def rank_pages(
+def share_pages(
     max_scores: PageMaxScores,
     query_blocks: DeviceQueryBlocks,
     static: PageSelector,
     rows: Rows,
     blocks: PageBlocks,
-) -> Ranking:
+) -> PageShares:
     """Ranks pages for all query blocks of one query, or for all longer ones.
 
     Args:
@@ -56,7 +56,7 @@ def rank_pages(
         blocks: how pages are cut.
 
     Returns:
-        The ranking; undefined for other query blocks.
+        The page_shares; undefined for other query blocks.
     """
     n, slots, width, count = max_scores.logits.shape
     chunks = max_scores.sums.shape[2]
@@ -74,11 +74,11 @@ def rank_pages(
         max_scores.largest, max_scores.sums, largest, total, *query_blocks.arguments, slots, chunks,
         CHUNK=blocks.chunk, CHUNKS=block, BLOCKS=rows.blocks, **sizes,
     )  # fmt: skip
-    _rank_pages[(slots, n, lanes(slots * n, triton.cdiv(width, block)))](
+    _share_pages[(slots, n, lanes(slots * n, triton.cdiv(width, block)))](
         max_scores.logits, largest, total, bits, *query_blocks.arguments, slots, width,
         **page_arguments(static), PAGES=block, **sizes,
     )  # fmt: skip
-    return Ranking(largest, total, bits)
+    return PageShares(largest, total, bits)
 
 
 @triton.jit(do_not_specialize=["slots", "chunks"])
@@ -126,7 +126,7 @@ def mass_of_pages(
 
     `query_block` is where the query block lies, `page` an int32 block, `wanted` an int1 block of those to tell
     about, `width` how many a query block has in memory. The query block has `rows` rows, COUNT in memory; the
-    block has ROWS from `first_row` on. For the rest see `PageMaxScores` and `Ranking`. Gives a float32
+    block has ROWS from `first_row` on. For the rest see `PageMaxScores` and `PageShares`. Gives a float32
     block [pages, ROWS].
     """
     row = first_row + tl.arange(0, ROWS)
@@ -142,7 +142,7 @@ def mass_of_pages(
 
 
 @triton.jit(do_not_specialize=["slots", "width"])
-def _rank_pages(
+def _share_pages(
     max_score_ptr, largest_ptr, total_ptr, bits_ptr,
     request_ptr, offset_ptr, query_start_ptr, seq_len_ptr, slots, width,
     near_ptr, columns_ptr, distances_ptr,

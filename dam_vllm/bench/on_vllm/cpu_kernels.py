@@ -252,7 +252,9 @@ def dynamic_steps(prompt: Prompt, masks: MaskSet) -> DynamicSteps:
         return dynamic.rotation.queries(prompt.query, shape.kv_heads)
 
     def select() -> torch.Tensor:
-        asked = grouped.transpose(0, 1)[..., : max(dynamic.dynamic.ranks)][dynamic.rotation.heads]
+        asked = grouped.transpose(0, 1)[..., : max(dynamic.dynamic.channels)][
+            dynamic.rotation.heads
+        ]
         return select_dynamic(dynamic.dynamic, asked, keys, query_blocks, where.tables()[0])
 
     def whole() -> torch.Tensor:

@@ -58,7 +58,7 @@ def _none_chosen(masks: MaskSet, rotations: FloatArray) -> Dynamic:
     shape = (masks.layers, masks.kv_heads)
     return Dynamic(
         rotations=rotations.astype(np.float32),
-        ranks=np.ones(shape, dtype=np.int32),
+        channels=np.ones(shape, dtype=np.int32),
         kinds=np.zeros(shape, dtype=np.uint8),
         budgets=np.zeros(shape, dtype=np.float32),
         floors=np.zeros(shape, dtype=np.int32),
@@ -73,8 +73,8 @@ def _set(
     """Writes a candidate's budget in tokens."""
     budget = candidate.budget
     assert budget is not None
-    assert candidate.rank is not None
-    dynamic.ranks[at] = candidate.rank
+    assert candidate.channels is not None
+    dynamic.channels[at] = candidate.channels
     dynamic.kinds[at] = budget.kind
     counts = budget.kind == BudgetKind.TOP_K
     dynamic.budgets[at] = budget.value * (page if counts else 1)

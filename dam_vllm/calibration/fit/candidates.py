@@ -22,19 +22,19 @@ class Candidate:
 
     Attributes:
         pattern: index of the static pattern that is read anyway.
-        rank: channels that score, or None where nothing is chosen (static).
+        channels: channels that score, or None where nothing is chosen (static).
         budget: what is chosen, in pages, or None.
     """
 
     pattern: int
-    rank: int | None = None
+    channels: int | None = None
     budget: Budget | None = None
 
     def describe(self, patterns: Sequence["Pattern"]) -> str:
         """In a word or two, for reports."""
         if self.budget is None:
             return f"static {patterns[self.pattern].name}"
-        return f"dynamic rank {self.rank} {self.budget.kind.name.lower()} {self.budget.value:g}"
+        return f"dynamic channels {self.channels} {self.budget.kind.name.lower()} {self.budget.value:g}"
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Pattern:
     build: Callable[[], MaskSet]
 
 
-def default_ranks(head_size: int) -> list[int]:
+def default_channels(head_size: int) -> list[int]:
     """An eighth, a quarter, a half and all of a head's channels."""
     return [max(1, head_size // part) for part in (8, 4, 2, 1)]
 
@@ -65,20 +65,20 @@ def dynamic_budgets() -> list[Budget]:
     ]
 
 
-def candidates(patterns: Sequence[Pattern], bare: int, ranks: Sequence[int]) -> list[Candidate]:
+def candidates(patterns: Sequence[Pattern], bare: int, channels: Sequence[int]) -> list[Candidate]:
     """All candidates but dense: every pattern as it stands, and budgets over the bare pattern.
 
     Args:
         patterns: static patterns.
         bare: index of the pattern that keeps nothing.
-        ranks: channels that score.
+        channels: channels that score.
 
     Returns:
         The candidates.
     """
     static = [Candidate(index) for index in range(len(patterns))]
     budgets = dynamic_budgets()
-    return static + [Candidate(bare, rank, budget) for rank in ranks for budget in budgets]
+    return static + [Candidate(bare, count, budget) for count in channels for budget in budgets]
 
 
 class LayerPatterns:

@@ -147,16 +147,16 @@ class TextLosses:
         scores: dict[int, PageScores] = {}
         found = []
         for index, candidate in enumerate(self.candidates):
-            if candidate.rank is None or candidate.budget is None:
+            if candidate.channels is None or candidate.budget is None:
                 found.append(static[candidate.pattern])
                 continue
-            if candidate.rank not in scores:
-                each = logits(states, head, position, rotation, candidate.rank)
+            if candidate.channels not in scores:
+                each = logits(states, head, position, rotation, candidate.channels)
                 max_scores = by_page(each, page, float("-inf")).amax(dim=-1)
-                scores[candidate.rank] = PageScores(
+                scores[candidate.channels] = PageScores(
                     max_scores.permute(2, 0, 1).contiguous(), None, own
                 )
-            chosen = choose(scores[candidate.rank], anyway, candidate.budget)
+            chosen = choose(scores[candidate.channels], anyway, candidate.budget)
             found.append(chosen | anyway)
             if block.counted:
                 self.sums.chosen[states.layer, head, index] += int(chosen.sum())

@@ -111,13 +111,13 @@ ROWS = 256
 
 
 def probes(candidates: list[Candidate]) -> list[int]:
-    """The candidates that heads are probed with: nothing, and few pages by the middle rank."""
-    ranks = sorted({each.rank for each in candidates if each.rank is not None})
-    wanted = (ranks[len(ranks) // 2], BudgetKind.TOP_K, PAGES)
+    """The candidates that heads are probed with: nothing, and few pages by the middle channels."""
+    channels = sorted({each.channels for each in candidates if each.channels is not None})
+    wanted = (channels[len(channels) // 2], BudgetKind.TOP_K, PAGES)
     few = next(
         index
         for index, each in enumerate(candidates)
-        if each.budget and (each.rank, each.budget.kind, each.budget.value) == wanted
+        if each.budget and (each.channels, each.budget.kind, each.budget.value) == wanted
     )
     return [BARE, few]
 

@@ -43,7 +43,7 @@ class Rows:
 
 
 def logits(
-    states: LayerStates, head: int, position: torch.Tensor, rotation: torch.Tensor, rank: int
+    states: LayerStates, head: int, position: torch.Tensor, rotation: torch.Tensor, channels: int
 ) -> torch.Tensor:
     """Causal logits of a KV head's queries in the leading channels of a basis.
 
@@ -52,13 +52,13 @@ def logits(
         head: KV head.
         position: int64 [query_blocks, queries].
         rotation: [head_size, head_size].
-        rank: channels.
+        channels: channels.
 
     Returns:
         float32 [query_blocks, queries * group, tokens up to the last position], -inf in the future.
     """
     group, stop = states.group, int(position.max()) + 1
-    basis = rotation[:, :rank]
+    basis = rotation[:, :channels]
     query = states.query[head * group : (head + 1) * group, position].float() @ basis
     key = states.key[head, :stop].float() @ basis
     scores = query.permute(1, 2, 0, 3).flatten(1, 2) @ key.t() * states.scale

@@ -11,7 +11,7 @@ from dam_vllm.calibration.fit.candidates import (
     Candidate,
     LayerPatterns,
     candidates,
-    default_ranks,
+    default_channels,
     dynamic_density,
     layer_patterns,
 )
@@ -65,7 +65,7 @@ class _Fit:
         fitted = [text for row, text in enumerate(texts) if row % every != every - 1]
         rotations = self._rotations(fitted)
         self.candidates = candidates(
-            inputs.patterns, BARE, config.ranks or default_ranks(rotations.shape[-1])
+            inputs.patterns, BARE, config.channels or default_channels(rotations.shape[-1])
         )
         patterns = layer_patterns(inputs.patterns, BARE, inputs.layers, config.page)
         sums = self._sums(fitted, patterns, rotations)
@@ -185,8 +185,8 @@ class _Fit:
 
     def _scoring(self, head_size: int) -> np.ndarray:
         """Cost of scoring, in units of dense attention: [candidates]."""
-        ranks = np.array([candidate.rank or 0 for candidate in self.candidates])
-        return ranks / (2 * head_size) * self.config.scoring_cost
+        channels = np.array([candidate.channels or 0 for candidate in self.candidates])
+        return channels / (2 * head_size) * self.config.scoring_cost
 
     def _report(
         self, texts: list[FitText], curves: list[list[Point]], proven: list[Point]

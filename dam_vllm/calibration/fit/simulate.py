@@ -92,7 +92,7 @@ class Simulation:
         key = states.key[head].float() @ rotation
         cache = pad(key, (0, 0, 0, -len(key) % self.page)).view(-1, self.page, key.shape[1])
         dynamic = DynamicHeads(
-            ranks=[int(self.masks.dynamic.ranks[layer, head])],
+            channels=[int(self.masks.dynamic.channels[layer, head])],
             budgets=[Budget.of(self.masks.dynamic, layer, head, self.page)],
             static=selector,
             scale=states.scale,

@@ -26,7 +26,7 @@ CONFIG = FitConfig(
     page=16,
     lengths=[660],
     check=3,
-    ranks=[4, 8],
+    channels=[4, 8],
     query_blocks=1,
     scoring_cost=0.1,
 )

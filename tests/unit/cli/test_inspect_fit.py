@@ -52,7 +52,7 @@ def fitted(random_masks, tmp_path):
     dynamic = masks.dynamic
     for layer, (kind, budget, _) in enumerate(KINDS):
         at = (layer, 1)
-        dynamic.ranks[at], dynamic.kinds[at], dynamic.budgets[at] = 5, kind, budget
+        dynamic.channels[at], dynamic.kinds[at], dynamic.budgets[at] = 5, kind, budget
         dynamic.floors[at], dynamic.caps[at] = 32, 96
     header = masks.header.model_copy(update={"parameters": {"tau": 0.1, "fit": FIT}})
     file = tmp_path / "masks.safetensors"
@@ -85,7 +85,7 @@ def test_json_tells_the_same(fitted):
     assert report["parameters"]["fit"] == FIT
     for layer, (kind, budget, _) in zip(report["layers"], KINDS, strict=True):
         assert layer["dynamic"] == [
-            {"head": 1, "rank": 5, "kind": kind.name.lower(), "budget": budget,
+            {"head": 1, "channels": 5, "kind": kind.name.lower(), "budget": budget,
              "floor": 32, "cap": 96}
         ]  # fmt: skip
     assert json.loads(run(fitted, "--json", "--page", 16).output)["page"] == 16

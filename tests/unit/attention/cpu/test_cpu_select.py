@@ -47,7 +47,7 @@ class Batch:
         heads = self.heads(layer)
         tables = page_tables(self.masks, layer, self.page, self.page)
         dynamic = DynamicHeads(
-            ranks=[int(self.masks.dynamic.ranks[layer, head]) for head in heads],
+            channels=[int(self.masks.dynamic.channels[layer, head]) for head in heads],
             budgets=[Budget.of(self.masks.dynamic, layer, head, self.page) for head in heads],
             static=PageSelector([tables.take(heads.tolist())], dense_below),
             scale=SCALE,
@@ -148,7 +148,7 @@ def test_one_query_that_looks_far_back_gets_its_page(rng, random_masks):
         budgets=np.full_like(masks.dynamic.budgets, 16),
         floors=np.zeros_like(masks.dynamic.floors),
         caps=np.full_like(masks.dynamic.caps, 16),
-        ranks=np.full_like(masks.dynamic.ranks, 24),
+        channels=np.full_like(masks.dynamic.channels, 24),
     )
     masks = dataclasses.replace(masks, dynamic=dynamic)
     # A longer key could lie nearer to a query than its own.

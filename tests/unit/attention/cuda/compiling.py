@@ -88,14 +88,19 @@ def resources(kernel: "triton.compiler.CompiledKernel") -> dict[str, int]:
 
 
 def choose_pages_of(
-    dtype: torch.dtype, stored: torch.dtype, page: int, queries: int, rank: int = 64, group: int = 4
+    dtype: torch.dtype,
+    stored: torch.dtype,
+    page: int,
+    queries: int,
+    channels: int = 64,
+    group: int = 4,
 ) -> None:
     """Launches the choice of dynamic heads on empty tensors."""
     heads, kv_heads, size, requests, pages = 2, 8, 128, 4, 600
     flags = np.zeros((heads, 4, 4), dtype=bool)
     tables = PageTables(page, page, flags, flags[:, 0], flags[:, 0], flags[:, 0, 0])
     dynamic = DynamicHeads(
-        ranks=[rank, rank],
+        channels=[channels, channels],
         budgets=[Budget(BudgetKind.TOP_P, 0.9, 1, 100), Budget(BudgetKind.TOP_K, 9.0, 1, 9)],
         static=PageSelector([tables]),
         scale=0.1,

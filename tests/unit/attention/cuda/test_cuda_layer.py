@@ -26,8 +26,8 @@ def device_layer(masks, device):
         dynamic = None
         if query_block is not None:
             budget = Budget.of(masks.dynamic, 0, head, PAGE)
-            rank = int(masks.dynamic.ranks[0, head])
-            chosen = DynamicHeads([rank], [budget], selector, SCALE)
+            channels = int(masks.dynamic.channels[0, head])
+            chosen = DynamicHeads([channels], [budget], selector, SCALE)
             dynamic = DeviceDynamic.of(chosen, [head])
         heads = torch.tensor([head], dtype=torch.int32, device=device)
         sets.append(HeadSet((head,), heads, selector, dynamic))

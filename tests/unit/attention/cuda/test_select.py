@@ -11,7 +11,7 @@ from dam_vllm.attention.cpu.select import DynamicHeads
 from dam_vllm.attention.cuda import score, select, shares
 from dam_vllm.attention.cuda.plan import DeviceQueryBlocks, query_block_slots
 from dam_vllm.attention.cuda.select import DeviceDynamic, choose_on_device
-from dam_vllm.attention.cuda.shares import rank_pages
+from dam_vllm.attention.cuda.shares import share_pages
 from dam_vllm.attention.oracle import dynamic_mask, page_mask
 from dam_vllm.masks.budget import Budget, BudgetKind
 from dam_vllm.masks.mask_set import HeadMode
@@ -70,7 +70,7 @@ class Case:
     def device(self, page, device, softcap=0.0, dense_below=0):
         tables = page_tables(self.masks, 0, page, page).take(self.heads.tolist())
         dynamic = DynamicHeads(
-            ranks=self.masks.dynamic.ranks[0, self.heads].tolist(),
+            channels=self.masks.dynamic.channels[0, self.heads].tolist(),
             budgets=[Budget.of(self.masks.dynamic, 0, head, page) for head in self.heads],
             static=PageSelector([tables], dense_below, device),
             scale=SCALE,
@@ -102,9 +102,9 @@ class Case:
         start = request.stop - request.new
         rows = slice(max(0, query_block * page - start), (query_block + 1) * page - start)
         position = torch.arange(start, request.stop)[rows]
-        rank = int(self.masks.dynamic.ranks[0, head])
-        query = request.query[rows, head, :, :rank].double()
-        keys = request.keys[: (query_block + 1) * page, head, :rank].double()
+        channels = int(self.masks.dynamic.channels[0, head])
+        query = request.query[rows, head, :, :channels].double()
+        keys = request.keys[: (query_block + 1) * page, head, :channels].double()
         logits = torch.einsum("qgr,kr->qgk", query, keys) * SCALE
         if softcap:
             logits = softcap * torch.tanh(logits / softcap)
@@ -138,7 +138,7 @@ class Case:
     def _rounding_decides(self, pages, expected, request, page, at, query_block, options):
         """Whether a choice is as good as the oracle's.
 
-        It is where both end at the same rank, and pages that differ have it too, but for a
+        It is where both end at the same channels, and pages that differ have it too, but for a
         hundred-thousandth; or where a budget changed as little makes it the oracle's.
         """
         head, first = self.heads[at], (request.stop - request.new) // page
@@ -278,7 +278,7 @@ def test_of_equal_pages_all_without_mass_none(rng, device, random_masks):
     equal.keys[100:500] = equal.keys[100]
     assert case.check([equal], 16, device) > 0
     unseen.keys[100:200] = -1000 * unseen.query[0, :, 0]
-    case.masks.dynamic.ranks[:] = 24
+    case.masks.dynamic.channels[:] = 24
     case.masks.dynamic.floors[:] = 300
     case.masks.dynamic.caps[:] = 300
     assert case.check([unseen], 16, device) > 0
@@ -291,7 +291,7 @@ def test_a_row_sees_nothing_later_in_its_own_page(rng, device, random_masks):
     case = Case(rng, random_masks, [BudgetKind.TOP_K], group=1)
     dynamic, (head,) = case.masks.dynamic, case.heads
     dynamic.budgets[0, head], dynamic.floors[0, head], dynamic.caps[0, head] = 1, 0, 16
-    dynamic.ranks[0, head] = 24
+    dynamic.channels[0, head] = 24
     request = case.request(16, 320)
     request.keys = 5 * torch.nn.functional.normalize(request.keys, dim=-1)
     request.query[:, head, 0] = request.keys[304:, head] * 20
@@ -303,11 +303,11 @@ def test_a_row_sees_nothing_later_in_its_own_page(rng, device, random_masks):
 
 
 def ranked(case, requests, page, device, dynamic):
-    """Choice, and the ranks of query blocks as bits: {(request, query block): int32 [heads, pages]}."""
-    ranks = {}
+    """Choice, and the channels of query blocks as bits: {(request, query block): int32 [heads, pages]}."""
+    channels = {}
 
-    def rank(max_scores, query_blocks, static, rows, blocks):
-        ranking = rank_pages(max_scores, query_blocks, static, rows, blocks)
+    def channels(max_scores, query_blocks, static, rows, blocks):
+        page_shares = share_pages(max_scores, query_blocks, static, rows, blocks)
         for slot, (row, offset) in enumerate(
             zip(query_blocks.request, query_blocks.offset, strict=True)
         ):
@@ -317,13 +317,13 @@ def ranked(case, requests, page, device, dynamic):
                 own = int(offset) + start // page
                 queries = min(request.stop, (own + 1) * page) - max(start, own * page)
                 if queries > 0 and (queries > 1) == (rows.queries > 1):
-                    ranks[int(row), own] = ranking.bits[:, slot, : own + 1].cpu()
-        return ranking
+                    channels[int(row), own] = page_shares.bits[:, slot, : own + 1].cpu()
+        return page_shares
 
-    with patch.object(select, "rank_pages", rank):
+    with patch.object(select, "share_pages", channels):
         chosen = Batch(case, requests, page, device).choose(dynamic)
-    assert len(ranks) == sum(each.shape[1] for each in chosen)
-    return chosen, ranks
+    assert len(channels) == sum(each.shape[1] for each in chosen)
+    return chosen, channels
 
 
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
@@ -332,8 +332,8 @@ def test_ranks_are_shares_of_mass(rng, device, random_masks, softcap):
     case = Case(rng, random_masks, ALL[:2], group=3)
     requests = [case.request(1, 1100), case.request(30, 250)]
     dynamic = case.device(48, device, softcap=softcap)
-    _, ranks = ranked(case, requests, 48, device, dynamic)
-    for (row, query_block), bits in ranks.items():
+    _, channels = ranked(case, requests, 48, device, dynamic)
+    for (row, query_block), bits in channels.items():
         for at, head in enumerate(case.heads):
             expected = case.best(requests[row], 48, head, query_block, softcap)
             static = dynamic.static.select(
@@ -345,13 +345,13 @@ def test_ranks_are_shares_of_mass(rng, device, random_masks, softcap):
 
 
 def test_batch_and_launches_change_nothing(rng, device, random_masks, monkeypatch):
-    """Bit for bit the same ranks alone, among others, in parts, and by fewer programs."""
+    """Bit for bit the same channels alone, among others, in parts, and by fewer programs."""
     case = Case(rng, random_masks, ALL[1:], dtype=torch.bfloat16)
     mine = [case.request(1, 1100), case.request(20, 300)]
     others = [case.request(1, 1300), case.request(40, 100)]
     dynamic = case.device(16, device)
     together = [*mine, *others]
-    chosen, ranks = ranked(case, together, 16, device, dynamic)
+    chosen, channels = ranked(case, together, 16, device, dynamic)
 
     def check(requests):
         again, own = ranked(case, requests, 16, device, dynamic)
@@ -360,7 +360,7 @@ def test_batch_and_launches_change_nothing(rng, device, random_masks, monkeypatc
             width = min(pages.shape[2], chosen[place].shape[2])
             assert (chosen[place][..., :width] == pages[..., :width]).all()
         for (row, query_block), bits in own.items():
-            assert torch.equal(bits, ranks[places[row], query_block])
+            assert torch.equal(bits, channels[places[row], query_block])
 
     check(mine[:1])
     check([others[1], mine[1]])

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[3]
 SHARED = {80: 163 * 1024, 90: 227 * 1024}
 SPILLED = 64
 KERNELS = {
-    "_attend_kernel", "_choose_pages", "_merge_kernel", "_plan_kernel", "_rank_pages",
+    "_attend_kernel", "_choose_pages", "_merge_kernel", "_plan_kernel", "_share_pages",
     "_score_pages", "_sum_chunks",
 }  # fmt: skip
 
