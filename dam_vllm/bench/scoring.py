@@ -60,7 +60,7 @@ def measure(
                 "head_size": size,
                 "page": page,
                 "tokens": length,
-                "channels": channels,
+                "channels": count,
             }
             | {f"{name}_ms": value for name, value in times.items()}
             | {

@@ -199,7 +199,7 @@ def _cells(entry: dict[str, Any]) -> list[str]:
 def _budget(head: dict[str, Any]) -> str:
     bounds = f"{head['floor']} to {head['cap']} tokens"
     match head["kind"]:
-        case "count":
+        case "top_k":
             return f"{head['budget']:g} tokens, {bounds}"
         case "share":
             return f"{head['budget']:g} of the context, {bounds}"

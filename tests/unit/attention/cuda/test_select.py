@@ -138,7 +138,7 @@ class Case:
     def _rounding_decides(self, pages, expected, request, page, at, query_block, options):
         """Whether a choice is as good as the oracle's.
 
-        It is where both end at the same channels, and pages that differ have it too, but for a
+        It is where both end at the same share, and pages that differ have it too, but for a
         hundred-thousandth; or where a budget changed as little makes it the oracle's.
         """
         head, first = self.heads[at], (request.stop - request.new) // page
@@ -302,11 +302,11 @@ def test_a_row_sees_nothing_later_in_its_own_page(rng, device, random_masks):
     assert np.flatnonzero(pages[0, 0]).tolist() == [85 // 16]
 
 
-def ranked(case, requests, page, device, dynamic):
-    """Choice, and the channels of query blocks as bits: {(request, query block): int32 [heads, pages]}."""
-    channels = {}
+def shared(case, requests, page, device, dynamic):
+    """Choice, and the largest shares as bits: {(request, query block): int32 [heads, pages]}."""
+    shares_of = {}
 
-    def channels(max_scores, query_blocks, static, rows, blocks):
+    def keep(max_scores, query_blocks, static, rows, blocks):
         page_shares = share_pages(max_scores, query_blocks, static, rows, blocks)
         for slot, (row, offset) in enumerate(
             zip(query_blocks.request, query_blocks.offset, strict=True)
@@ -317,23 +317,23 @@ def ranked(case, requests, page, device, dynamic):
                 own = int(offset) + start // page
                 queries = min(request.stop, (own + 1) * page) - max(start, own * page)
                 if queries > 0 and (queries > 1) == (rows.queries > 1):
-                    channels[int(row), own] = page_shares.bits[:, slot, : own + 1].cpu()
+                    shares_of[int(row), own] = page_shares.bits[:, slot, : own + 1].cpu()
         return page_shares
 
-    with patch.object(select, "share_pages", channels):
+    with patch.object(select, "share_pages", keep):
         chosen = Batch(case, requests, page, device).choose(dynamic)
-    assert len(channels) == sum(each.shape[1] for each in chosen)
-    return chosen, channels
+    assert len(shares_of) == sum(each.shape[1] for each in chosen)
+    return chosen, shares_of
 
 
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
-def test_ranks_are_shares_of_mass(rng, device, random_masks, softcap):
+def test_bits_are_shares_of_mass(rng, device, random_masks, softcap):
     """The largest of any row; static pages stand above all."""
     case = Case(rng, random_masks, ALL[:2], group=3)
     requests = [case.request(1, 1100), case.request(30, 250)]
     dynamic = case.device(48, device, softcap=softcap)
-    _, channels = ranked(case, requests, 48, device, dynamic)
-    for (row, query_block), bits in channels.items():
+    _, found = shared(case, requests, 48, device, dynamic)
+    for (row, query_block), bits in found.items():
         for at, head in enumerate(case.heads):
             expected = case.best(requests[row], 48, head, query_block, softcap)
             static = dynamic.static.select(
@@ -345,22 +345,22 @@ def test_ranks_are_shares_of_mass(rng, device, random_masks, softcap):
 
 
 def test_batch_and_launches_change_nothing(rng, device, random_masks, monkeypatch):
-    """Bit for bit the same channels alone, among others, in parts, and by fewer programs."""
+    """Bit for bit the same shares alone, among others, in parts, and by fewer programs."""
     case = Case(rng, random_masks, ALL[1:], dtype=torch.bfloat16)
     mine = [case.request(1, 1100), case.request(20, 300)]
     others = [case.request(1, 1300), case.request(40, 100)]
     dynamic = case.device(16, device)
     together = [*mine, *others]
-    chosen, channels = ranked(case, together, 16, device, dynamic)
+    chosen, found = shared(case, together, 16, device, dynamic)
 
     def check(requests):
-        again, own = ranked(case, requests, 16, device, dynamic)
+        again, own = shared(case, requests, 16, device, dynamic)
         places = [together.index(request) for request in requests]
         for place, pages in zip(places, again, strict=True):
             width = min(pages.shape[2], chosen[place].shape[2])
             assert (chosen[place][..., :width] == pages[..., :width]).all()
         for (row, query_block), bits in own.items():
-            assert torch.equal(bits, channels[places[row], query_block])
+            assert torch.equal(bits, found[places[row], query_block])
 
     check(mine[:1])
     check([others[1], mine[1]])
