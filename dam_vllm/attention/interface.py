@@ -1,0 +1,82 @@
+"""What a platform gives: one object that plans a step, and runs its layers.
+
+The same two calls serve on every platform (FlashInfer's plan and run): what follows from the step's
+geometry alone is planned once, each layer then runs with its queries and its cache.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where a step's queries and pages lie, as vLLM tells it.
+
+    Attributes:
+        query_start_loc: int32 [requests + 1], first query row of each request, on the device.
+        query_start_loc_cpu: the same, on the CPU.
+        seq_lens: int32 [requests], tokens of each request up to its last query, on the device.
+        block_table: int32 [requests, n], pages of each request, on the device.
+        tokens: query rows, without padding.
+        max_query_len: most queries of a request.
+        max_seq_len: most tokens of a request, or more.
+    """
+
+    query_start_loc: torch.Tensor
+    query_start_loc_cpu: torch.Tensor
+    seq_lens: torch.Tensor
+    block_table: torch.Tensor
+    tokens: int
+    max_query_len: int
+    max_seq_len: int
+
+
+class SparseAttention(Protocol):
+    """Sparse attention of some layers of one worker on one platform."""
+
+    @property
+    def layers(self) -> Collection[str]:
+        """Names of the layers that it serves."""
+
+    def plan(self, step: Step) -> Any:
+        """What all layers of the step share; on a GPU without waiting for the device."""
+
+    def run(
+        self, plan: Any, layer: str, query: torch.Tensor, cache: torch.Tensor, output: torch.Tensor
+    ) -> None:
+        """Computes a layer's attention.
+
+        Args:
+            plan: of this step, from `plan`.
+            layer: its name, one of `layers`.
+            query: [tokens, heads, head_size], rotated where a head is dynamic; rows beyond the
+                step's tokens are padding.
+            cache: [blocks, kv_heads, page, 2 * head_size], vLLM's, new keys and values in it.
+            output: [tokens, heads, head_size], written.
+        """
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A step's plan and what runs it: all that a layer needs of the metadata.
+
+    Attributes:
+        attention: runs it.
+        plan: made by it.
+    """
+
+    attention: SparseAttention
+    plan: Any
+
+    def covers(self, layer: str) -> bool:
+        """Whether the plan serves a layer; others are vLLM's own."""
+        return layer in self.attention.layers
+
+    def run(
+        self, layer: str, query: torch.Tensor, cache: torch.Tensor, output: torch.Tensor
+    ) -> None:
+        """`SparseAttention.run` with this plan."""
+        self.attention.run(self.plan, layer, query, cache, output)
