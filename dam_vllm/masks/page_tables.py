@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from dam_vllm.masks.mask_set import BoolArray, HeadMode, MaskSet
+from dam_vllm.masks.rounding import ceil_div
 from dam_vllm.masks.rule import allowed
 
 MIN_QUERY_BLOCK = 128
@@ -25,7 +26,21 @@ MIN_QUERY_BLOCK = 128
 
 def query_block_size(page: int) -> int:
     """Tokens in a query block: the smallest multiple of the page size from MIN_QUERY_BLOCK on."""
-    return -(-MIN_QUERY_BLOCK // page) * page
+    return ceil_div(MIN_QUERY_BLOCK, page) * page
+
+
+def dense_until(dense_below: int, page: int) -> int:
+    """Position up to which queries read everything, whatever their head's mode.
+
+    Args:
+        dense_below: positions below it are to read everything.
+        page: tokens a page.
+
+    Returns:
+        `dense_below` rounded up to whole query blocks of static heads, in tokens.
+    """
+    query_block = query_block_size(page)
+    return ceil_div(dense_below, query_block) * query_block
 
 
 @dataclass(frozen=True)
