@@ -5,6 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import pad
 
+from dam_vllm.masks.mask_set import MaskSet
+from dam_vllm.masks.sharding import Shard
+
 BLOCK = 32
 
 
@@ -40,6 +43,27 @@ class HeadRotation:
     heads: torch.Tensor
     rotations: torch.Tensor
 
+    @classmethod
+    def of_layer(
+        cls, masks: MaskSet, layer: int, shard: Shard, device: torch.device | str = "cpu"
+    ) -> "HeadRotation | None":
+        """Rotation of a layer's dynamic heads on one rank.
+
+        Args:
+            masks: the mask set.
+            layer: global layer index.
+            shard: KV heads of this rank.
+            device: where queries and keys are.
+
+        Returns:
+            The rotation, or None where this rank holds no dynamic head.
+        """
+        local = shard.dynamic_heads(masks, layer)
+        if not local or masks.dynamic is None:
+            return None
+        bases = masks.dynamic.rotations[layer, shard.start : shard.stop][local]
+        return cls(torch.tensor(local, device=device), torch.from_numpy(bases).to(device))
+
     def keys(self, key: torch.Tensor) -> torch.Tensor:
         """Keys [tokens, kv_heads, head_size] with those of dynamic heads rotated."""
         turned = rotate(key[:, self.heads], self.rotations)
@@ -48,8 +72,8 @@ class HeadRotation:
     def queries(self, query: torch.Tensor, kv_heads: int) -> torch.Tensor:
         """Queries [tokens, heads, head_size] with those of dynamic KV heads rotated."""
         grouped = query.view(len(query), kv_heads, -1, query.shape[-1])
-        group = grouped.shape[2]
+        heads_per_kv = grouped.shape[2]
         asked = grouped[:, self.heads].flatten(1, 2)
-        turned = rotate(asked, self.rotations.repeat_interleave(group, dim=0))
-        turned = turned.view(len(self.heads), group, len(query), -1).permute(2, 0, 1, 3)
+        turned = rotate(asked, self.rotations.repeat_interleave(heads_per_kv, dim=0))
+        turned = turned.view(len(self.heads), heads_per_kv, len(query), -1).permute(2, 0, 1, 3)
         return grouped.index_copy(1, self.heads, turned).view(query.shape)

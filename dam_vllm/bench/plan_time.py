@@ -68,13 +68,13 @@ def plan_seconds(
     Returns:
         Seconds.
     """
-    from dam_vllm.bench.on_vllm.cpu_kernels import Shape, planner, random_batch
+    from dam_vllm.bench.on_vllm.cpu_kernels import Shape, random_step
     from dam_vllm.masks.page_tables import PageSelector, page_tables
 
     selector = PageSelector([page_tables(masks, layer, page) for layer in range(masks.layers)])
-    plan = planner(Shape(shape.heads, shape.kv_heads, shape.head_size, page), selector)
-    batch = random_batch(requests, tokens, new, page)
-    return statistics.median(alternate({"plan": lambda: plan(batch)}, rounds)["plan"])
+    attention = Shape(shape.heads, shape.kv_heads, shape.head_size, page).attention(selector)
+    step = random_step(requests, tokens, new, page)
+    return statistics.median(alternate({"plan": lambda: attention.plan(step)}, rounds)["plan"])
 
 
 def _decode_seconds(url: str, model: str, rounds: int) -> float:

@@ -1,18 +1,87 @@
-"""What the attention implementations of all platforms share."""
+"""What the backends of all platforms share: layers' set-up, a step for planning, and running."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from vllm.config import get_current_vllm_config
-from vllm.v1.attention.backend import AttentionType
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.platforms import current_platform
+from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata
 
-from dam_vllm.engine.checks import admit
+from dam_vllm.attention.interface import SparseAttention, Step
+from dam_vllm.attention.layout import KVLayout
+from dam_vllm.attention.rotation import HeadRotation
+from dam_vllm.engine.checks import Serving, admit
 from dam_vllm.engine.kv_free.apply import free_kv_heads
-from dam_vllm.engine.kv_free.head_groups import SplitLayers
+from dam_vllm.engine.shards import masked_layers, shard
 from dam_vllm.masks.mask_set import HeadMode
 from dam_vllm.options import OptionError
 
 NO_WINDOW = (-1, (-1, -1))
+
+
+def step_of(common: CommonAttentionMetadata) -> Step:
+    """What planning needs of vLLM's metadata."""
+    return Step(
+        query_start_loc=common.query_start_loc,
+        query_start_loc_cpu=common.query_start_loc_cpu,
+        seq_lens=common.seq_lens,
+        block_table=common.block_table_tensor,
+        tokens=common.num_actual_tokens,
+        max_query_len=common.max_query_len,
+        max_seq_len=common.max_seq_len,
+    )
+
+
+def oracle_attention(
+    serving: Serving, layers: Mapping[str, int], attention: Mapping[str, Any], layout: KVLayout
+) -> SparseAttention:
+    """What serves layers with `kernel: naive`.
+
+    Args:
+        serving: options and masks.
+        layers: global indices by name.
+        attention: vLLM's attention layers by name.
+        layout: of their caches.
+    """
+    # The oracle is no part of what serves otherwise.
+    from dam_vllm.attention.oracle_attention import OracleAttention, OracleLayer
+
+    masks, options = serving.masks, serving.options
+    served = {}
+    for name, index in layers.items():
+        impl, (key_scale, value_scale) = attention[name].impl, cache_scales(attention[name])
+        served[name] = OracleLayer(
+            index, impl.scale, impl.logits_soft_cap or 0.0, key_scale, value_scale
+        )
+    exact = options.granularity == "token"
+    local = shard(masks.kv_heads)
+    return OracleAttention(served, masks, local, layout, exact, options.dense_below)
+
+
+def cache_scales(layer: Any) -> tuple[float, float]:
+    """Factors of a layer's stored keys and values."""
+    if layer.impl.kv_cache_dtype.startswith("fp8"):
+        return layer._k_scale_float, layer._v_scale_float
+    return 1.0, 1.0
+
+
+def set_up_layers(config: VllmConfig) -> None:
+    """Prepares all attention layers of a worker, once their weights are loaded.
+
+    Keys of dynamic heads are stored rotated into the calibrated basis, so that the leading channels
+    of the cached keys are the keys that score a page: there is no second cache, and pages found by
+    prefix caching carry theirs along. Queries of these heads are rotated alike, on every path.
+
+    Args:
+        config: vLLM's configuration, all layers built.
+    """
+    serving, attention = admit(config), config.compilation_config.static_forward_context
+    local, device = shard(serving.masks.kv_heads), torch.device(current_platform.device_type)
+    ours = [name for name, layer in attention.items() if hasattr(layer, "impl")]
+    for name, index in masked_layers(ours, attention, serving).items():
+        attention[name].impl.rotation = HeadRotation.of_layer(serving.masks, index, local, device)
+    free_kv_heads(config)
 
 
 class DamImpl:
@@ -20,7 +89,9 @@ class DamImpl:
 
     Attributes:
         config: vLLM's configuration.
-        split: the units that this layer is cut into, or None.
+        rotation: of the layer's dynamic heads, or None.
+        groups: holds the layer where its KV heads lie in several of vLLM's cache groups
+            (`dam_vllm.engine.kv_free.head_groups`), else None.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -45,7 +116,8 @@ class DamImpl:
                 f"this model has layers that read the keys of another, {shared}; serve masks "
                 f"without dynamic heads"
             )
-        self.split: SplitLayers | None = None
+        self.rotation: HeadRotation | None = None
+        self.groups: Any = None
         self.loaded = False
 
     @property
@@ -59,5 +131,44 @@ class DamImpl:
         impls = (getattr(layer, "impl", None) for layer in layers)
         # The first layer acts for all, and only once: weights may be loaded again.
         if next(impl for impl in impls if isinstance(impl, DamImpl)) is self and not self.loaded:
-            free_kv_heads(self.config)
+            set_up_layers(self.config)
         self.loaded = True
+
+    def do_kv_cache_update(
+        self,
+        layer: Any,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        if self.rotation is not None:
+            key = self.rotation.keys(key)
+        if self.groups is not None:
+            self.groups.store(layer, key, value)
+            return
+        super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)  # type: ignore[misc]
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        output: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        if attn_metadata is not None:
+            if self.rotation is not None:
+                this: Any = self
+                query = self.rotation.queries(query, this.num_kv_heads)
+            planned = attn_metadata.planned
+            if planned is not None and planned.covers(layer.layer_name):
+                planned.run(layer.layer_name, query, kv_cache, output.view(query.shape))
+                return output
+        return super().forward(  # type: ignore[misc]
+            layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs
+        )

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from vllm import _custom_ops as ops
+from vllm import envs
 from vllm.config import VllmConfig
-from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
@@ -18,16 +19,16 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-from dam_vllm.engine.backend import DamImpl
+from dam_vllm.attention.cpu.attention import CPUAttention, CPULayer, VirtualBatch
+from dam_vllm.attention.dynamic_heads import DynamicHeads
+from dam_vllm.attention.interface import Planned, SparseAttention
+from dam_vllm.attention.layout import FP8_DTYPES, KVLayout
+from dam_vllm.engine.backend import DamImpl, cache_scales, oracle_attention, step_of
 from dam_vllm.engine.checks import admit
-from dam_vllm.engine.dynamic import DynamicStep, LayerDynamic
-from dam_vllm.engine.kv_free.head_groups import SplitLayers
-from dam_vllm.engine.naive import NaiveBatch, serve_naive
-from dam_vllm.engine.planner import Planner
 from dam_vllm.engine.report import log_masks
 from dam_vllm.engine.shards import masked_layers, shard
-from dam_vllm.engine.virtual import Scheduler, VirtualBatch, attend
 from dam_vllm.masks.mask_set import HeadMode
+from dam_vllm.masks.page_tables import PageSelector
 
 
 class DamCPUBackend(CPUAttentionBackend):
@@ -56,68 +57,166 @@ class DamCPUBackend(CPUAttentionBackend):
 
 @dataclass
 class DamCPUMetadata(CPUAttentionMetadata):
-    """vLLM's metadata for layers that read everything, and ours for the others.
+    """vLLM's metadata for layers that read everything, and the plan for the others.
 
     Attributes:
-        virtual: heads whose pages are known by layer name, None for a layer without; empty where
-            vLLM's own path reads every page.
-        dynamic: what dynamic heads need to choose pages; None where they read every page.
-        naive: by layer name, with `kernel: naive`.
-        slots: int64 [groups, tokens], where new tokens go in the pool of split layers, but for
-            each head's offset.
+        planned: serves the layers that it covers; None where vLLM's own path reads every page.
     """
 
-    virtual: dict[str, VirtualBatch | None] | None = None
-    dynamic: DynamicStep | None = None
-    naive: dict[str, NaiveBatch] | None = None
-    slots: torch.Tensor | None = None
+    planned: Planned | None = None
+
+
+@dataclass(frozen=True)
+class CPUKernel:
+    """vLLM's paged kernel over virtual pages.
+
+    Attributes:
+        heads_per_kv: query heads a KV head.
+        head_size: channels a head.
+        dtype: of queries.
+        isa: instruction set, which is also the cache's layout.
+        cache_dtype: vLLM's name of the cache's dtype.
+    """
+
+    heads_per_kv: int
+    head_size: int
+    dtype: torch.dtype
+    isa: str
+    cache_dtype: str
+
+    def schedule(self, query_start_loc: torch.Tensor, seq_lens: torch.Tensor) -> torch.Tensor:
+        """See `PagedKernel`; it depends on nothing else."""
+        return ops.cpu_attn_get_scheduler_metadata(
+            num_reqs=len(seq_lens),
+            num_heads=self.heads_per_kv,
+            num_kv_heads=1,
+            head_dim=self.head_size,
+            seq_lens=seq_lens,
+            dtype=self.dtype,
+            query_start_loc=query_start_loc,
+            causal=True,
+            sliding_window_size=-1,
+            isa=self.isa,
+            enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
+            kv_cache_dtype=self.cache_dtype,
+        )
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        output: torch.Tensor,
+        batch: VirtualBatch,
+        layer: CPULayer,
+    ) -> None:
+        """See `PagedKernel`."""
+        ops.cpu_attention_with_kv_cache(
+            query=query,
+            key_cache=self._raw(keys),
+            value_cache=self._raw(values),
+            output=output,
+            query_start_loc=batch.query_start_loc,
+            seq_lens=batch.seq_lens,
+            scale=layer.scale,
+            causal=True,
+            alibi_slopes=None,
+            sliding_window=-1,
+            block_table=batch.block_table,
+            softcap=layer.softcap,
+            scheduler_metadata=batch.schedule,
+            s_aux=None,
+            k_scale=layer.key_scale,
+            v_scale=layer.value_scale,
+            kv_cache_dtype=self.cache_dtype,
+        )
+
+    def store(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        slots: torch.Tensor,
+        layer: CPULayer,
+    ) -> None:
+        """See `PagedKernel`."""
+        ops.cpu_attn_reshape_and_cache(
+            key.unsqueeze(1),
+            value.unsqueeze(1),
+            self._raw(keys),
+            self._raw(values),
+            slots,
+            self.isa,
+            k_scale=layer.key_scale,
+            v_scale=layer.value_scale,
+            kv_cache_dtype=self.cache_dtype,
+        )
+
+    def _raw(self, pages: torch.Tensor) -> torch.Tensor:
+        """Pages of a cache with a single KV head; fp8 as bytes, as vLLM takes it."""
+        stored = pages.view(torch.uint8) if self.cache_dtype in FP8_DTYPES else pages
+        return stored.unsqueeze(1)
 
 
 class DamCPUMetadataBuilder(CPUAttentionMetadataBuilder):
-    """Builds the plan of a step for the layers of one KV-cache group.
+    """Plans the steps of the layers of one KV-cache group.
 
-    Layers whose KV heads lie in several groups are planned together, by `SplitLayers`.
+    Layers whose KV heads lie in several groups are planned together, by `HeadGroups`.
     """
 
     def __init__(
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: Any
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self.serving = admit(vllm_config)
-        dynamic = (self.serving.masks.modes == HeadMode.DYNAMIC).any()
-        if dynamic or self.serving.options.kernel == "naive":
+        self.serving, self.names = admit(vllm_config), layer_names
+        self.naive = self.serving.options.kernel == "naive"
+        if (self.serving.masks.modes == HeadMode.DYNAMIC).any() or self.naive:
             self._read_plain_layout(layer_names)
         attention = vllm_config.compilation_config.static_forward_context
-        self.split: SplitLayers | None = attention[layer_names[0]].impl.split
-        self.planner: Planner | None = None
-        if self.split is None:
-            masked = self._masked_layers(layer_names)
-            self.all_masked = len(masked) == len(layer_names)
-            self.planner = self._planner(masked) if masked else None
-        elif self.split.home in layer_names:
-            self.split.planner = self._planner(self._masked_layers(list(self.split.units)))
+        self.layout = KVLayout(True, FP8_DTYPES.get(self.kv_cache_dtype))
+        self.groups = attention[layer_names[0]].impl.groups
+        own = layer_names if self.groups is None else list(self.groups.units)
+        masked = masked_layers(own, attention, self.serving)
+        self.all_masked = len(masked) == len(layer_names)
+        self.oracle: SparseAttention | None = None
+        self.sparse: CPUAttention | None = None
+        if masked and self.naive:
+            self.oracle = oracle_attention(self.serving, masked, attention, self.layout)
+        elif masked and (self.groups is None or self.groups.home in layer_names):
+            self.sparse = self._attention(masked, attention)
+        if self.groups is not None:
+            self.groups.join(layer_names, self.sparse)
+        if masked:
+            log_masks(self.serving, self.block_size, vllm_config.model_config.max_model_len)
 
-    def _masked_layers(self, layer_names: list[str]) -> dict[str, int]:
-        """Global indices of the layers that the masks hold; the rest is vLLM's."""
-        attention = self.vllm_config.compilation_config.static_forward_context
-        return masked_layers(layer_names, attention, self.serving)
-
-    def _planner(self, layers: dict[str, int]) -> Planner:
-        masks = self.serving.masks
-        scheduler = Scheduler(
-            group=masks.heads // masks.kv_heads,
-            head_size=self.head_dim,
-            dtype=self.dtype,
-            isa=self.isa,
-            kv_cache_dtype=self.kv_cache_dtype,
+    def _attention(self, layers: dict[str, int], attention: dict[str, Any]) -> CPUAttention:
+        masks, options = self.serving.masks, self.serving.options
+        local, page = shard(masks.kv_heads), self.block_size
+        tables = [local.tables(masks, index, page) for index in layers.values()]
+        served = {}
+        for name, index in layers.items():
+            impl, (key_scale, value_scale) = attention[name].impl, cache_scales(attention[name])
+            softcap = impl.logits_soft_cap or 0.0
+            dynamic = DynamicHeads.of_layer(
+                masks, index, local, page, options.dense_below, impl.scale * key_scale, softcap
+            )
+            chosen = dynamic.ids if dynamic else []
+            fixed = [head for head in range(local.heads) if head not in chosen]
+            served[name] = CPULayer(impl.scale, softcap, fixed, dynamic, key_scale, value_scale)
+        return CPUAttention(
+            served=served,
+            selector=PageSelector(tables, options.dense_below),
+            kernel=CPUKernel(
+                heads_per_kv=masks.heads // masks.kv_heads,
+                head_size=self.head_dim,
+                dtype=self.dtype,
+                isa=self.isa,
+                cache_dtype=self.kv_cache_dtype,
+            ),
+            layout=self.layout,
+            computed=torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32,
         )
-        local = shard(masks.kv_heads)
-        planner = Planner(self.serving, layers, local, scheduler, self.block_size)
-        planner.set_up_dynamic(self.vllm_config.compilation_config.static_forward_context)
-        if get_tensor_model_parallel_rank() == 0:
-            length = self.vllm_config.model_config.max_model_len
-            log_masks(self.serving, self.block_size, length)
-        return planner
 
     def _read_plain_layout(self, layer_names: list[str]) -> None:
         """Keeps keys in the plain layout that we read ourselves, also where AMX is."""
@@ -130,24 +229,23 @@ class DamCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> DamCPUMetadata:
-        common = common_attn_metadata
-        if self.split is not None:
-            return self._geometry(common)
-        planner = self.planner
-        if planner is not None and self.serving.options.kernel == "naive":
-            return self._build_naive(planner, common_prefix_len, common, fast_build)
-        if planner is None or planner.is_dense(common):
-            if planner is not None:
-                planner.count_dense(common)
-            return self._stock(common_prefix_len, common, fast_build)
+        common, step = common_attn_metadata, step_of(common_attn_metadata)
+        if self.groups is not None:
+            metadata = self._geometry(common)
+            metadata.planned = self.groups.hand_in(self.names, step, common.slot_mapping)
+            return metadata
+        if self.sparse is None or int(step.seq_lens.max()) <= self.sparse.dense_until:
+            metadata = self._stock(common_prefix_len, common, fast_build)
+            if self.oracle is not None:
+                metadata.planned = Planned(self.oracle, self.oracle.plan(step))
+            if self.sparse is not None:
+                self.sparse.count_dense(step)
+            return metadata
         if self.all_masked:
             metadata = self._geometry(common)
         else:
             metadata = self._stock(common_prefix_len, common, fast_build)
-        pages = -(-int(common.seq_lens.max()) // self.block_size)
-        where = planner.whole_layers(common.block_table_tensor[:, :pages])
-        metadata.virtual = planner.virtual(common, where)
-        metadata.dynamic = planner.dynamic(common, where)
+        metadata.planned = Planned(self.sparse, self.sparse.plan(step))
         return metadata
 
     @staticmethod
@@ -170,99 +268,6 @@ class DamCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         stock = super().build(common_prefix_len, common, fast_build)
         return DamCPUMetadata(**vars(stock))
 
-    def _build_naive(
-        self,
-        planner: Planner,
-        common_prefix_len: int,
-        common: CommonAttentionMetadata,
-        fast_build: bool,
-    ) -> DamCPUMetadata:
-        metadata = self._stock(common_prefix_len, common, fast_build)
-        metadata.naive = {
-            name: NaiveBatch(self.serving, layer, shard(self.serving.masks.kv_heads))
-            for name, layer in planner.layers.items()
-        }
-        return metadata
-
 
 class DamCPUImpl(DamImpl, CPUAttentionBackendImpl):
-    """Runs vLLM's kernel on virtual pages, or as it stands where every page is read."""
-
-    keys_by_channel = True
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.dynamic: LayerDynamic | None = None
-
-    def do_kv_cache_update(
-        self,
-        layer: Any,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        slot_mapping: torch.Tensor,
-    ) -> None:
-        if self.dynamic is not None:
-            key = self.dynamic.rotation.keys(key)
-        if self.split is not None:
-            self.split.store(self, layer, key, value)
-            return
-        super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
-
-    def forward(
-        self,
-        layer: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        attn_metadata: DamCPUMetadata | None,
-        output: torch.Tensor,
-        output_scale: torch.Tensor | None = None,
-        output_block_scale: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        if attn_metadata is not None:
-            name = layer.layer_name
-            if self.dynamic is not None:
-                query = self.dynamic.rotation.queries(query, self.num_kv_heads)
-            if self.split is not None:
-                self._serve(layer, query, self.split.pool, self.split.plan(), output)
-                return output
-            if attn_metadata.virtual and name in attn_metadata.virtual:
-                self._serve(layer, query, kv_cache, attn_metadata, output)
-                return output
-            if attn_metadata.naive and name in attn_metadata.naive:
-                serve_naive(self, layer, query, kv_cache, attn_metadata, output)
-                return output
-        return super().forward(
-            layer, query, key, value, kv_cache, attn_metadata, output,
-            output_scale, output_block_scale,
-        )  # fmt: skip
-
-    def _serve(
-        self,
-        layer: Any,
-        query: torch.Tensor,
-        kv_cache: torch.Tensor,
-        metadata: DamCPUMetadata,
-        output: torch.Tensor,
-    ) -> None:
-        """Reads the selected pages.
-
-        Args:
-            layer: the attention layer.
-            query: [tokens, heads, head_size], rotated where a head is dynamic.
-            kv_cache: [blocks, kv_heads, page, 2 * head_size], virtual pages in order.
-            metadata: the step's, planned.
-            output: [tokens, heads, head_size], written.
-        """
-        tokens, (heads, size) = metadata.num_actual_tokens, query.shape[1:]
-        shape = (tokens, self.num_kv_heads, heads // self.num_kv_heads, size)
-        asked, result = query[:tokens].view(shape), output[:tokens].view(shape)
-        assert metadata.virtual is not None
-        batches = [metadata.virtual[layer.layer_name]]
-        if self.dynamic is not None and metadata.dynamic is not None:
-            batches.append(self.dynamic.virtual(asked, kv_cache, metadata.dynamic))
-        for batch in batches:
-            if batch is not None:
-                attend(self, layer, asked, kv_cache, batch, result)
+    """Runs a step's plan, or vLLM's kernel as it stands where every page is read."""

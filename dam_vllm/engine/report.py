@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+from vllm.distributed import get_tensor_model_parallel_rank
 
 from dam_vllm.engine.checks import Serving, logger
 from dam_vllm.masks.density import density
@@ -19,7 +20,8 @@ def log_masks(serving: Serving, page: int, length: int) -> None:
         page: tokens a page.
         length: the model's length in tokens, at which density is told.
     """
-    logger.info_once("\n".join(describe(serving, page, length)))
+    if get_tensor_model_parallel_rank() == 0:
+        logger.info_once("\n".join(describe(serving, page, length)))
 
 
 def describe(serving: Serving, page: int, length: int) -> list[str]:

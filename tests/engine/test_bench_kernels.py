@@ -30,7 +30,7 @@ def oracle(prompt, masks):
 def test_dense_step_equals_oracle(prompt):
     from dam_vllm.bench.on_vllm.cpu_kernels import dense_step
 
-    pages = prompt.batch.block_table_tensor.shape[1]
+    pages = prompt.step.block_table.shape[1]
     everything = streaming_masks(KV_HEADS, pages, prompt.shape.page, GROUP)
     found = dense_step(prompt)().float()
     torch.testing.assert_close(found, oracle(prompt, everything), rtol=2e-2, atol=2e-2)

@@ -1,20 +1,21 @@
 """vLLM's kernel on virtual pages against the float32 oracle, for every cache dtype."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
 
-from dam_vllm.attention.cpu.plan import VirtualPages, build_plan
-from dam_vllm.attention.cpu.select import select_dynamic
+from dam_vllm.attention.cpu.attention import CPUAttention, CPULayer
+from dam_vllm.attention.dynamic_heads import DynamicHeads
+from dam_vllm.attention.interface import Step
+from dam_vllm.attention.layout import FP8_DTYPES, KVLayout
 from dam_vllm.attention.oracle import dynamic_mask, masked_attention, page_mask
-from dam_vllm.attention.query_blocks import cut_query_blocks
+from dam_vllm.attention.rotation import HeadRotation
 from dam_vllm.masks.page_tables import PageSelector, page_tables
+from dam_vllm.masks.sharding import Shard
 
 pytestmark = pytest.mark.engine
 
-SIZE, SCALE = 64, 0.17
+SIZE, SCALE, RANK = 64, 0.17, Shard(0, 3)
 REQUESTS = ((777, 411), (300, 1), (129, 129), (5, 5), (640, 2), (1, 1))
 POISON = {torch.uint8: 0x7F}
 # vLLM's CPU kernels cut towards zero when they store fp8: 3 and 2 bits of mantissa.
@@ -66,10 +67,7 @@ def test_kernel_equals_oracle(
 ):
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-    from dam_vllm.engine.cpu import DamCPUImpl
-    from dam_vllm.engine.dynamic import DynamicStep
-    from dam_vllm.engine.naive import read_pages
-    from dam_vllm.engine.virtual import Scheduler
+    from dam_vllm.engine.cpu import CPUKernel
 
     torch.manual_seed(int(rng.integers(2**31)))
     masks = random_masks(
@@ -80,37 +78,33 @@ def test_kernel_equals_oracle(
     keys = [torch.randn(stop, 3, SIZE).to(dtype) for stop, _ in REQUESTS]
     values = [torch.randn(stop, 3, SIZE).to(dtype) for stop, _ in REQUESTS]
     isa = _get_attn_isa(dtype, page, SIZE, cache_dtype)
-    scheduler = Scheduler(2, SIZE, dtype, isa, cache_dtype)
-    heads = own_heads(masks, page, softcap, cache_dtype, scheduler)
-    turned = [heads.rotation.keys(key) for key in keys] if heads else keys
+    kernel = CPUKernel(2, SIZE, dtype, isa, cache_dtype)
+    scales = (1.0, 1.0) if cache_dtype == "auto" else (0.5, 0.25)
+    heads = DynamicHeads.of_layer(masks, 0, RANK, page, 0, SCALE * scales[0], softcap)
+    rotation = HeadRotation.of_layer(masks, 0, RANK)
+    turned = [rotation.keys(key) for key in keys] if rotation else keys
     cache, table = fill_cache(turned, values, page, 3, dtype, cache_dtype, isa, rng)
     lens = torch.tensor([stop for stop, _ in REQUESTS], dtype=torch.int32)
     starts = torch.tensor([0, *np.cumsum([count for _, count in REQUESTS])], dtype=torch.int32)
-    selector = PageSelector([page_tables(masks, 0, page)])
-    where = VirtualPages.of_layers(table, 1, 3)
-    plan = build_plan(selector, cut_query_blocks(starts, lens, selector.query_block), where)
+    step = Step(starts, starts, lens, table, int(starts[-1]), 411, 777)
     fixed = [0, 2] if dynamic else [0, 1, 2]
-    step = DynamicStep(cut_query_blocks(starts, lens, page), starts.diff(), where)
-    metadata = SimpleNamespace(
-        num_actual_tokens=int(starts[-1]),
-        virtual={"layer": scheduler.static(plan, 0, 3, fixed)},
-        dynamic=step,
+    attention = CPUAttention(
+        served={"layer": CPULayer(SCALE, softcap, fixed, heads, *scales)},
+        selector=PageSelector([page_tables(masks, 0, page)]),
+        kernel=kernel,
+        layout=KVLayout(True, FP8_DTYPES.get(cache_dtype)),
+        computed=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32,
     )
-    impl = SimpleNamespace(
-        num_kv_heads=3, scale=SCALE, logits_soft_cap=softcap, kv_cache_dtype=cache_dtype,
-        dynamic=heads,
-    )  # fmt: skip
-    layer = SimpleNamespace(_k_scale_float=0.5, _v_scale_float=0.25, layer_name="layer")
-    output = torch.full((int(starts[-1]), 6 * SIZE), torch.nan, dtype=dtype)
+    output = torch.full((int(starts[-1]), 6, SIZE), torch.nan, dtype=dtype)
     query = torch.cat(new)
-    asked = heads.rotation.queries(query, 3) if heads else query
-    DamCPUImpl._serve(impl, layer, asked, cache, metadata, output)
+    asked = rotation.queries(query, 3) if rotation else query
+    plan = attention.plan(step)
+    attention.run(plan, "layer", asked, cache, output)
 
-    found = output.view(-1, 6, SIZE).float()
+    found = output.float()
     agreed = []
     for row, (stop, count) in enumerate(REQUESTS):
         stored = read_pages(cache[table[row, : -(-stop // page)].long()], cache_dtype)
-        scales = (1.0, 1.0) if cache_dtype == "auto" else (0.5, 0.25)
         key, value = (part[:stop] * scale for part, scale in zip(stored, scales, strict=True))
         for read, original in ((key, turned[row]), (value, values[row])):
             error = CACHE_ERROR[cache_dtype]
@@ -118,7 +112,7 @@ def test_kernel_equals_oracle(
         mask = torch.from_numpy(page_mask(masks, 0, stop - count, stop, page))
         rows = slice(starts[row], starts[row + 1])
         if heads:
-            mine = dynamic_pages(heads, asked, cache, step, row, page)
+            mine = dynamic_pages(attention, plan, asked, cache, row, page)
             static = page_mask(masks, 0, stop - count, stop, page, query_block=page)[2]
             oracle = dynamic_mask(
                 masks, 0, 1, asked[rows].view(count, 3, 2, SIZE)[:, 1], key[:, 1], static, page,
@@ -126,30 +120,26 @@ def test_kernel_equals_oracle(
             )  # fmt: skip
             mask[2:4] = mine[:, :stop] & torch.ones(count, stop, dtype=bool).tril(stop - count)
             agreed.append(float((mask[2].numpy() == oracle).mean()))
-            key[:, 1] = key[:, 1] @ heads.rotation.rotations[0].T
+            key[:, 1] = key[:, 1] @ rotation.rotations[0].T
         expected = masked_attention(new[row], key, value, mask, SCALE, softcap)
         torch.testing.assert_close(found[rows], expected, rtol=tolerance, atol=tolerance)
     # Random pages are nearly equal, and scores in bfloat16 may order them otherwise.
     assert not heads or min(agreed) > (0.7 if dtype == torch.bfloat16 else 0.9999)
 
 
-def own_heads(masks, page, softcap, cache_dtype, scheduler):
-    """The layer's dynamic heads as the builder makes them, or None."""
-    from dam_vllm.engine.dynamic import layer_dynamic
-    from dam_vllm.engine.shards import Shard
+def read_pages(pages, cache_dtype):
+    """Keys and values of pages in order, float32 [tokens, kv_heads, SIZE] each; ours, plainly."""
+    stored = pages.view(FP8_DTYPES.get(cache_dtype, pages.dtype))
+    count, kv_heads, page, _ = pages.shape
+    flat = stored.reshape(count, kv_heads, 2, page * SIZE)
+    keys = flat[:, :, 0].view(count, kv_heads, SIZE, page).float().permute(0, 3, 1, 2)
+    values = flat[:, :, 1].view(count, kv_heads, page, SIZE).float().permute(0, 2, 1, 3)
+    return keys.reshape(-1, kv_heads, SIZE), values.reshape(-1, kv_heads, SIZE)
 
-    scale = SCALE if cache_dtype == "auto" else SCALE * 0.5
-    stored = {"fp8": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}.get(cache_dtype)
-    return layer_dynamic(masks, 0, 0, Shard(0, 3), page, 0, scale, softcap, stored, scheduler)
 
-
-def dynamic_pages(heads, query, cache, step, row, page):
+def dynamic_pages(attention, plan, query, cache, row, page):
     """What dynamic head 1 selects for a request's queries, bool [queries, pages * page]."""
-    kv_heads, _, width = cache.shape[1:]
-    keys = cache.view(-1, 2, width // 2, page)[:, 0]
-    asked = query.view(len(query), kv_heads, -1, SIZE)[:, 1].unsqueeze(0)
-    tables = step.where.take(0, heads.rotation.heads).tables()[0]
-    selected = select_dynamic(heads.dynamic, asked, keys, step.query_blocks, tables)[0]
-    mine = step.query_blocks.request == row
-    count = (step.query_blocks.stop - step.query_blocks.start)[mine]
+    selected = attention.select(plan, "layer", query.view(len(query), 3, -1, SIZE), cache)[0]
+    mine = plan.chosen.request == row
+    count = (plan.chosen.stop - plan.chosen.start)[mine]
     return selected[mine].repeat_interleave(count, dim=0).repeat_interleave(page, dim=1)

@@ -40,7 +40,7 @@ def backend(monkeypatch, random_masks, rng, device):
     from dam_vllm.engine import backend as shared
     from dam_vllm.engine import cuda, device_heads
     from dam_vllm.engine.checks import Serving
-    from dam_vllm.engine.shards import Shard
+    from dam_vllm.masks.sharding import Shard
 
     def make(
         dtype=torch.float32, stored=None, softcap=0.0, mode="static", padded=None, masks=None,

@@ -25,7 +25,7 @@ class Base:
 
 def layer(**changed):
     """Stands for an attention layer of our backend."""
-    impl = SimpleNamespace(split=None, windowed=changed.pop("windowed", False))
+    impl = SimpleNamespace(groups=None, windowed=changed.pop("windowed", False))
     values = {
         "impl": impl,
         "attn_backend": Base,
@@ -58,7 +58,7 @@ def serve(monkeypatch, random_masks):
     """Function that lets `free_kv_heads` act on a configuration; returns what it logged."""
     from dam_vllm.engine.checks import Serving
     from dam_vllm.engine.kv_free import apply
-    from dam_vllm.engine.shards import Shard
+    from dam_vllm.masks.sharding import Shard
 
     def act(configuration, modes=None, **options):
         masks = random_masks(layers=4, heads=8, kv_heads=4, pcl=200, head_size=HEAD_SIZE)
@@ -158,7 +158,7 @@ def test_single_heads(serve):
     found = specs(configuration)
     assert {spec.num_kv_heads for spec in found.values()} == {1}
     layers = configuration.compilation_config.static_forward_context
-    split = layers["layers.0.attn"].impl.split
+    split = layers["layers.0.attn"].impl.groups
     for name, units in split.units.items():
         assert units == [name, f"{name}.kv1", f"{name}.kv2", f"{name}.kv3"]
         assert split.order[name][3] == 2

@@ -1,8 +1,9 @@
 """Selection of dynamic heads: static pages, and pages chosen for the queries at hand.
 
-A dynamic head's query block is one page: prefixes found in the cache end at a page, so no query block is cut
-by them, and every page before a query block is complete. QueryBlocks of one query (decoding) and longer ones
-(prefill) are scored by separate code, so that neither depends on what else is in the batch.
+A dynamic head's query block is one page: prefixes found in the cache end at a page, so no query
+block is cut by them, and every page before a query block is complete. Query blocks of one query
+(decoding) and longer ones (prefill) are scored by separate code, so that neither depends on what
+else is in the batch.
 """
 
 from dataclasses import dataclass
@@ -15,46 +16,46 @@ from dam_vllm.attention.cpu.score import (
     max_scores_of_rows,
     max_scores_of_span,
 )
+from dam_vllm.attention.dynamic_heads import DynamicHeads
 from dam_vllm.attention.query_blocks import QueryBlocks
-from dam_vllm.masks.budget import Budget, PageScores, choose
-from dam_vllm.masks.page_tables import PageSelector
+from dam_vllm.masks.budget import PageScores, choose
+from dam_vllm.masks.rounding import ceil_div
 
 SPAN_ROWS = 1024
 
 
 @dataclass(frozen=True)
-class DynamicHeads:
-    """A layer's dynamic heads on one worker.
+class CachedKeys:
+    """Rotated keys in the cache, and what they are scored in.
 
     Attributes:
-        channels: leading channels that score, a head.
-        budgets: a head.
-        static: page tables of these heads, one layer, query blocks of one page.
-        scale: factor of the scores, that of an fp8 cache's keys included.
-        softcap: soft-capping of the scores, 0 for none.
-        computed: dtype that scores are computed in; bfloat16 where keys have no more digits.
-        stored: dtype of an fp8 cache, whose keys are handed over as bytes; else None.
+        pages: [virtual pages, head_size, page]; bytes where the cache is fp8.
+        computed: dtype of the scores; bfloat16 where keys have no more digits.
+        stored: dtype of an fp8 cache, else None.
     """
 
-    channels: list[int]
-    budgets: list[Budget]
-    static: PageSelector
-    scale: float
-    softcap: float = 0.0
+    pages: torch.Tensor
     computed: torch.dtype = torch.float32
     stored: torch.dtype | None = None
 
-    def logits(self, max_scores: torch.Tensor) -> torch.Tensor:
-        """Scaled and capped scores in float32."""
-        # A factor with a dimension makes one pass of conversion and product.
-        logits = max_scores * torch.tensor([self.scale], device=max_scores.device)
-        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
+    @property
+    def page(self) -> int:
+        """Tokens a page."""
+        return self.pages.shape[2]
+
+    def gather(self, channels: int, table: torch.Tensor) -> torch.Tensor:
+        """Leading channels of some virtual pages: contiguous [..., channels, page]."""
+        flat = self.pages.flatten(1)[:, : channels * self.page]
+        found = flat.index_select(0, table.flatten())
+        if self.stored is not None:
+            found = found.view(self.stored)
+        return found.to(self.computed).view(*table.shape, channels, self.page)
 
 
 def select_dynamic(
     dynamic: DynamicHeads,
     query: torch.Tensor,
-    keys: torch.Tensor,
+    keys: CachedKeys,
     query_blocks: QueryBlocks,
     tables: torch.Tensor,
 ) -> torch.Tensor:
@@ -62,10 +63,9 @@ def select_dynamic(
 
     Args:
         dynamic: the layer's dynamic heads.
-        query: [dynamic heads, tokens, group, channels], rotated; the leading channels, as many as
-            the largest channels.
-        keys: [virtual pages, head_size, page], rotated keys of the cache, these queries' own
-            included.
+        query: [dynamic heads, tokens, heads_per_kv, channels], rotated; the leading channels, as
+            many as any head scores with.
+        keys: the cache's, these queries' own included.
         query_blocks: the batch's queries, cut at pages.
         tables: int32 [dynamic heads, requests, pages], each head's virtual pages.
 
@@ -75,7 +75,7 @@ def select_dynamic(
     pages = int(query_blocks.index.max()) + 1
     selected = dynamic.static.select(query_blocks.index, pages)[0]
     single = query_blocks.stop - query_blocks.start == 1
-    query = query.to(dynamic.computed)
+    query = query.to(keys.computed)
     if single.any():
         _choose_decode(dynamic, query, keys, query_blocks.take(single), tables, single, selected)
     for request in query_blocks.request[~single].unique().tolist():
@@ -91,7 +91,7 @@ def select_dynamic(
 def _choose_decode(
     dynamic: DynamicHeads,
     query: torch.Tensor,
-    keys: torch.Tensor,
+    keys: CachedKeys,
     query_blocks: QueryBlocks,
     tables: torch.Tensor,
     single: torch.Tensor,
@@ -101,9 +101,9 @@ def _choose_decode(
     own = query_blocks.index
     each = torch.arange(len(own))
     after = torch.arange(selected.shape[2])[:, None] > own
-    place = (query_blocks.stop - 1) % keys.shape[2]
+    place = (query_blocks.stop - 1) % keys.page
     for at, channels in enumerate(dynamic.channels):
-        cached = _gather(dynamic, at, keys, tables[at, query_blocks.request, : selected.shape[2]])
+        cached = keys.gather(channels, tables[at, query_blocks.request, : selected.shape[2]])
         asked = query[at, query_blocks.row, :, :channels]
         max_scores = max_scores_of_rows(asked, cached)
         max_scores[own, each] = max_scores_of_own_page(asked[:, None], cached[each, own], place)
@@ -116,7 +116,7 @@ def _choose_prefill(
     dynamic: DynamicHeads,
     at: int,
     query: torch.Tensor,
-    keys: torch.Tensor,
+    keys: CachedKeys,
     query_blocks: QueryBlocks,
     table: torch.Tensor,
     pages: int,
@@ -129,32 +129,34 @@ def _choose_prefill(
     Returns:
         bool [query_blocks, pages].
     """
-    page, group, channels = keys.shape[2], query.shape[1], dynamic.channels[at]
+    page, heads_per_kv, channels = keys.page, query.shape[1], dynamic.channels[at]
     start, stop = int(query_blocks.start[0]), int(query_blocks.stop[-1])
-    size = max(1, SPAN_ROWS // group // page) * page
-    base, end = start // size * size, -(-stop // size) * size
+    size = max(1, SPAN_ROWS // heads_per_kv // page) * page
+    base, end = start // size * size, ceil_div(stop, size) * size
     row = int(query_blocks.row[0])
-    asked = query.new_zeros(end - base, group, channels)
+    asked = query.new_zeros(end - base, heads_per_kv, channels)
     asked[start - base : stop - base] = query[row : row + stop - start, :, :channels]
     ids = torch.zeros(end // page, dtype=table.dtype)
     known = min(len(table), end // page)
     ids[:known] = table[:known]
-    cached = _gather(dynamic, at, keys, ids)
+    cached = keys.gather(channels, ids)
     by_token = cached.transpose(1, 2).contiguous()
-    scratch = query.new_empty(max(KEY_BLOCK, page) * size * group)
+    scratch = query.new_empty(max(KEY_BLOCK, page) * size * heads_per_kv)
     static = dynamic.static.select(torch.arange(base // page, end // page), end // page)[0, at]
     result = torch.zeros(end // page, max(pages, end // page), dtype=torch.bool)
     for first in range(base, end, size):
         index = torch.arange(first // page, (first + size) // page)
-        rows = asked[first - base : first - base + size].view(len(index), page, group, channels)
+        rows = asked[first - base : first - base + size].view(
+            len(index), page, heads_per_kv, channels
+        )
         max_scores = max_scores_of_span(rows.view(-1, channels), by_token[: index[-1] + 1], scratch)
-        logits = dynamic.logits(max_scores).view(-1, len(index), page * group)
+        logits = dynamic.logits(max_scores).view(-1, len(index), page * heads_per_kv)
         own = max_scores_of_own_page(rows, cached[index], torch.zeros_like(index))
         _hide_later_pages(logits, dynamic.logits(own))
         position = torch.arange(first, first + size).view(len(index), page)
         present = (position >= start) & (position < stop)
         scores = PageScores(
-            logits, None if present.all() else present.repeat_interleave(group, dim=1), index
+            logits, None if present.all() else present.repeat_interleave(heads_per_kv, dim=1), index
         )
         mine = static[index - base // page, : len(logits)]
         result[index, : len(logits)] = choose(scores, mine, dynamic.budgets[at])
@@ -174,15 +176,3 @@ def _hide_later_pages(logits: torch.Tensor, own: torch.Tensor) -> None:
     last.masked_fill_(later[..., None], float("-inf"))
     each = torch.arange(count)
     last[each, each] = own
-
-
-def _gather(
-    dynamic: DynamicHeads, at: int, keys: torch.Tensor, table: torch.Tensor
-) -> torch.Tensor:
-    """Leading channels of a head's keys in some virtual pages: contiguous [..., channels, page]."""
-    page, channels = keys.shape[2], dynamic.channels[at]
-    flat = keys.flatten(1)[:, : channels * page]
-    found = flat.index_select(0, table.flatten())
-    if dynamic.stored is not None:
-        found = found.view(dynamic.stored)
-    return found.to(dynamic.computed).view(*table.shape, channels, page)

@@ -2,23 +2,24 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import torch
 from vllm import _custom_ops as ops
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-from dam_vllm.attention.cpu.plan import VirtualPages, build_plan
-from dam_vllm.attention.cpu.select import select_dynamic
-from dam_vllm.attention.query_blocks import cut_query_blocks
-from dam_vllm.engine.dynamic import DynamicStep, layer_dynamic
-from dam_vllm.engine.shards import Shard
-from dam_vllm.engine.virtual import Scheduler, VirtualBatch, attend
+from dam_vllm.attention.cpu.attention import CPUAttention, CPULayer
+from dam_vllm.attention.dynamic_heads import DynamicHeads
+from dam_vllm.attention.interface import Step
+from dam_vllm.attention.layout import KVLayout
+from dam_vllm.attention.rotation import HeadRotation
+from dam_vllm.engine.cpu import CPUKernel
 from dam_vllm.masks.mask_set import MaskSet
 from dam_vllm.masks.page_tables import PageSelector
+from dam_vllm.masks.rounding import ceil_div
+from dam_vllm.masks.sharding import Shard
 
-Step = Callable[[], torch.Tensor]
-LAYER = SimpleNamespace(_k_scale_float=1.0, _v_scale_float=1.0)
+Call = Callable[[], torch.Tensor]
+LAYOUT = KVLayout(keys_by_channel=True)
 
 
 @dataclass(frozen=True)
@@ -47,25 +48,22 @@ class Shape:
     def isa(self) -> str:
         return str(_get_attn_isa(self.dtype, self.page, self.head_size, "auto"))
 
-    def scheduler(self) -> Scheduler:
-        """What schedules virtual sequences of this shape."""
-        group = self.heads // self.kv_heads
-        return Scheduler(group, self.head_size, self.dtype, self.isa, "auto")
+    def attention(
+        self, selector: PageSelector, dynamic: DynamicHeads | None = None
+    ) -> CPUAttention:
+        """Our attention of layers of this shape: "0", "1", ...
 
-
-@dataclass(frozen=True)
-class Batch:
-    """Geometry of a step.
-
-    Attributes:
-        query_start_loc: int32 [requests + 1], first query row of each request.
-        seq_lens: int32 [requests], tokens of each request up to its last query.
-        block_table_tensor: int32 [requests, pages], pages of each request.
-    """
-
-    query_start_loc: torch.Tensor
-    seq_lens: torch.Tensor
-    block_table_tensor: torch.Tensor
+        Args:
+            selector: their page tables.
+            dynamic: how every head chooses pages, or None for static ones.
+        """
+        fixed = [] if dynamic else range(self.kv_heads)
+        layer = CPULayer(self.scale, 0.0, fixed, dynamic)
+        kernel = CPUKernel(
+            self.heads // self.kv_heads, self.head_size, self.dtype, self.isa, "auto"
+        )
+        layers = {str(row): layer for row in range(selector.layers)}
+        return CPUAttention(layers, selector, kernel, LAYOUT, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ class Prompt:
         key: [tokens, kv_heads, head_size].
         value: [tokens, kv_heads, head_size].
         cache: [pages, kv_heads, page, 2 * head_size], keys and values as the kernel packs them.
-        batch: one request, all its tokens new.
+        step: one request, all its tokens new.
     """
 
     shape: Shape
@@ -86,10 +84,10 @@ class Prompt:
     key: torch.Tensor
     value: torch.Tensor
     cache: torch.Tensor
-    batch: Batch
+    step: Step
 
 
-def random_batch(requests: int, tokens: int, new: int, page: int) -> Batch:
+def random_step(requests: int, tokens: int, new: int, page: int) -> Step:
     """Requests of the same length with shuffled pages.
 
     Args:
@@ -99,13 +97,18 @@ def random_batch(requests: int, tokens: int, new: int, page: int) -> Batch:
         page: tokens a page.
 
     Returns:
-        The batch.
+        The step.
     """
-    pages = -(-tokens // page)
-    return Batch(
-        query_start_loc=torch.arange(requests + 1, dtype=torch.int32) * new,
+    pages = ceil_div(tokens, page)
+    starts = torch.arange(requests + 1, dtype=torch.int32) * new
+    return Step(
+        query_start_loc=starts,
+        query_start_loc_cpu=starts,
         seq_lens=torch.full((requests,), tokens, dtype=torch.int32),
-        block_table_tensor=torch.randperm(requests * pages).int().view(requests, pages),
+        block_table=torch.randperm(requests * pages).int().view(requests, pages),
+        tokens=requests * new,
+        max_query_len=new,
+        max_seq_len=tokens,
     )
 
 
@@ -124,17 +127,23 @@ def random_prompt(shape: Shape, tokens: int) -> Prompt:
         torch.randn(tokens, heads, size).to(shape.dtype)
         for heads in (shape.heads, shape.kv_heads, shape.kv_heads)
     )
-    batch = random_batch(1, tokens, tokens, page)
-    blocks = batch.block_table_tensor[0].long()
+    step = random_step(1, tokens, tokens, page)
+    blocks = step.block_table[0].long()
     cache = torch.zeros(len(blocks), shape.kv_heads, page, 2 * size, dtype=shape.dtype)
-    keys, values = cache.view(len(blocks), shape.kv_heads, 2 * page, size).chunk(2, dim=2)
+    keys, values = paged(cache)
     token = torch.arange(tokens)
     slots = blocks[token // page] * page + token % page
     ops.cpu_attn_reshape_and_cache(key, value, keys, values, slots, shape.isa)
-    return Prompt(shape, query, key, value, cache, batch)
+    return Prompt(shape, query, key, value, cache, step)
 
 
-def dense_step(prompt: Prompt) -> Step:
+def paged(cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values [blocks, kv_heads, page, head_size] as vLLM's kernels take them."""
+    keys, values = LAYOUT.keys_and_values(cache)
+    return keys.unflatten(0, cache.shape[:2]), values.unflatten(0, cache.shape[:2])
+
+
+def dense_step(prompt: Prompt) -> Call:
     """The prompt's attention as vLLM's stock CPU backend computes it.
 
     Args:
@@ -145,7 +154,7 @@ def dense_step(prompt: Prompt) -> Step:
         beforehand, as vLLM does.
     """
     shape = prompt.shape
-    starts, lens = prompt.batch.query_start_loc, prompt.batch.seq_lens
+    starts, lens = prompt.step.query_start_loc, prompt.step.seq_lens
     schedule = ops.cpu_attn_get_scheduler_metadata(
         num_reqs=1,
         num_heads=shape.heads,
@@ -159,8 +168,7 @@ def dense_step(prompt: Prompt) -> Step:
         isa=shape.isa,
         enable_kv_split=True,
     )
-    blocks, kv_heads, page, width = prompt.cache.shape
-    keys, values = prompt.cache.view(blocks, kv_heads, 2 * page, width // 2).chunk(2, dim=2)
+    keys, values = paged(prompt.cache)
     output = torch.empty_like(prompt.query)
 
     def step() -> torch.Tensor:
@@ -175,7 +183,7 @@ def dense_step(prompt: Prompt) -> Step:
             causal=True,
             alibi_slopes=None,
             sliding_window=-1,
-            block_table=prompt.batch.block_table_tensor,
+            block_table=prompt.step.block_table,
             softcap=0.0,
             scheduler_metadata=schedule,
             s_aux=None,
@@ -185,7 +193,7 @@ def dense_step(prompt: Prompt) -> Step:
     return step
 
 
-def virtual_step(prompt: Prompt, selector: PageSelector) -> Step:
+def virtual_step(prompt: Prompt, selector: PageSelector) -> Call:
     """The prompt's attention as our backend computes it, permutations included.
 
     Args:
@@ -196,14 +204,11 @@ def virtual_step(prompt: Prompt, selector: PageSelector) -> Step:
         A function that computes [tokens, heads, head_size]; plan and output are made
         beforehand, as vLLM does.
     """
-    impl = SimpleNamespace(scale=prompt.shape.scale, logits_soft_cap=0.0, kv_cache_dtype="auto")
-    (virtual,) = planner(prompt.shape, selector)(prompt.batch)
-    output = torch.empty_like(prompt.query)
-    grouped = (len(output), prompt.shape.kv_heads, -1, prompt.shape.head_size)
+    attention = prompt.shape.attention(selector)
+    plan, output = attention.plan(prompt.step), torch.empty_like(prompt.query)
 
     def step() -> torch.Tensor:
-        query, result = prompt.query.view(grouped), output.view(grouped)
-        attend(impl, LAYER, query, prompt.cache, virtual, result)
+        attention.run(plan, "0", prompt.query, prompt.cache, output)
         return output
 
     return step
@@ -219,9 +224,9 @@ class DynamicSteps:
         whole: all of it and attention over the pages, [tokens, heads, head_size].
     """
 
-    rotate: Step
-    select: Step
-    whole: Step
+    rotate: Call
+    select: Call
+    whole: Call
 
 
 def dynamic_steps(prompt: Prompt, masks: MaskSet) -> DynamicSteps:
@@ -234,58 +239,26 @@ def dynamic_steps(prompt: Prompt, masks: MaskSet) -> DynamicSteps:
     Returns:
         The steps.
     """
-    shape, page = prompt.shape, prompt.shape.page
-    every = Shard(0, shape.kv_heads)
-    dynamic = layer_dynamic(masks, 0, 0, every, page, 0, shape.scale, 0.0, None, shape.scheduler())
+    shape, every = prompt.shape, Shard(0, prompt.shape.kv_heads)
+    dynamic = DynamicHeads.of_layer(masks, 0, every, shape.page, 0, shape.scale, 0.0)
+    rotation = HeadRotation.of_layer(masks, 0, every)
     assert dynamic is not None
-    starts, lens = prompt.batch.query_start_loc, prompt.batch.seq_lens
-    query_blocks = cut_query_blocks(starts, lens, page)
-    where = VirtualPages.of_layers(prompt.batch.block_table_tensor, 1, shape.kv_heads)
-    step = DynamicStep(query_blocks, starts.diff(), where)
+    assert rotation is not None
+    selector = PageSelector([every.tables(masks, 0, shape.page)])
+    attention = shape.attention(selector, dynamic)
+    plan, output = attention.plan(prompt.step), torch.empty_like(prompt.query)
     grouped = prompt.query.view(len(prompt.query), shape.kv_heads, -1, shape.head_size)
-    keys = prompt.cache.view(-1, 2, shape.head_size, page)[:, 0]
-    output = torch.empty_like(prompt.query)
-    impl = SimpleNamespace(scale=shape.scale, logits_soft_cap=0.0, kv_cache_dtype="auto")
 
     def rotate() -> torch.Tensor:
-        dynamic.rotation.keys(prompt.key)
-        return dynamic.rotation.queries(prompt.query, shape.kv_heads)
+        rotation.keys(prompt.key)
+        return rotation.queries(prompt.query, shape.kv_heads)
 
     def select() -> torch.Tensor:
-        asked = grouped.transpose(0, 1)[..., : max(dynamic.dynamic.channels)][
-            dynamic.rotation.heads
-        ]
-        return select_dynamic(dynamic.dynamic, asked, keys, query_blocks, where.tables()[0])
+        return attention.select(plan, "0", grouped, prompt.cache)
 
     def whole() -> torch.Tensor:
         rotate()
-        batch = dynamic.virtual(grouped, prompt.cache, step)
-        attend(impl, LAYER, grouped, prompt.cache, batch, output.view(grouped.shape))
+        attention.run(plan, "0", prompt.query, prompt.cache, output)
         return output
 
     return DynamicSteps(rotate, select, whole)
-
-
-def planner(shape: Shape, selector: PageSelector) -> Callable[[Batch], list[VirtualBatch]]:
-    """What the backend does once a step: query blocks, plan, and every layer's schedule.
-
-    Args:
-        shape: of the layers.
-        selector: their page tables.
-
-    Returns:
-        A function from a batch to each layer's virtual sequences.
-    """
-    heads = list(range(selector.heads))
-    scheduler = shape.scheduler()
-
-    def plan(batch: Batch) -> list[VirtualBatch]:
-        query_blocks = cut_query_blocks(batch.query_start_loc, batch.seq_lens, selector.query_block)
-        table = batch.block_table_tensor
-        where = VirtualPages.of_layers(table, selector.layers, selector.heads)
-        made = build_plan(selector, query_blocks, where)
-        layers = range(selector.layers)
-        batches = (scheduler.static(made, layer, selector.heads, heads) for layer in layers)
-        return [batch for batch in batches if batch is not None]
-
-    return plan

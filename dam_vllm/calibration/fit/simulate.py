@@ -4,7 +4,8 @@ import numpy as np
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from dam_vllm.attention.cpu.select import DynamicHeads, select_dynamic
+from dam_vllm.attention.cpu.select import CachedKeys, select_dynamic
+from dam_vllm.attention.dynamic_heads import DynamicHeads
 from dam_vllm.attention.query_blocks import QueryBlocks, cut_query_blocks
 from dam_vllm.calibration.fit.states import LayerStates
 from dam_vllm.masks.budget import Budget
@@ -99,7 +100,7 @@ class Simulation:
             softcap=states.softcap,
         )
         table = torch.arange(len(cache), dtype=torch.int32).expand(1, query_blocks.tokens + 1, -1)
-        keys = cache.transpose(1, 2).contiguous()
+        keys = CachedKeys(cache.transpose(1, 2).contiguous())
         return select_dynamic(dynamic, query, keys, query_blocks, table)[0]
 
 

@@ -16,9 +16,9 @@ from vllm.v1.kv_cache_interface import replace_as
 from dam_vllm.engine.checks import Serving, admit, logger, may_free_heads
 from dam_vllm.engine.kv_free.bounds import Bounds, HeadBounds, head_bounds
 from dam_vllm.engine.kv_free.capacity import Freeing, choose_freeing, freed_first
-from dam_vllm.engine.kv_free.head_groups import HeadUnit, SplitLayers
 from dam_vllm.engine.kv_free.spec import BoundedAttentionSpec
-from dam_vllm.engine.shards import shard, shards
+from dam_vllm.engine.shards import shard
+from dam_vllm.masks.sharding import shards
 
 FULL_ONLY = ("sliding_window", "attention_chunk_size", "non_causal")
 
@@ -66,7 +66,7 @@ def _odd_layer(attention: Mapping[str, Any], serving: Serving) -> str | None:
     for name, layer in attention.items():
         index = extract_layer_index(name)
         impl: Any = getattr(layer, "impl", None)
-        if not hasattr(impl, "split") or layer.kv_sharing_target_layer_name is not None:
+        if not hasattr(impl, "groups") or layer.kv_sharing_target_layer_name is not None:
             return f"{name} is not plain attention"
         if index >= len(types) or types[index] != "full" or impl.windowed:
             return f"{name} is not full attention with masks"
@@ -113,18 +113,18 @@ def _apply(config: VllmConfig, serving: Serving, heads: HeadBounds, chosen: Free
     freeing = _unit_backend(base, chosen.heads, chosen.bounds, config.max_in_flight_tokens)
     keeping = _unit_backend(base, chosen.heads, None, 0)
     count = (rank.stop - rank.start) // chosen.heads
-    split = SplitLayers(chosen.heads, {}, {}, attention)
-    for name, index in layers.items():
-        layer = attention[name]
-        backends = [freeing if unit < chosen.units[index] else keeping for unit in range(count)]
-        layer.attn_backend = backends[0]
-        if count == 1:
-            continue
-        layer.impl.split = split
-        split.order[name] = freed_first(heads, index, rank)
-        split.units[name] = [name, *(f"{name}.kv{unit}" for unit in range(1, count))]
-        for unit, backend in zip(split.units[name][1:], backends[1:], strict=True):
-            attention[unit] = HeadUnit(layer, backend)
+    backends = {
+        name: [freeing if unit < chosen.units[index] else keeping for unit in range(count)]
+        for name, index in layers.items()
+    }
+    for name in layers:
+        attention[name].attn_backend = backends[name][0]
+    if count > 1:
+        # Units of heads are served on CPU alone, so that other platforms do not load this.
+        from dam_vllm.engine.kv_free.head_groups import split_layers
+
+        order = {name: freed_first(heads, index, rank) for name, index in layers.items()}
+        split_layers(attention, chosen.heads, order, backends)
 
 
 def _unit_backend(base: Any, heads: int, bounds: Bounds | None, in_flight: int) -> Any:

@@ -9,16 +9,17 @@ one call of the kernel, and so is storing its keys.
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from vllm import _custom_ops as ops
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
+from dam_vllm.attention.cpu.attention import CPUAttention, CPUPlan
 from dam_vllm.attention.cpu.plan import VirtualPages
-from dam_vllm.engine.planner import Planner
+from dam_vllm.attention.interface import Planned, Step
+from dam_vllm.masks.rounding import ceil_div
 
 PADDING = -(2**62)  # negative, whatever is added
 
@@ -40,27 +41,140 @@ class HeadUnit(AttentionLayerBase):
 
 
 @dataclass
-class SplitLayers:
-    """All attention layers of a worker, cut into units.
+class GroupedPlan:
+    """A step's plan, complete once every cache group has handed in its block table.
+
+    Attributes:
+        tables: int32 [requests, n] of each group.
+        slots: int64 [tokens] of each group, where new tokens go.
+        plan: of all layers.
+        placed: int64 [groups, tokens], slots in the pool but for each head's offset.
+    """
+
+    tables: list[torch.Tensor] = field(default_factory=list)
+    slots: list[torch.Tensor] = field(default_factory=list)
+    plan: CPUPlan | None = None
+    placed: torch.Tensor | None = None
+
+
+@dataclass
+class HeadGroups:
+    """All attention layers of a worker, cut into units; attention of them all.
 
     Attributes:
         heads: KV heads a unit.
         units: by layer name, its units' names; the first is the layer's own.
         order: by layer name, its local KV heads, unit by unit.
         attention: vLLM's layers by name, units included.
-        planner: plans a step for all layers; set once the metadata builders exist.
     """
 
     heads: int
     units: dict[str, list[str]]
     order: dict[str, list[int]]
     attention: Mapping[str, Any]
-    planner: Planner | None = None
+    _members: list[frozenset[str]] = field(default_factory=list)
+    _served: CPUAttention | None = None
+    _step: GroupedPlan = field(default_factory=GroupedPlan)
 
     @property
     def home(self) -> str:
-        """The unit whose metadata holds the step's plan."""
+        """The first layer's first unit."""
         return next(iter(self.units))
+
+    @property
+    def layers(self) -> dict[str, list[str]]:
+        return self.units
+
+    def join(self, layer_names: list[str], attention: CPUAttention | None) -> None:
+        """A metadata builder joins; vLLM makes them in the order of its cache groups.
+
+        Args:
+            layer_names: units of the builder's group.
+            attention: of all layers, from the builder of the home unit; else None.
+        """
+        members = frozenset(layer_names)
+        if members not in self._members:
+            self._members.append(members)
+        self._served = attention or self._served
+
+    def hand_in(self, layer_names: list[str], step: Step, slots: torch.Tensor) -> Planned:
+        """A cache group's part of a step; with the last one the plan is made.
+
+        vLLM builds the metadata of all groups one after the other, always in the same order
+        (v1/worker/gpu_model_runner.py, `_build_attention_metadata`), before any layer runs.
+
+        Args:
+            layer_names: units of the group, as it joined.
+            step: the step, with the group's block table.
+            slots: int64 [tokens], where the group stores new tokens; negative ones are padding.
+
+        Returns:
+            The plan that all groups of the step share.
+        """
+        group = self._members.index(frozenset(layer_names))
+        if group == 0:
+            self._step = GroupedPlan()
+        assert len(self._step.tables) == group, "vLLM left a cache group out"
+        self._step.tables.append(step.block_table)
+        self._step.slots.append(slots)
+        if group == len(self._members) - 1:
+            self._complete(self._step, step)
+        return Planned(self, self._step)
+
+    def plan(self, step: Step) -> GroupedPlan:
+        """A step's plan needs the block tables of all groups: see `hand_in`."""
+        raise NotImplementedError
+
+    def run(
+        self,
+        plan: GroupedPlan,
+        layer: str,
+        query: torch.Tensor,
+        cache: torch.Tensor,
+        output: torch.Tensor,
+    ) -> None:
+        """See `SparseAttention.run`; the cache is the pool, of which `cache` is a part."""
+        assert self._served is not None
+        assert plan.plan is not None
+        self._served.run(plan.plan, layer, query, self.pool, output)
+
+    def store(self, layer: Any, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Writes new keys and values into their heads' pages.
+
+        Args:
+            layer: the attention layer.
+            key: [tokens, kv_heads, head_size].
+            value: [tokens, kv_heads, head_size].
+        """
+        assert self._served is not None
+        plan: GroupedPlan = get_forward_context().attn_metadata[self.home].planned.plan
+        assert plan.placed is not None
+        row, page = self._rows[layer.layer_name], self.pool.shape[2]
+        slots = (plan.placed[self._groups[row]] + self.offset[row, :, None] * page).t()
+        size = key.shape[-1]
+        self._served.kernel.store(
+            key[: len(slots)].reshape(-1, size),
+            value[: len(slots)].reshape(-1, size),
+            *self._served.layout.keys_and_values(self.pool),
+            slots.flatten(),
+            self._served.served[layer.layer_name],
+        )
+
+    def _complete(self, plan: GroupedPlan, step: Step) -> None:
+        served = self._served
+        assert served is not None
+        page = self.pool.shape[2]
+        pages = ceil_div(int(step.seq_lens.max()), page)
+        blocks = torch.stack([table[:, :pages] for table in plan.tables])
+        where = VirtualPages(blocks, self._groups, self.offset, self.heads)
+        if int(step.seq_lens.max()) <= served.dense_until:
+            served.count_dense(step)
+            plan.plan = served.plan_dense(step, where)
+        else:
+            plan.plan = served.plan_over(step, where)
+        slots = torch.stack(plan.slots)
+        placed = slots // page * (self.heads * page) + slots % page
+        plan.placed = torch.where(slots < 0, PADDING, placed)
 
     @functools.cached_property
     def pool(self) -> torch.Tensor:
@@ -82,82 +196,42 @@ class SplitLayers:
                 result[row, head] = cache.storage_offset() // size + at % self.heads
         return result
 
-    def plan(self) -> Any:
-        """This step's metadata with the plan of all layers, made by the first layer that asks."""
-        step = get_forward_context().attn_metadata
-        metadata = step[self.home]
-        if metadata.virtual is None:
-            assert self.planner is not None
-            where = self._where(step, int(metadata.seq_lens.max()))
-            if self.planner.is_dense(metadata):
-                self.planner.count_dense(metadata)
-                metadata.virtual = self.planner.dense(metadata, where)
-            else:
-                metadata.virtual = self.planner.virtual(metadata, where)
-                metadata.dynamic = self.planner.dynamic(metadata, where)
-        return metadata
-
-    def store(self, impl: Any, layer: Any, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Writes new keys and values into their heads' pages.
-
-        Args:
-            impl: the attention implementation, for the cache's dtype.
-            layer: the attention layer.
-            key: [tokens, kv_heads, head_size].
-            value: [tokens, kv_heads, head_size].
-        """
-        slots = self._slots(layer.layer_name)
-        page, width = self.pool.shape[2:]
-        keys, values = self.pool.view(-1, 1, 2 * page, width // 2).chunk(2, dim=2)
-        ops.cpu_attn_reshape_and_cache(
-            key[: len(slots)].reshape(-1, 1, width // 2),
-            value[: len(slots)].reshape(-1, 1, width // 2),
-            keys,
-            values,
-            slots.flatten(),
-            layer.isa,
-            k_scale=layer._k_scale_float,
-            v_scale=layer._v_scale_float,
-            kv_cache_dtype=impl.kv_cache_dtype,
-        )
-
-    def _slots(self, name: str) -> torch.Tensor:
-        """Slots of new tokens in the pool, int64 [tokens, kv_heads]; negative ones are padding."""
-        context = get_forward_context()
-        metadata, page = context.attn_metadata[self.home], self.pool.shape[2]
-        group, members = self._groups
-        if metadata.slots is None:
-            slots = torch.stack([context.slot_mapping[unit] for unit in members])
-            placed = slots // page * (self.heads * page) + slots % page
-            metadata.slots = torch.where(slots < 0, PADDING, placed)
-        row = self._rows[name]
-        return (metadata.slots[group[row]] + self.offset[row, :, None] * page).t()
-
     @functools.cached_property
     def _rows(self) -> dict[str, int]:
         return {name: row for row, name in enumerate(self.units)}
 
-    def _where(self, step: Mapping[str, Any], tokens: int) -> VirtualPages:
-        """This step's virtual pages of all layers and heads, for requests of at most `tokens`."""
-        pages = -(-tokens // self.pool.shape[2])
-        blocks = [step[name].block_table[:, :pages] for name in self._groups[1]]
-        return VirtualPages(torch.stack(blocks), self._groups[0], self.offset, self.heads)
-
     @functools.cached_property
-    def _groups(self) -> tuple[torch.Tensor, list[str]]:
-        """Each head's cache group, int64 [layers, heads], and a unit of each group.
-
-        Units of a group share one metadata object.
-        """
-        step = get_forward_context().attn_metadata
-        found: dict[int, int] = {}
-        members: list[str] = []
+    def _groups(self) -> torch.Tensor:
+        """Each head's cache group, int64 [layers, heads]."""
+        of_unit = {unit: at for at, members in enumerate(self._members) for unit in members}
         group = torch.empty_like(self.offset)
         for row, name in enumerate(self.units):
             for at, head in enumerate(self.order[name]):
-                unit = self.units[name][at // self.heads]
-                if id(step[unit]) not in found:
-                    found[id(step[unit])] = len(found)
-                    members.append(unit)
-                group[row, head] = found[id(step[unit])]
-        return group, members
+                group[row, head] = of_unit[self.units[name][at // self.heads]]
+        return group
+
+
+def split_layers(
+    attention: dict[str, Any],
+    heads: int,
+    order: dict[str, list[int]],
+    backends: Mapping[str, list[Any]],
+) -> None:
+    """Cuts layers into units and hands them to their implementations.
+
+    Args:
+        attention: vLLM's attention layers by name; units are added.
+        heads: KV heads a unit.
+        order: by layer name, its local KV heads, unit by unit.
+        backends: by layer name, each unit's backend.
+    """
+    units = {
+        name: [name, *(f"{name}.kv{unit}" for unit in range(1, len(each)))]
+        for name, each in backends.items()
+    }
+    groups = HeadGroups(heads, units, order, attention)
+    for name, each in backends.items():
+        layer = attention[name]
+        layer.impl.groups = groups
+        for unit, backend in zip(units[name][1:], each[1:], strict=True):
+            attention[unit] = HeadUnit(layer, backend)

@@ -1,0 +1,288 @@
+"""Sparse attention on CPU: virtual sequences over virtual pages, run by a dense paged kernel.
+
+The kernel is handed in, since vLLM's own one does: it computes exact attention over the pages that
+its block tables list.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from dam_vllm.attention.cpu.plan import Plan, VirtualPages, build_plan, plan_pages
+from dam_vllm.attention.cpu.select import CachedKeys, select_dynamic
+from dam_vllm.attention.cpu.workspace import WORKSPACE
+from dam_vllm.attention.dynamic_heads import DynamicHeads
+from dam_vllm.attention.interface import Step
+from dam_vllm.attention.layout import KVLayout
+from dam_vllm.attention.page_counts import COUNTS
+from dam_vllm.attention.query_blocks import QueryBlocks, cut_query_blocks
+from dam_vllm.masks.page_tables import PageSelector
+
+
+@dataclass(frozen=True)
+class VirtualBatch:
+    """Virtual sequences of some KV heads of a layer; n = these heads x query blocks.
+
+    Attributes:
+        heads: int64, the KV heads in order, or None for all.
+        block_table: int32 [n, width], virtual page ids.
+        seq_lens: int32 [n].
+        query_start_loc: int32 [n + 1].
+        schedule: how the kernel splits the work.
+    """
+
+    heads: torch.Tensor | None
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+    query_start_loc: torch.Tensor
+    schedule: torch.Tensor
+
+
+@dataclass(frozen=True)
+class CPULayer:
+    """One layer on this worker.
+
+    Attributes:
+        scale: factor of the scores.
+        softcap: soft-capping of the scores, 0 for none.
+        fixed: KV heads whose pages are known without queries, ascending.
+        dynamic: how the others choose, or None without any.
+        key_scale: factor of the stored keys.
+        value_scale: factor of the stored values.
+    """
+
+    scale: float
+    softcap: float
+    fixed: Sequence[int]
+    dynamic: DynamicHeads | None = None
+    key_scale: float = 1.0
+    value_scale: float = 1.0
+
+
+class PagedKernel(Protocol):
+    """Causal attention over paged keys of a single KV head."""
+
+    def schedule(self, query_start_loc: torch.Tensor, seq_lens: torch.Tensor) -> torch.Tensor:
+        """How the kernel splits the work of int32 [n + 1] query starts and int32 [n] lengths."""
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        output: torch.Tensor,
+        batch: VirtualBatch,
+        layer: CPULayer,
+    ) -> None:
+        """Computes attention.
+
+        Args:
+            query: [rows, heads_per_kv, head_size].
+            keys: [virtual pages, page, head_size], as `KVLayout.keys_and_values` gives them.
+            values: likewise.
+            output: like the query, written.
+            batch: the sequences.
+            layer: scales and soft-capping.
+        """
+
+    def store(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        slots: torch.Tensor,
+        layer: CPULayer,
+    ) -> None:
+        """Writes [n, head_size] keys and values to slots of virtual pages, int64 [n]."""
+
+
+@dataclass(frozen=True)
+class CPUPlan:
+    """A step's plan for all layers.
+
+    Attributes:
+        fixed: by layer name, virtual sequences of the heads whose pages are known, or None without
+            such heads.
+        chosen: the queries cut at pages, for dynamic heads; None where these read everything too.
+        new: int64 [requests], queries of each request.
+        where: virtual pages of all layers and heads.
+        tokens: query rows of the step, without padding.
+    """
+
+    fixed: Mapping[str, VirtualBatch | None]
+    chosen: QueryBlocks | None
+    new: torch.Tensor
+    where: VirtualPages
+    tokens: int
+
+
+@dataclass(frozen=True)
+class CPUAttention:
+    """Sparse attention of layers that share page size and number of KV heads.
+
+    Attributes:
+        served: layers by name.
+        selector: page tables of these layers, in this order.
+        kernel: computes attention over selected pages.
+        layout: of the cache.
+        computed: dtype in which keys are scored; bfloat16 where they have no more digits.
+    """
+
+    served: Mapping[str, CPULayer]
+    selector: PageSelector
+    kernel: PagedKernel
+    layout: KVLayout
+    computed: torch.dtype
+    _rows: Mapping[str, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        rows = {name: row for row, name in enumerate(self.served)}
+        object.__setattr__(self, "_rows", rows)
+
+    @property
+    def layers(self) -> Mapping[str, CPULayer]:
+        return self.served
+
+    @property
+    def dense_until(self) -> int:
+        """Positions before it read every page, in tokens."""
+        return self.selector.dense_blocks * self.selector.query_block
+
+    def plan(self, step: Step) -> CPUPlan:
+        """The step's plan, over block tables that the layers share."""
+        pages = (int(step.seq_lens.max()) + self.selector.page - 1) // self.selector.page
+        table = step.block_table[:, :pages]
+        where = VirtualPages.of_layers(table, self.selector.layers, self.selector.heads)
+        return self.plan_over(step, where)
+
+    def plan_over(self, step: Step, where: VirtualPages) -> CPUPlan:
+        """The step's plan over virtual pages of all layers and heads, wherever they lie."""
+        blocks = cut_query_blocks(step.query_start_loc, step.seq_lens, self.selector.query_block)
+        plan, new = build_plan(self.selector, blocks, where), step.query_start_loc.diff()
+        fixed: dict[str, VirtualBatch | None] = {}
+        for row, (name, layer) in enumerate(self.served.items()):
+            fixed[name] = self._fixed(plan, row, layer.fixed)
+            if step.max_query_len > 1:
+                pages = (plan.seq_lens[row] + self.selector.page - 1) // self.selector.page
+                read = pages.view(self.selector.heads, -1)[layer.fixed]
+                COUNTS.add_prefill(read, blocks, new, self.selector.page)
+        chosen = cut_query_blocks(step.query_start_loc, step.seq_lens, self.selector.page)
+        return CPUPlan(fixed, chosen, new, where, step.tokens)
+
+    def plan_dense(self, step: Step, where: VirtualPages) -> CPUPlan:
+        """The plan of a step all of whose queries read everything; one sequence a request."""
+        heads = self.selector.heads
+        tables = where.tables().flatten(1, 2)
+        rows = torch.arange(heads)[:, None] * step.tokens + step.query_start_loc[:-1]
+        starts = torch.cat([rows.flatten(), torch.tensor([heads * step.tokens])]).int()
+        lens = step.seq_lens.repeat(heads)
+        schedule = self.kernel.schedule(starts, lens)
+        fixed = {
+            name: VirtualBatch(None, tables[row], lens, starts, schedule)
+            for row, name in enumerate(self.served)
+        }
+        return CPUPlan(fixed, None, step.query_start_loc.diff(), where, step.tokens)
+
+    def count_dense(self, step: Step) -> None:
+        """Counts what a step reads all of whose queries read everything."""
+        if step.max_query_len > 1:
+            heads = self.selector.layers * self.selector.heads
+            block, page = self.selector.query_block, self.selector.page
+            COUNTS.add_dense(step.query_start_loc, step.seq_lens, block, page, heads)
+
+    def run(
+        self,
+        plan: CPUPlan,
+        layer: str,
+        query: torch.Tensor,
+        cache: torch.Tensor,
+        output: torch.Tensor,
+    ) -> None:
+        """See `SparseAttention.run`."""
+        tokens, (heads, size) = plan.tokens, query.shape[1:]
+        shape = (tokens, self.selector.heads, heads // self.selector.heads, size)
+        asked, result = query[:tokens].view(shape), output[:tokens].view(shape)
+        batches, served = [plan.fixed[layer]], self.served[layer]
+        if served.dynamic is not None and plan.chosen is not None:
+            selected = self.select(plan, layer, asked, cache)
+            batches.append(self._chosen(plan, layer, served.dynamic, selected))
+        for batch in batches:
+            if batch is not None:
+                self._attend(served, asked, cache, batch, result)
+
+    def select(
+        self, plan: CPUPlan, layer: str, query: torch.Tensor, cache: torch.Tensor
+    ) -> torch.Tensor:
+        """Selects the pages of a layer's dynamic heads for the queries at hand.
+
+        Args:
+            plan: the step's.
+            layer: its name.
+            query: [tokens, kv_heads, heads_per_kv, head_size], rotated.
+            cache: [blocks, kv_heads, page, 2 * head_size], which holds these queries' keys.
+
+        Returns:
+            bool [dynamic heads, query blocks, pages], static ones included.
+        """
+        dynamic = self.served[layer].dynamic
+        assert dynamic is not None
+        assert plan.chosen is not None
+        heads = torch.tensor(dynamic.ids)
+        scoring = query.transpose(0, 1)[..., : max(dynamic.channels)]
+        tables = plan.where.take(self._rows[layer], heads).tables()[0]
+        keys = CachedKeys(self.layout.channels(cache), self.computed, self.layout.stored)
+        return select_dynamic(dynamic, scoring[heads], keys, plan.chosen, tables)
+
+    def _chosen(
+        self, plan: CPUPlan, layer: str, dynamic: DynamicHeads, selected: torch.Tensor
+    ) -> VirtualBatch:
+        """Virtual sequences of a layer's dynamic heads."""
+        assert plan.chosen is not None
+        COUNTS.add_prefill(selected.sum(-1), plan.chosen, plan.new, self.selector.page)
+        heads = torch.tensor(dynamic.ids)
+        where = plan.where.take(self._rows[layer], heads)
+        made = plan_pages(selected[None], where, plan.chosen, self.selector.page)
+        table, lens, starts = made.block_table[0], made.seq_lens[0], made.query_start_loc
+        return VirtualBatch(heads, table, lens, starts, self.kernel.schedule(starts, lens))
+
+    def _fixed(self, plan: Plan, row: int, heads: Sequence[int]) -> VirtualBatch | None:
+        """A layer's part of a plan that covers all KV heads, cut to some of them."""
+        table, lens, starts = plan.block_table[row], plan.seq_lens[row], plan.query_start_loc
+        kv_heads = self.selector.heads
+        if len(heads) == kv_heads:
+            return VirtualBatch(None, table, lens, starts, self.kernel.schedule(starts, lens))
+        if not heads:
+            return None
+        each, which = len(lens) // kv_heads, torch.tensor(heads)
+        lens = lens.view(kv_heads, each)[which].flatten()
+        table = table.view(kv_heads, each, -1)[which].flatten(0, 1)
+        # Queries lie head by head and as long for every head: the first heads' starts hold.
+        starts = starts[: len(lens) + 1].contiguous()
+        return VirtualBatch(which, table, lens, starts, self.kernel.schedule(starts, lens))
+
+    def _attend(
+        self,
+        layer: CPULayer,
+        query: torch.Tensor,
+        cache: torch.Tensor,
+        batch: VirtualBatch,
+        output: torch.Tensor,
+    ) -> None:
+        """Runs the kernel on [tokens, kv_heads, heads_per_kv, head_size]; the batch's heads."""
+        tokens, kv_heads, *rest = query.shape
+        kv_heads = kv_heads if batch.heads is None else len(batch.heads)
+        by_head, result = WORKSPACE.take(2, (kv_heads, tokens, *rest), query.dtype)
+        if batch.heads is None:
+            by_head.copy_(query.transpose(0, 1))
+        else:
+            torch.index_select(query.transpose(0, 1), 0, batch.heads, out=by_head)
+        keys, values = self.layout.keys_and_values(cache)
+        flat = by_head.flatten(0, 1), keys, values, result.flatten(0, 1)
+        self.kernel.attend(*flat, batch, layer)
+        if batch.heads is None:
+            output.copy_(result.transpose(0, 1))
+        else:
+            output.index_copy_(1, batch.heads, result.transpose(0, 1))

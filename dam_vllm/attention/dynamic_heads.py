@@ -1,0 +1,78 @@
+"""A layer's dynamic heads: what they score with, what they may choose, on any platform."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from dam_vllm.masks.budget import Budget
+from dam_vllm.masks.mask_set import MaskSet
+from dam_vllm.masks.page_tables import PageSelector, dense_until
+from dam_vllm.masks.sharding import Shard
+
+
+@dataclass(frozen=True)
+class DynamicHeads:
+    """A layer's dynamic heads on one worker.
+
+    Attributes:
+        channels: leading channels that score, a head.
+        budgets: a head.
+        static: page tables of these heads, one layer, query blocks of one page.
+        scale: factor of the scores, that of an fp8 cache's keys included.
+        softcap: soft-capping of the scores, 0 for none.
+        ids: their local KV heads.
+    """
+
+    channels: list[int]
+    budgets: list[Budget]
+    static: PageSelector
+    scale: float
+    softcap: float = 0.0
+    ids: list[int] = field(default_factory=lambda: [0])
+
+    @classmethod
+    def of_layer(
+        cls,
+        masks: MaskSet,
+        layer: int,
+        shard: Shard,
+        page: int,
+        dense_below: int,
+        scale: float,
+        softcap: float,
+        device: torch.device | str = "cpu",
+    ) -> "DynamicHeads | None":
+        """How a layer's dynamic heads choose pages.
+
+        Args:
+            masks: the mask set.
+            layer: global layer index.
+            shard: KV heads of this rank.
+            page: tokens a page.
+            dense_below: positions below it read everything, up to static heads' query blocks.
+            scale: factor of the scores, that of an fp8 cache's keys included.
+            softcap: soft-capping of the scores, 0 for none.
+            device: where page tables are kept.
+
+        Returns:
+            The heads, or None where this rank holds none.
+        """
+        local = shard.dynamic_heads(masks, layer)
+        if not local or masks.dynamic is None:
+            return None
+        heads = [shard.start + head for head in local]
+        tables = shard.tables(masks, layer, page, query_block=page).take(local)
+        return cls(
+            channels=[int(masks.dynamic.channels[layer, head]) for head in heads],
+            budgets=[Budget.of(masks.dynamic, layer, head, page) for head in heads],
+            static=PageSelector([tables], dense_until(dense_below, page), device),
+            scale=scale,
+            softcap=softcap,
+            ids=local,
+        )
+
+    def logits(self, max_scores: torch.Tensor) -> torch.Tensor:
+        """Scaled and capped scores in float32."""
+        # A factor with a dimension makes one pass of conversion and product.
+        logits = max_scores * torch.tensor([self.scale], device=max_scores.device)
+        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits

@@ -1,0 +1,47 @@
+"""Which KV heads of the mask set each tensor-parallel rank holds."""
+
+from dataclasses import dataclass
+
+from dam_vllm.masks.mask_set import HeadMode, MaskSet
+from dam_vllm.masks.page_tables import PageTables, page_tables
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The KV heads of one tensor-parallel rank, as global ids start..stop-1."""
+
+    start: int
+    stop: int
+
+    @property
+    def heads(self) -> int:
+        """How many KV heads the rank holds."""
+        return self.stop - self.start
+
+    def tables(
+        self, masks: MaskSet, layer: int, page: int, query_block: int | None = None
+    ) -> PageTables:
+        """The layer's page tables, cut to this rank's KV heads."""
+        return page_tables(masks, layer, page, query_block).take(slice(self.start, self.stop))
+
+    def dynamic_heads(self, masks: MaskSet, layer: int) -> list[int]:
+        """This rank's dynamic KV heads, as local ids."""
+        modes = masks.modes[layer, self.start : self.stop]
+        return [head for head, mode in enumerate(modes) if mode == HeadMode.DYNAMIC]
+
+
+def shards(kv_heads: int, ranks: int) -> list[Shard]:
+    """KV heads of every rank: even slices, or one head that several ranks share.
+
+    Args:
+        kv_heads: KV heads of the whole model.
+        ranks: tensor-parallel ranks.
+
+    Returns:
+        The shards (vllm/model_executor/layers/linear.py, QKVParallelLinear).
+    """
+    if kv_heads >= ranks:
+        each = kv_heads // ranks
+        return [Shard(rank * each, (rank + 1) * each) for rank in range(ranks)]
+    heads = [rank // (ranks // kv_heads) for rank in range(ranks)]
+    return [Shard(head, head + 1) for head in heads]
