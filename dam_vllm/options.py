@@ -21,8 +21,8 @@ class DamOptions(BaseModel):
     Attributes:
         masks: mask file, folder that holds `dam/masks.safetensors`, or Hub id of one.
         dense_below: query positions below it attend densely, in tokens; a request shorter than
-            this runs dense. Rounded up to whole query blocks. The default is the measured length up to
-            which sparse attention does not pay on CPU (`dam-vllm bench`).
+            this runs dense. Rounded up to whole query blocks. The default is the measured length
+            up to which sparse attention does not pay on CPU (`dam-vllm bench`).
         kv_free: "layer" gives KV-cache pages that no head of a layer can read again back to vLLM;
             "head" those of single KV heads too, where that gains more; "off" keeps all. "auto" is
             "head" on CPU and "layer" on CUDA, which does not serve "head" yet.

@@ -102,7 +102,8 @@ def dynamic_mask(
         head: KV head.
         query: [queries, group, head_size], rotated; the last queries of the sequence.
         key: [keys, head_size], rotated.
-        static: bool [queries, keys], causal mask of the pages read anyway, query blocks of one page.
+        static: bool [queries, keys], causal mask of the pages read anyway, query blocks of one
+            page.
         page: tokens a page.
         scale: factor of the scores.
         softcap: soft-capping of the scores, 0 for none.
@@ -140,7 +141,7 @@ def dynamic_mask(
 def _chosen(
     masks: MaskSet, layer: int, head: int, mass: np.ndarray, read: np.ndarray, page: int
 ) -> list[int]:
-    """Pages that a query block chooses, of equal ones all; shares of mass [pages, queries, group]."""
+    """Pages that a query block chooses, of equal ones all; mass [pages, queries, heads_per_kv]."""
     assert masks.dynamic is not None
     kind, budget = masks.dynamic.kinds[layer, head], float(masks.dynamic.budgets[layer, head])
     floor, cap = masks.dynamic.floors[layer, head], masks.dynamic.caps[layer, head]
@@ -161,7 +162,7 @@ def _chosen(
 
 
 def exact_mask(
-    masks: MaskSet, layer: int, start: int, stop: int, dense_below: int = 0
+    masks: MaskSet, layer: int, start: int, stop: int, page: int, dense_below: int = 0
 ) -> np.ndarray:
     """The token-exact mask: the rule itself, the first token, the query's own token.
 
@@ -170,11 +171,13 @@ def exact_mask(
         layer: global layer index.
         start: first query position.
         stop: one past the last query position.
-        dense_below: query positions below it are dense.
+        page: tokens a page.
+        dense_below: query positions below it (rounded up to static query blocks) are dense.
 
     Returns:
         bool [heads, stop - start, stop], causal.
     """
+    dense_below = -(-dense_below // query_block_size(page)) * query_block_size(page)
     result = token_mask(masks, layer, start, stop)
     group = masks.heads // masks.kv_heads
     result[np.repeat(masks.modes[layer] == HeadMode.DENSE, group)] = True

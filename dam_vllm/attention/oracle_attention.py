@@ -85,7 +85,7 @@ class OracleAttention:
         heads_per_kv = masks.heads // masks.kv_heads
         local = slice(self.shard.start * heads_per_kv, self.shard.stop * heads_per_kv)
         if self.exact:
-            whole = exact_mask(masks, index, start, stop, self.dense_below)[local]
+            whole = exact_mask(masks, index, start, stop, page, self.dense_below)[local]
         else:
             whole = page_mask(masks, index, start, stop, page, self.dense_below)[local]
         dynamic = self.shard.dynamic_heads(masks, index)

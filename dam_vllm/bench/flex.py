@@ -48,8 +48,8 @@ def block_mask(selected: torch.Tensor, queries: int, tokens: int, page: int) -> 
     """Pages before a query block's first query as full blocks, later ones under the causal rule.
 
     Args:
-        selected: bool [heads, query_blocks, pages], pages that each query block of queries reads, its own
-            included; one head may stand for all.
+        selected: bool [heads, query_blocks, pages], pages that each query block of queries reads,
+            its own included; one head may stand for all.
         queries: the last ones of the request: all, in whole query blocks, or a single one.
         tokens: length of the request, a multiple of the page.
         page: tokens a page.
@@ -71,7 +71,7 @@ def block_mask(selected: torch.Tensor, queries: int, tokens: int, page: int) -> 
 
 
 def _blocks(kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Counts [1, heads, query_blocks] and indices [1, heads, query_blocks, pages] of the kept pages."""
+    """Counts [1, heads, blocks] and indices [1, heads, blocks, pages] of the kept pages."""
     order = kept.byte().argsort(dim=-1, descending=True, stable=True)
     return kept.sum(-1, dtype=torch.int32)[None], order.int()[None]
 

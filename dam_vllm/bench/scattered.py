@@ -18,7 +18,8 @@ class Selection:
 
     Attributes:
         selector: page tables of one layer, on the device.
-        pages: bool [kv_heads, query_blocks, pages], what each query block of a request reads; on the host.
+        pages: bool [kv_heads, query_blocks, pages], what each query block of a request reads; on
+            the host.
         density: pages read over pages of dense causal attention.
         work: what attention over these pages takes.
     """

@@ -6,40 +6,41 @@ lengths that the host knows and tensors that vLLM keeps for CUDA graphs; each la
 device when it runs.
 """
 
+import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-import torch
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
-from vllm.utils.math_utils import cdiv
-from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.attention.backend import (
     AttentionCGSupport,
     AttentionType,
     CommonAttentionMetadata,
 )
+from vllm.v1.attention.backends import flash_attn
 from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionBackend,
     FlashAttentionImpl,
     FlashAttentionMetadata,
     FlashAttentionMetadataBuilder,
 )
-from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
-from dam_vllm.attention.cuda.layer import Part
-from dam_vllm.attention.cuda.plan import DeviceQueryBlocks, query_block_slots
-from dam_vllm.engine.backend import DamImpl
+from dam_vllm.attention.cuda.attention import CUDAAttention, head_sets
+from dam_vllm.attention.cuda.flash import Varlen
+from dam_vllm.attention.cuda.layer import DeviceLayer
+from dam_vllm.attention.cuda.paged import Softmax
+from dam_vllm.attention.dynamic_heads import DynamicHeads
+from dam_vllm.attention.interface import Planned, SparseAttention
+from dam_vllm.attention.layout import FP8_DTYPES, KVLayout
+from dam_vllm.engine.backend import DamImpl, cache_scales, oracle_attention, step_of
 from dam_vllm.engine.checks import admit
-from dam_vllm.engine.counters import COUNTS, counting
-from dam_vllm.engine.device_heads import LayerHeads, layer_heads
-from dam_vllm.engine.naive import NaiveBatch, serve_naive
+from dam_vllm.engine.counters import counting
 from dam_vllm.engine.report import log_masks
 from dam_vllm.engine.shards import masked_layers, shard
-from dam_vllm.options import OptionError
+from dam_vllm.masks.page_tables import dense_until
+from dam_vllm.options import DamOptions, OptionError
 
 
 class DamCUDABackend(FlashAttentionBackend):
@@ -107,16 +108,13 @@ class DamCUDABackend(FlashAttentionBackend):
 
 @dataclass
 class DamCUDAMetadata(FlashAttentionMetadata):
-    """FlashAttention's metadata, and where the queries of sparse layers lie.
+    """FlashAttention's metadata, and the plan for the layers that do not read everything.
 
     Attributes:
-        parts: requests with one query, then those with more; empty where every layer reads
-            everything.
-        naive: by layer name, with `kernel: naive`.
+        planned: serves the layers that it covers; None where every layer reads everything.
     """
 
-    parts: tuple[Part, ...] = ()
-    naive: dict[str, NaiveBatch] | None = None
+    planned: Planned | None = None
 
 
 def _refuse_whole_layers(names: list[str], masked: Mapping[str, int], attention: Any) -> None:
@@ -143,6 +141,7 @@ class DamCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1)
         self.serving = admit(vllm_config)
+        options = self.serving.options
         attention = vllm_config.compilation_config.static_forward_context
         self.masked = masked_layers(layer_names, attention, self.serving)
         if self.masked and kv_cache_spec.page_size_padded is not None:
@@ -152,22 +151,47 @@ class DamCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
             )
         self.counting = counting(vllm_config)
         self.all_masked = len(self.masked) == len(layer_names)
+        cache_dtype = vllm_config.cache_config.cache_dtype
         # Queries of masked layers come unquantised, which FlashAttention does not take.
-        self.always = is_quantized_kv_cache(vllm_config.cache_config.cache_dtype)
+        self.always = cache_dtype in FP8_DTYPES
         if self.always:
             _refuse_whole_layers(layer_names, self.masked, attention)
-        query_blocks, self.dense_until = set(), 0
-        for name, index in self.masked.items():
-            impl = attention[name].impl
-            impl.heads = layer_heads(self.serving, index, attention[name], self.block_size, device)
-            query_blocks |= {each.selector.query_block for each in impl.heads.layer.sets}
-            self.dense_until = impl.heads.dense_until
-        self.query_blocks = sorted(query_blocks)
-        most = max(vllm_config.scheduler_config.max_num_seqs, self.max_cudagraph_size or 0)
-        self.first = torch.zeros(most, dtype=torch.int32, device=device)
-        self.each = torch.arange(most, dtype=torch.int32, device=device)
+        self.dense_until = dense_until(options.dense_below, self.block_size)
+        layout = KVLayout(False, FP8_DTYPES.get(cache_dtype))
+        self.oracle: SparseAttention | None = None
+        self.sparse: CUDAAttention | None = None
+        if self.masked and options.kernel == "naive":
+            self.oracle = oracle_attention(self.serving, self.masked, attention, layout)
+        elif self.masked:
+            layers = {
+                name: self._layer(index, attention[name], layout)
+                for name, index in self.masked.items()
+            }
+            most = max(vllm_config.scheduler_config.max_num_seqs, self.max_cudagraph_size or 0)
+            self.sparse = CUDAAttention(layers, self.block_size, layout, most, self.device)
         if self.masked:
             log_masks(self.serving, self.block_size, vllm_config.model_config.max_model_len)
+
+    def _layer(self, index: int, attention: Any, layout: KVLayout) -> DeviceLayer:
+        """Sets up a layer and compiles its kernels."""
+        impl, masks, options = attention.impl, self.serving.masks, self.serving.options
+        local, page, below = shard(masks.kv_heads), self.block_size, options.dense_below
+        key_scale, value_scale = cache_scales(attention)
+        softmax = Softmax(impl.scale * key_scale, impl.logits_soft_cap, value_scale)
+        dynamic = DynamicHeads.of_layer(
+            masks, index, local, page, below, softmax.scale, softmax.softcap, self.device
+        )
+        exact = options.granularity == "token"
+        layer = DeviceLayer(
+            sets=head_sets(masks, index, local, page, below, exact, dynamic, self.device),
+            kv_heads=local.heads,
+            softmax=softmax,
+            varlen=_flash(impl, options),
+        )
+        dtype = impl.config.model_config.dtype
+        dtypes = (dtype, layout.stored or dtype)
+        layer.warm_up(impl.num_heads, impl.head_size, page, dtypes, layout)
+        return replace(layer, counted=self.counting)
 
     @classmethod
     def get_cudagraph_support(
@@ -183,113 +207,49 @@ class DamCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> DamCUDAMetadata:
-        common, naive = common_attn_metadata, self.serving.options.kernel == "naive"
-        sparse = bool(self.masked) and (self.always or common.max_seq_len > self.dense_until)
+        step = step_of(common_attn_metadata)
+        sparse = bool(self.masked) and (self.always or step.max_seq_len > self.dense_until)
         # Without a layer that takes it, FlashAttention's schedule is not worth its launch.
         unscheduled = sparse and self.all_masked
-        stock = super().build(common_prefix_len, common, fast_build or unscheduled)
+        stock = super().build(common_prefix_len, common_attn_metadata, fast_build or unscheduled)
         metadata = DamCUDAMetadata(**vars(stock))
-        if naive:
-            local = shard(self.serving.masks.kv_heads)
-            metadata.naive = {
-                name: NaiveBatch(self.serving, index, local) for name, index in self.masked.items()
-            }
-        elif sparse:
-            metadata.parts = self._parts(common)
-        elif self.counting and self.masked and common.max_query_len > 1:
-            self._count_dense(common)
+        if self.oracle is not None:
+            metadata.planned = Planned(self.oracle, self.oracle.plan(step))
+        elif self.sparse is not None and sparse:
+            metadata.planned = Planned(self.sparse, self.sparse.plan(step))
+        elif self.sparse is not None and self.counting:
+            self.sparse.count_dense(step)
         return metadata
-
-    def _count_dense(self, common: CommonAttentionMetadata) -> None:
-        heads = len(self.masked) * self.num_heads_kv
-        query_block, lens = max(self.query_blocks), common.seq_lens.cpu()
-        COUNTS.add_dense(common.query_start_loc_cpu, lens, query_block, self.block_size, heads)
-
-    def _parts(self, common: CommonAttentionMetadata) -> tuple[Part, ...]:
-        decodes, prefills, decode_tokens, _ = split_decodes_and_prefills(common, 1)
-        width = min(cdiv(common.max_seq_len, self.block_size), common.block_table_tensor.shape[1])
-        parts = []
-        if decodes:
-            lens = (common.query_start_loc[: decodes + 1], common.seq_lens[:decodes])
-            slots = (self.each[:decodes], self.first[:decodes])
-            query_blocks = {
-                query_block: DeviceQueryBlocks(*slots, *lens, query_block, 1)
-                for query_block in self.query_blocks
-            }
-            table = common.block_table_tensor[:decodes]
-            parts.append(Part(query_blocks, table, slice(0, decodes), width))
-        if prefills:
-            lens = (common.query_start_loc[decodes:] - decode_tokens, common.seq_lens[decodes:])
-            queries = np.diff(common.query_start_loc_cpu.numpy()[decodes:])
-            query_blocks = {}
-            for query_block in self.query_blocks:
-                request, offset = self._move(query_block_slots(queries, query_block))
-                most = min(query_block, int(queries.max()))
-                query_blocks[query_block] = DeviceQueryBlocks(
-                    request, offset, *lens, query_block, most
-                )
-            rows = slice(decode_tokens, common.num_actual_tokens)
-            parts.append(Part(query_blocks, common.block_table_tensor[decodes:], rows, width))
-        return tuple(parts)
-
-    def _move(self, slots: np.ndarray) -> torch.Tensor:
-        """To the device, without waiting for it."""
-        host = torch.from_numpy(slots)
-        if self.device.type == "cuda":
-            host = host.pin_memory()
-        return host.to(self.device, non_blocking=True)
 
 
 class DamCUDAImpl(DamImpl, FlashAttentionImpl):
-    """Runs a layer's own kernel over its pages, or FlashAttention where every page is read."""
+    """Runs a step's plan, or FlashAttention where every page is read."""
 
-    keys_by_channel = False
     can_return_lse_for_decode = False
     supports_dcp = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.heads: LayerHeads | None = None
-        self.quantised = is_quantized_kv_cache(self.kv_cache_dtype)
+        self.quantised = self.kv_cache_dtype in FP8_DTYPES
         if self.quantised and not self.windowed:
             self.supports_quant_query_input = False
 
-    def do_kv_cache_update(
-        self,
-        layer: Any,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        slot_mapping: torch.Tensor,
-    ) -> None:
-        if self.heads is not None and self.heads.rotation is not None:
-            key = self.heads.rotation.keys(key)
-        super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
 
-    def forward(
-        self,
-        layer: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        attn_metadata: DamCUDAMetadata | None,
-        output: torch.Tensor,
-        output_scale: torch.Tensor | None = None,
-        output_block_scale: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        if attn_metadata is not None and self.heads is not None:
-            if self.heads.rotation is not None:
-                query = self.heads.rotation.queries(query, self.num_kv_heads)
-            if attn_metadata.naive:
-                serve_naive(self, layer, query, kv_cache, attn_metadata, output)
-                return output
-            if attn_metadata.parts:
-                cache = kv_cache.view(current_platform.fp8_dtype()) if self.quantised else kv_cache
-                for part in attn_metadata.parts:
-                    self.heads.layer.attend(query, cache, output.view(query.shape), part)
-                return output
-        return super().forward(
-            layer, query, key, value, kv_cache, attn_metadata, output,
-            output_scale, output_block_scale,
-        )  # fmt: skip
+def _flash(impl: Any, options: DamOptions) -> Varlen | None:
+    """FlashAttention as vLLM picked it, or None for the Triton kernel."""
+    unable = {
+        "an fp8 KV cache": impl.quantised,
+        'granularity "token"': options.granularity == "token",
+        "head size 256 on this GPU": impl.fa4_hd256,
+    }
+    reasons = [reason for reason, present in unable.items() if present]
+    if options.kernel == "flash" and reasons:
+        raise OptionError(
+            f"--additional-config: dam.kernel is 'flash', which does not serve "
+            f"{' and '.join(reasons)}; set it to 'auto' or 'triton'"
+        )
+    if options.kernel == "triton" or reasons:
+        return None
+    return functools.partial(
+        flash_attn.flash_attn_varlen_func, fa_version=impl.vllm_flash_attn_version
+    )

@@ -12,7 +12,11 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backends import registry
 
 NAME = "DAM"
-CPU, CUDA = "dam_vllm.engine.cpu.DamCPUBackend", "dam_vllm.engine.cuda.DamCUDABackend"
+# A platform is served by a backend here and an implementation of `attention.interface`.
+BACKENDS = {
+    "cpu": "dam_vllm.engine.cpu.DamCPUBackend",
+    "cuda": "dam_vllm.engine.cuda.DamCUDABackend",
+}
 
 
 def member() -> registry.AttentionBackendEnum:
@@ -20,7 +24,9 @@ def member() -> registry.AttentionBackendEnum:
     known = registry.AttentionBackendEnum.__members__.get(NAME)
     if known is not None:
         return known
-    registry.register_backend(NAME, CPU if current_platform.is_cpu() else CUDA)
+    # Other platforms are refused by the validation of CUDA's backend, by name.
+    platform = current_platform.device_type
+    registry.register_backend(NAME, BACKENDS.get(platform, BACKENDS["cuda"]))
     added = registry.AttentionBackendEnum[NAME]
     added.__reduce_ex__ = lambda protocol: (member, ())
     return added

@@ -132,8 +132,8 @@ class PageScores:
     """A head's scores for some query blocks.
 
     Attributes:
-        logits: float32 [pages, query_blocks, rows], largest logit (scaled, capped) of each page; -inf
-            for pages that a row may not see.
+        logits: float32 [pages, query_blocks, rows], largest logit (scaled, capped) of each page;
+            -inf for pages that a row may not see.
         present: bool [query_blocks, rows], rows that hold a query of this step, or None for all.
         own: int64 [query_blocks], the query block's own page, the last one it may see.
     """
@@ -195,7 +195,7 @@ def choose(scores: PageScores, static: torch.Tensor, budget: Budget) -> torch.Te
 def _until_mass(
     mass: torch.Tensor, ranking: torch.Tensor, static: torch.Tensor, wanted: float
 ) -> torch.Tensor:
-    """Fewest pages beyond the static ones with which every row reaches a mass, int64 [query_blocks]."""
+    """Fewest pages beyond the static ones with which every row reaches a mass, int64 [blocks]."""
     order = ranking.masked_fill(static, 2.0).argsort(dim=1, descending=True, stable=True)
     ordered = mass.gather(0, order.t()[..., None].expand_as(mass))
     reached = ordered.cumsum(dim=0)

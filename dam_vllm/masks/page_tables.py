@@ -1,14 +1,15 @@
 """Masks rounded up to pages: which pages a KV head reads for a query block of queries.
 
-A query block is `query_block` consecutive query positions, cut at multiples of `query_block` of the absolute
-position; `query_block` is a multiple of the page size. Dynamic heads take one page for a query block, since a
-prefix found in the cache ends at a page. A page of keys before the query block is read if
-any query of the query block, for any query head of the KV head's group, may see any key in it.
-The first page and the query block's own pages are always read, so no row is empty.
+A query block is `query_block` consecutive query positions, cut at multiples of `query_block` of
+the absolute position; `query_block` is a multiple of the page size. Dynamic heads take one page
+for a query block, since a prefix found in the cache ends at a page. A page of keys before the
+query block is read if any query of the query block, for any query head of the KV head's group, may
+see any key in it. The first page and the query block's own pages are always read, so no row is
+empty.
 
 Beyond the PCL a column's page is fixed and a diagonal's page distance to the query block is the
-same for every query block, so two bit tables say everything; below it a table over (query block, page)
-holds the true mask.
+same for every query block, so two bit tables say everything; below it a table over (query block,
+page) holds the true mask.
 """
 
 from collections.abc import Sequence
@@ -75,7 +76,7 @@ class PageTables:
         )
 
     def select(self, query_blocks: np.ndarray) -> BoolArray:
-        """Pages read by whole query blocks, own pages included: bool [heads, len(query_blocks), pages]."""
+        """Pages read by whole query blocks, own pages included: bool [heads, blocks, pages]."""
         own = self.query_block // self.page
         pages = np.arange((int(query_blocks.max()) + 1) * own)
         distance = query_blocks[:, None] * own - pages[None]
@@ -103,7 +104,8 @@ def page_tables(
         masks: the mask set.
         layer: global layer index.
         page: tokens a page.
-        query_block: tokens a query block, a multiple of `page`; `query_block_size(page)` unless told.
+        query_block: tokens a query block, a multiple of `page`; `query_block_size(page)` unless
+            told.
 
     Returns:
         Tables over KV heads.
@@ -153,8 +155,9 @@ def _pad(bits: BoolArray, size: int) -> BoolArray:
 def _page_distances(diagonals: BoolArray, page: int, query_block: int) -> BoolArray:
     """Page distances that a query block reaches by its kept diagonals, bool [heads, n].
 
-    Queries a..a+query block-1 on diagonal r see keys a-r..a+query block-1-r, so the key pages before the
-    query block lie between distance ceil((r - query block + 1) / page), at least 1, and ceil(r / page).
+    Queries a..a+query block-1 on diagonal r see keys a-r..a+query block-1-r, so the key pages
+    before the query block lie between distance ceil((r - query block + 1) / page), at least 1, and
+    ceil(r / page).
     """
     heads, pcl = diagonals.shape
     result = np.zeros((heads, -(-pcl // page) + 2), dtype=bool)
@@ -167,8 +170,8 @@ def _page_distances(diagonals: BoolArray, page: int, query_block: int) -> BoolAr
 class PageSelector:
     """Page tables of one worker's layers and KV heads, stacked on its device.
 
-    A selection depends on the layer, the KV head and the query block's absolute position alone, never
-    on how a prompt was chunked or batched.
+    A selection depends on the layer, the KV head and the query block's absolute position alone,
+    never on how a prompt was chunked or batched.
 
     Attributes:
         page: tokens a page.
@@ -178,8 +181,8 @@ class PageSelector:
         dense_blocks: query blocks before this index read every page.
         near: bool [layers, heads, near_blocks, near_pages], query blocks that start below the PCL.
         columns: bool [layers, heads, n], by page.
-        distances: bool [layers, heads, n], by distance in pages back from the query block's first one;
-            the last entry stands for all farther ones.
+        distances: bool [layers, heads, n], by distance in pages back from the query block's first
+            one; the last entry stands for all farther ones.
     """
 
     def __init__(

@@ -34,7 +34,7 @@ def use_cuda_backend() -> None:
         keys[page, inside] = key[: len(slots)][real]
         values[page, inside] = value[: len(slots)][real]
 
-    registration.CPU = registration.CUDA
+    registration.BACKENDS["cpu"] = registration.BACKENDS["cuda"]
     checks._refuse_options = lambda options: None
     for name, stand_in in (
         ("get_flash_attn_version", lambda *args, **kwargs: 2),

@@ -4,6 +4,8 @@ What a GPU alone has is replaced where there is none: FlashAttention by an oracl
 that stores keys by plain indexing.
 """
 
+import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +15,7 @@ import pytest
 import torch
 
 from dam_vllm.attention.oracle import dynamic_mask, exact_mask, masked_attention, page_mask
+from dam_vllm.attention.rotation import HeadRotation
 from dam_vllm.demo import model_dir
 from dam_vllm.options import DamOptions, OptionError
 from tests.unit.attention.cuda.no_sync import no_sync
@@ -38,7 +41,7 @@ def backend(monkeypatch, random_masks, rng, device):
     from vllm.v1.kv_cache_interface import FullAttentionSpec, KVQuantMode
 
     from dam_vllm.engine import backend as shared
-    from dam_vllm.engine import cuda, device_heads
+    from dam_vllm.engine import cuda
     from dam_vllm.engine.checks import Serving
     from dam_vllm.masks.sharding import Shard
 
@@ -54,7 +57,7 @@ def backend(monkeypatch, random_masks, rng, device):
         serving = Serving(DamOptions(**options), Path("masks"), masks)
         for module in (cuda, shared):
             monkeypatch.setattr(module, "admit", lambda config: serving)
-        for module in (cuda, device_heads):
+        for module in (cuda, shared):
             monkeypatch.setattr(module, "shard", lambda count: Shard(*local))
         monkeypatch.setattr(cuda, "log_masks", lambda *args: None)
         if not hasattr(flash_attn, "flash_attn_varlen_func"):
@@ -80,6 +83,7 @@ def backend(monkeypatch, random_masks, rng, device):
             kv_quant_mode=KVQuantMode.FP8_PER_TENSOR if stored else KVQuantMode.NONE,
             page_size_padded=padded,
         )  # fmt: skip
+        made.rotation = HeadRotation.of_layer(masks, 0, Shard(*local), device)
         builder = cuda.DamCUDAMetadataBuilder(spec, [NAME], config, device)
         return SimpleNamespace(builder=builder, impl=made, layer=layer, masks=masks)
 
@@ -107,7 +111,7 @@ class Steps:
             pages, order = torch.from_numpy(order[: counts[row]].copy()), order[counts[row] :]
             table[row, : counts[row]] = pages
             key, value = (torch.randn(stop, KV_HEADS, SIZE).to(self.dtype) for _ in range(2))
-            rotation = served.impl.heads.rotation
+            rotation = served.impl.rotation
             if rotation is not None:
                 key = rotation.keys(key.to(self.device)).cpu()
             both = torch.cat([key, value], dim=-1).to(self.cache.dtype)
@@ -136,7 +140,7 @@ class Steps:
     def expected(self, served, granularity="page", dense_below=0, softcap=0.0):
         """The oracle's output for the requests of the last step."""
         rows, first = [], 0
-        rotation = served.impl.heads.rotation
+        rotation = served.impl.rotation
         query = self.query
         if rotation is not None:
             query = rotation.queries(query, KV_HEADS)
@@ -147,7 +151,7 @@ class Steps:
             key, value = key * scales[0], value * scales[1]
             args = (served.masks, 0, stop - count, stop)
             if granularity == "token":
-                mask = exact_mask(*args, dense_below)
+                mask = exact_mask(*args, PAGE, dense_below)
             else:
                 mask = page_mask(*args, PAGE, dense_below)
             if rotation is not None:
@@ -237,19 +241,35 @@ def test_a_rank_serves_its_own_heads(backend, rng, device, options, mode):
     steps = Steps(rng, device, torch.float32, None)
     common = steps.step(whole, MIXED)
     found = steps.run(whole, whole.builder.build(0, common))[:, GROUP:]
-    channels = backend(mode=mode, masks=whole.masks, local=(1, KV_HEADS), dense_below=0, **options)
+    rank = backend(mode=mode, masks=whole.masks, local=(1, KV_HEADS), dense_below=0, **options)
     query = steps.query[:, GROUP:].contiguous()
     cache, output = steps.cache[:, 1:].contiguous(), torch.full_like(query, torch.nan)
-    metadata = channels.builder.build(0, common)
-    channels.impl.forward(channels.layer, query, None, None, cache, metadata, output)
+    metadata = rank.builder.build(0, common)
+    rank.impl.forward(rank.layer, query, None, None, cache, metadata, output)
     torch.testing.assert_close(output.cpu(), found, rtol=1e-5, atol=1e-5)
 
 
 def test_short_steps_are_flash_attentions_own(backend, rng, device):
     served = backend(dense_below=512)
     steps = Steps(rng, device, torch.float32, None)
-    assert not served.builder.build(0, steps.step(served, MIXED)).parts
-    assert served.builder.build(0, steps.step(served, DECODE)).parts
+    assert served.builder.build(0, steps.step(served, MIXED)).planned is None
+    assert served.builder.build(0, steps.step(served, DECODE)).planned is not None
+
+
+def test_token_masks_do_not_depend_on_the_step(backend, rng, device, monkeypatch):
+    """Pages of 48 make query blocks of 144: up to there queries are dense, in any step."""
+    monkeypatch.setattr(sys.modules[__name__], "PAGE", 48)
+    torch.manual_seed(int(rng.integers(2**31)))
+    served = backend(granularity="token", dense_below=40)
+    steps = Steps(rng, device, torch.float32, None)
+    assert served.builder.build(0, steps.step(served, ((144, 144),))).planned is None
+    found = steps.run(served, served.builder.build(0, steps.step(served, ((301, 301),))))
+    dense = torch.ones(1, 144, 144, dtype=torch.bool).tril().expand(HEADS, -1, -1)
+    key, value = steps.keys[0][:144], steps.values[0][:144]
+    wanted = masked_attention(steps.query[:144].cpu(), key, value, dense, 0.17)
+    torch.testing.assert_close(found[:144], wanted, rtol=1e-4, atol=1e-4)
+    wanted = steps.expected(served, "token", 40)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_whole_layers_are_refused_beside_a_quantised_cache(backend, random_masks):
@@ -273,11 +293,11 @@ def test_flash_is_refused_where_it_cannot_serve(backend, options, stored, messag
 
 
 def test_pages_are_counted_as_they_are_read(backend, rng, device, monkeypatch):
-    from dam_vllm.engine import cuda, device_heads
-    from dam_vllm.engine.counters import COUNTS, PageCounters
+    from dam_vllm.attention.page_counts import COUNTS
+    from dam_vllm.engine import cuda
+    from dam_vllm.engine.counters import PageCounters
 
-    for module in (cuda, device_heads):
-        monkeypatch.setattr(module, "counting", lambda config: True)
+    monkeypatch.setattr(cuda, "counting", lambda config: True)
     served = backend(dense_below=0)
     steps = Steps(rng, device, torch.float32, None)
     COUNTS.read = COUNTS.dense = 0
@@ -304,11 +324,11 @@ def test_padded_pages_are_refused(backend):
 
 
 @pytest.mark.parametrize("mode", ["static", "dynamic"])
-def test_kernels_are_compiled_before_the_first_request(backend, monkeypatch, mode):
+def test_kernels_are_compiled_before_the_first_request(backend, rng, device, monkeypatch, mode):
     """What the layer launches is launched once, for prefill and for decoding."""
-    from dam_vllm.attention.cuda import paged, plan
+    from dam_vllm.attention.cuda import paged, plan, score, select, shares
 
-    launched = set()
+    launched, watched = set(), set()
 
     class Watched:
         def __init__(self, name, kernel):
@@ -318,15 +338,28 @@ def test_kernels_are_compiled_before_the_first_request(backend, monkeypatch, mod
             launched.add(self.name)
             return self.kernel[grid]
 
-    for module in (paged, plan):
+    for module in (paged, plan, score, select, shares):
+        source = Path(module.__file__).read_text()
         for name in vars(module).copy():
-            if name.endswith("_kernel"):
+            if re.search(rf"(?<!\w){name}\[\(", source):
+                watched.add(name)
                 monkeypatch.setattr(module, name, Watched(name, getattr(module, name)))
-    backend(kernel="triton", mode=mode)
-    assert launched >= {"_plan_kernel", "_attend_kernel"}
+    assert watched == {
+        "_attend_kernel", "_merge_kernel", "_plan_kernel", "_score_pages", "_sum_chunks",
+        "_share_pages", "_choose_pages",
+    }  # fmt: skip
+    served = backend(kernel="triton", mode=mode, dense_below=0)
+    warmed = launched.copy()
+    steps = Steps(rng, device, torch.float32, None)
+    for requests in (MIXED, DECODE):
+        steps.run(served, served.builder.build(0, steps.step(served, requests)))
+    # Splits, and so their merge, are taken only where few programs would leave a GPU idle.
+    assert launched - {"_merge_kernel"} == warmed - {"_merge_kernel"}
+    chosen = {"_score_pages", "_sum_chunks", "_share_pages", "_choose_pages"}
+    assert (warmed >= chosen) == (mode == "dynamic")
 
 
 def test_shared_caches_hold_no_rotated_keys(backend):
-    assert backend(shares="layers.0").impl.heads.rotation is None
+    assert backend(shares="layers.0").impl.rotation is None
     with pytest.raises(OptionError, match=r"has dynamic heads.*keys of another, layers.0"):
         backend(mode="dynamic", shares="layers.0")

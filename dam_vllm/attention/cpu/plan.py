@@ -1,10 +1,11 @@
 """The plan: a batch's selections as virtual sequences over virtual pages.
 
 A paged cache [blocks, kv_heads, page, ...] seen as [blocks * kv_heads, 1, page, ...] has one
-*virtual page* for each (block, KV head), with id block * kv_heads + head. Each (KV head, query block)
-becomes a *virtual sequence* whose block table lists only the pages that were selected, the
-query block's own pages last, so that a stock causal paged kernel computes exact attention over them.
-Virtual sequences run head by head: queries must lie as [kv_heads, tokens, group, head_size].
+*virtual page* for each (block, KV head), with id block * kv_heads + head. Each (KV head, query
+block) becomes a *virtual sequence* whose block table lists only the pages that were selected, the
+query block's own pages last, so that a stock causal paged kernel computes exact attention over
+them. Virtual sequences run head by head: queries must lie as [kv_heads, tokens, heads_per_kv,
+head_size].
 """
 
 from dataclasses import dataclass

@@ -4,7 +4,7 @@ All a launch depends on is known without the values on the device, so that a CUD
 step's decoding can be replayed for other lengths.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,6 +21,8 @@ from dam_vllm.attention.cuda.plan import (
 )
 from dam_vllm.attention.cuda.select import DeviceDynamic, choose_on_device
 from dam_vllm.attention.cuda.token_bits import TokenBits
+from dam_vllm.attention.layout import KVLayout
+from dam_vllm.attention.page_counts import COUNTS
 from dam_vllm.masks.page_tables import PageSelector
 
 
@@ -83,28 +85,32 @@ class DeviceLayer:
         kv_heads: how many.
         softmax: scales and soft-capping.
         varlen: FlashAttention, or None for the Triton kernel.
-        counted: called with each plan of a prefill, its query blocks, its heads and the page size.
+        counted: whether the pages of prefills are counted.
     """
 
     sets: Sequence[HeadSet]
     kv_heads: int
     softmax: Softmax
     varlen: Varlen | None
-    counted: Callable[[DevicePlan, DeviceQueryBlocks, torch.Tensor, int], None] | None = None
+    counted: bool = False
 
     def attend(
-        self, query: torch.Tensor, cache: torch.Tensor, output: torch.Tensor, part: Part
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        output: torch.Tensor,
+        part: Part,
     ) -> None:
         """Computes a part's attention.
 
         Args:
             query: [tokens, heads, head_size], of the whole step, rotated where heads are dynamic.
-            cache: [blocks, kv_heads, page, 2 * head_size], contiguous.
+            key: [virtual pages, page, head_size], as `KVLayout.keys_and_values` gives them.
+            value: likewise.
             output: [tokens, heads, head_size], the part's rows are written.
             part: what to serve.
         """
-        page, width = cache.shape[2:]
-        key, value = cache.view(-1, page, width).split(width // 2, dim=-1)
         paged = _Paged(query[part.rows], key, value, output[part.rows])
         shared = self._empty_plan(part, self.sets[0]) if part.decodes else None
         for each in self.sets:
@@ -117,7 +123,9 @@ class DeviceLayer:
             heads = range(self.kv_heads)
             attend_flash(self.varlen, *paged, shared, query_blocks, heads, self.softmax)
 
-    def warm_up(self, heads: int, size: int, page: int, dtypes: Sequence[torch.dtype]) -> None:
+    def warm_up(
+        self, heads: int, size: int, page: int, dtypes: Sequence[torch.dtype], layout: KVLayout
+    ) -> None:
         """Runs a short prompt and a step of decoding, so that their kernels are compiled.
 
         Args:
@@ -125,6 +133,7 @@ class DeviceLayer:
             size: channels a head.
             page: tokens a page.
             dtypes: of queries and of the cache.
+            layout: of the cache.
         """
         device = self.sets[0].heads.device
         query_blocks = {each.selector.query_block for each in self.sets}
@@ -143,7 +152,7 @@ class DeviceLayer:
             blocks = torch.zeros(1, width, dtype=torch.int32, device=device)
             query = torch.zeros(queries, heads, size, dtype=dtypes[0], device=device)
             part = Part(cut, blocks, slice(0, queries), width)
-            self.attend(query, cache, torch.empty_like(query), part)
+            self.attend(query, *layout.keys_and_values(cache), torch.empty_like(query), part)
 
     def _empty_plan(self, part: Part, each: HeadSet) -> DevicePlan:
         numbered = any(other.exact is not None for other in self.sets)
@@ -159,8 +168,8 @@ class DeviceLayer:
                 each.dynamic, query, paged.key, part.block_table, query_blocks, part.width
             )
         plan_heads(plan, each.heads, each.selector, query_blocks, part.block_table, chosen)
-        if self.counted is not None and not part.decodes:
-            self.counted(plan, query_blocks, each.heads, each.selector.page)
+        if self.counted and not part.decodes:
+            _count(plan, query_blocks, each.heads, each.selector.page)
 
     def _run(self, plan: DevicePlan, each: HeadSet, paged: _Paged, part: Part) -> None:
         query_blocks = part.query_blocks[each.selector.query_block]
@@ -168,3 +177,17 @@ class DeviceLayer:
             attend_flash(self.varlen, *paged, plan, query_blocks, each.ids, self.softmax)
         else:
             attend_paged(*paged, plan, query_blocks, each.heads, self.softmax, each.exact)
+
+
+def _count(
+    plan: DevicePlan, query_blocks: DeviceQueryBlocks, heads: torch.Tensor, page: int
+) -> None:
+    """Counts some heads, int32 [n], of a prefill's plan, without waiting for the device."""
+    pages = (plan.seq_lens.t()[heads.long()] + page - 1) // page
+    request = query_blocks.request.long()
+    end = query_blocks.seq_lens[request]
+    first = end - query_blocks.query_start_loc.diff()[request]
+    size = query_blocks.query_block
+    start = torch.maximum((first // size + query_blocks.offset) * size, first)
+    queries = plan.starts.diff()
+    COUNTS.add(pages, queries, start + queries, page)

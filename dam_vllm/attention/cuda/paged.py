@@ -1,9 +1,9 @@
-"""Attention over the pages of a plan: one Triton kernel for prefill query blocks and split-KV decode.
+"""Attention over the pages of a plan: one Triton kernel for prefill and split-KV decode.
 
 All query heads of a KV head share its pages, so a block of rows packs (query, query head) pairs.
 Keys are taken in blocks of the virtual sequence; softmax runs online in base 2 (FlashAttention-2,
-arXiv 2307.08691). Where a part has few query blocks, each sequence's blocks are split among programs and
-merged by their log-sum-exp (Flash-Decoding).
+arXiv 2307.08691). Where a part has few query blocks, each sequence's blocks are split among
+programs and merged by their log-sum-exp (Flash-Decoding).
 """
 
 from dataclasses import dataclass
@@ -82,9 +82,10 @@ def attend_paged(
         tokens=len(query), heads=query.shape[1], kv_heads=kv_heads, width=plan.table.shape[2],
         row_blocks=row_blocks,
         scale=softmax.scale, softcap=softmax.softcap, value_scale=softmax.value_scale,
-        GROUP=group, SIZE=size, SIZE_PADDED=triton.next_power_of_2(size), QUERY_BLOCK=query_blocks.query_block,
-        PAGE=page, BLOCK_M=block_m, BLOCK_N=tuned.block_n, CAPPED=softmax.softcap > 0,
-        UPCAST=INTERPRETED, num_warps=tuned.warps, num_stages=tuned.stages,
+        GROUP=group, SIZE=size, SIZE_PADDED=triton.next_power_of_2(size),
+        QUERY_BLOCK=query_blocks.query_block, PAGE=page, BLOCK_M=block_m, BLOCK_N=tuned.block_n,
+        CAPPED=softmax.softcap > 0, UPCAST=INTERPRETED, num_warps=tuned.warps,
+        num_stages=tuned.stages,
     )  # fmt: skip
     if parts is not None:
         parts.merge(output, query_blocks, heads, group)

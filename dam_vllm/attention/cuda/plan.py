@@ -1,7 +1,8 @@
 """Where the queries of a step lie and which pages are static, as Triton kernels read it.
 
-On a GPU nothing may wait for the host: how many query blocks a step has at most is known from its query
-lengths, where they lie follows on the device from lengths that may change until the step runs.
+On a GPU nothing may wait for the host: how many query blocks a step has at most is known from its
+query lengths, where they lie follows on the device from lengths that may change until the step
+runs.
 """
 
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from dam_vllm.masks.page_tables import PageSelector
 
 @dataclass(frozen=True)
 class DeviceQueryBlocks:
-    """Queries of some requests cut into query blocks, as many slots as there can be; some are empty.
+    """Queries of some requests cut into query blocks, in as many slots as there can be.
 
     Attributes:
         request: int32 [slots], row of the batch.
@@ -67,8 +68,8 @@ def query_block_at(
     """A slot's query block.
 
     Returns:
-        Row of the batch, absolute query block index, first query row, position of the first query, and
-        after the last one; as many queries as these are apart, none where they cross.
+        Row of the batch, absolute query block index, first query row, position of the first query,
+        and after the last one; as many queries as these are apart, none where they cross.
     """
     request = tl.load(request_ptr + slot)
     index = tl.load(offset_ptr + slot)
@@ -108,9 +109,9 @@ def static_pages(
 ):  # fmt: skip
     """Which pages a head reads for a query block, as `PageSelector.select` tells it.
 
-    `page` is an int32 block, `head` a row of the tables, `index` the absolute query block index; no page
-    after `last_page`, the query block's own last one, is read. A query block has OWN pages; for the rest see
-    `page_arguments`. Gives an int1 block.
+    `page` is an int32 block, `head` a row of the tables, `index` the absolute query block index;
+    no page after `last_page`, the query block's own last one, is read. A query block has OWN
+    pages; for the rest see `page_arguments`. Gives an int1 block.
     """
     distance = index * OWN - page
     reach = tl.minimum(tl.maximum(distance, 0), distances - 1)
@@ -223,7 +224,7 @@ def _plan_kernel(
     block_stride, len_slot, len_head, slots, kv_heads, width,
     QUERY_BLOCK: tl.constexpr, PAGE: tl.constexpr, OWN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One slot and one head: walks the pages up to the query block's last, keeps those that are read."""
+    """One slot and one head: walks the pages up to the last, keeps those that are read."""
     slot, at = tl.program_id(0), tl.program_id(1)
     head = tl.load(head_ptr + at)
     request, index, row, start, stop = query_block_at(

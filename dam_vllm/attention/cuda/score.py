@@ -2,8 +2,8 @@
 
 A matrix product takes the keys of TOKENS tokens, of several small pages or of a part of a large
 one; only its maxima over pages leave the registers. Shapes and order depend on the page size and
-on whether a query block has one query or more, never on what else is in the batch, so that neither do
-results.
+on whether a query block has one query or more, never on what else is in the batch, so that neither
+do results.
 """
 
 from dataclasses import dataclass
@@ -83,7 +83,7 @@ class PageBlocks:
 
 @dataclass(frozen=True)
 class PageMaxScores:
-    """Page max scores of the rows of query blocks, undefined for rows, pages and chunks that are not there.
+    """Page max scores of query blocks' rows, undefined for what is not there.
 
     Attributes:
         logits: float32 [heads, slots, pages, rows], scaled and capped.
@@ -146,8 +146,8 @@ def score_pages(
     chunks = max_scores.sums.shape[2]
     blocks = PageBlocks(keys.shape[1])
     _score_pages[(slots * rows.blocks, n, lanes(slots * rows.blocks * n, chunks))](
-        query, keys, block_table, heads, channels, max_scores.logits, max_scores.largest, max_scores.sums,
-        *query_blocks.arguments,
+        query, keys, block_table, heads, channels, max_scores.logits, max_scores.largest,
+        max_scores.sums, *query_blocks.arguments,
         scale, *query.stride()[:3], *keys.stride()[:2], block_table.stride(0),
         query.shape[1], slots, max_scores.logits.shape[2], chunks,
         GROUP=rows.group, QUERIES=rows.queries, ROWS=rows.block, BLOCKS=rows.blocks, COUNT=count,
@@ -195,7 +195,8 @@ def _score_pages(
     UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Scores some of a query block's chunks for a block of its rows."""
-    # Neighbours score the same keys for neighbouring query blocks, which finds them in the L2 cache.
+    # Neighbours score the same keys for neighbouring query blocks, which finds them in the L2
+    # cache.
     slot = tl.program_id(0) // BLOCKS
     block = tl.program_id(0) % BLOCKS
     at = tl.program_id(1)

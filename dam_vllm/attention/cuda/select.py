@@ -11,7 +11,6 @@ import torch
 import triton
 import triton.language as tl
 
-from dam_vllm.attention.cpu.select import DynamicHeads
 from dam_vllm.attention.cuda.plan import DeviceQueryBlocks
 from dam_vllm.attention.cuda.score import (
     PageBlocks,
@@ -21,6 +20,7 @@ from dam_vllm.attention.cuda.score import (
     score_pages,
 )
 from dam_vllm.attention.cuda.shares import STATIC, PageShares, mass_of_pages, share_pages
+from dam_vllm.attention.dynamic_heads import DynamicHeads
 from dam_vllm.masks.budget import Budget, BudgetKind
 from dam_vllm.masks.page_tables import PageSelector
 
@@ -87,8 +87,8 @@ def choose_pages(
     n, slots, width, count = max_scores.logits.shape
     whole = triton.next_power_of_2(max(16, count))
     _choose_pages[(slots, n)](
-        chosen, *chosen.stride()[:2], page_shares.bits, max_scores.logits, page_shares.largest, page_shares.total,
-        budgets.kinds, budgets.values, budgets.floors, budgets.caps,
+        chosen, *chosen.stride()[:2], page_shares.bits, max_scores.logits, page_shares.largest,
+        page_shares.total, budgets.kinds, budgets.values, budgets.floors, budgets.caps,
         *query_blocks.arguments, slots, width,
         ANY_TOP_P=budgets.any_top_p, SCAN=SCAN, PAGES=max(1, ELEMENTS // whole), WHOLE=whole,
         GROUP=rows.group, QUERIES=rows.queries, COUNT=count, PAGE=page,
@@ -97,7 +97,8 @@ def choose_pages(
 
 @triton.jit
 def _mass_between(
-    low, high, query_block, first, stop, width, rows, bits_ptr, max_score_ptr, largest_ptr, total_ptr,
+    low, high, query_block, first, stop, width, rows, bits_ptr, max_score_ptr, largest_ptr,
+    total_ptr,
     PAGES: tl.constexpr, WHOLE: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
     """Each row's mass in the pages of a range with low <= rank < high: float32 [WHOLE]."""
@@ -115,7 +116,8 @@ def _mass_between(
 
 @triton.jit
 def _between(
-    low, high, query_block, own, width, rows, counts_mass, bits_ptr, max_score_ptr, largest_ptr, total_ptr,
+    low, high, query_block, own, width, rows, counts_mass, bits_ptr, max_score_ptr, largest_ptr,
+    total_ptr,
     ANY_TOP_P: tl.constexpr, SCAN: tl.constexpr, PAGES: tl.constexpr, WHOLE: tl.constexpr,
     COUNT: tl.constexpr,
 ):  # fmt: skip
@@ -240,11 +242,11 @@ class DeviceDynamic:
     softcap: float
 
     @classmethod
-    def of(cls, dynamic: DynamicHeads, heads: Sequence[int]) -> "DeviceDynamic":
+    def of(cls, dynamic: DynamicHeads) -> "DeviceDynamic":
         """The same heads, on the device of their page tables."""
         device = dynamic.static.near.device
         return cls(
-            heads=torch.tensor(heads, dtype=torch.int32, device=device),
+            heads=torch.tensor(dynamic.ids, dtype=torch.int32, device=device),
             channels=torch.tensor(dynamic.channels, dtype=torch.int32, device=device),
             max_channels=max(dynamic.channels),
             budgets=DeviceBudgets.of(dynamic.budgets, device),
@@ -262,7 +264,7 @@ def choose_on_device(
     query_blocks: DeviceQueryBlocks,
     width: int,
 ) -> torch.Tensor:
-    """Chooses pages for each query block from its queries and the cache; the host waits for nothing.
+    """Chooses each query block's pages from its queries and the cache; the host does not wait.
 
     Args:
         dynamic: the layer's dynamic heads.

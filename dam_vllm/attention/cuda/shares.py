@@ -1,4 +1,4 @@
-"""PageShares of pages on a GPU: how much of its attention mass any row of a query block finds in a page."""
+"""Page shares on a GPU: the largest share of mass that any row of a query block has in a page."""
 
 from dataclasses import dataclass
 
@@ -29,9 +29,9 @@ class PageShares:
     Attributes:
         largest: float32 [heads, slots, rows], largest logit of a row.
         total: float32 [heads, slots, rows], sum of exp(logit - largest) over a row's pages.
-        bits: int32 [heads, slots, pages], the largest share over the query block's rows as the bits of
-            a float32, which order as they do; `STATIC` for static pages; undefined after the
-            query block's own page.
+        bits: int32 [heads, slots, pages], the largest share over the query block's rows as the
+            bits of a float32, which order as they do; `STATIC` for static pages; undefined after
+            the query block's own page.
     """
 
     largest: torch.Tensor
@@ -124,10 +124,10 @@ def mass_of_pages(
 ):  # fmt: skip
     """Shares of mass that a block of a query block's rows has in pages, 0 where none is wanted.
 
-    `query_block` is where the query block lies, `page` an int32 block, `wanted` an int1 block of those to tell
-    about, `width` how many a query block has in memory. The query block has `rows` rows, COUNT in memory; the
-    block has ROWS from `first_row` on. For the rest see `PageMaxScores` and `PageShares`. Gives a float32
-    block [pages, ROWS].
+    `query_block` is where the query block lies, `page` an int32 block, `wanted` an int1 block of
+    those to tell about, `width` how many a query block has in memory. The query block has `rows`
+    rows, COUNT in memory; the block has ROWS from `first_row` on. For the rest see `PageMaxScores`
+    and `PageShares`. Gives a float32 block [pages, ROWS].
     """
     row = first_row + tl.arange(0, ROWS)
     present = row < rows

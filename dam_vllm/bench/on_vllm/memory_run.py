@@ -1,4 +1,4 @@
-"""One vLLM engine whose pool of pages is watched: `python -m dam_vllm.bench.on_vllm.memory_run JSON`.
+"""One vLLM engine whose pool of pages is watched; run with `python -m` and a JSON argument.
 
 Scheduler and worker run in this process, so that the pool can be seen at every step. The result
 is the line that starts with RESULT.

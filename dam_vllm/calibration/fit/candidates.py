@@ -34,7 +34,8 @@ class Candidate:
         """In a word or two, for reports."""
         if self.budget is None:
             return f"static {patterns[self.pattern].name}"
-        return f"dynamic channels {self.channels} {self.budget.kind.name.lower()} {self.budget.value:g}"
+        kind = self.budget.kind.name.lower()
+        return f"dynamic channels {self.channels} {kind} {self.budget.value:g}"
 
 
 @dataclass(frozen=True)

@@ -204,7 +204,8 @@ def text_blocks(
         last = torch.arange(text.asking(page), text.prompt)[None]
         blocks.append(Block(groups.index(_group(text, QUESTION, lengths)), last, False))
         reply = groups.index(_group(text, REPLY, lengths))
-        # A static query block's selection holds for all of its rows, so rows are cut at query blocks.
+        # A static query block's selection holds for all of its rows, so rows are cut at query
+        # blocks.
         for start in range(text.prompt // query_block * query_block, len(text.ids), query_block):
             rows = torch.arange(max(start, text.prompt), min(start + query_block, len(text.ids)))
             if len(rows):

@@ -11,7 +11,7 @@ TINY = 1e-30  # a row's pages may hold so little mass that it vanishes: its outp
 
 @dataclass(frozen=True)
 class Rows:
-    """Queries of one KV head that lie in query blocks of the same size; all pages up to the last query block.
+    """Queries of one KV head in query blocks of the same size; all pages up to the last one.
 
     Attributes:
         mass: float32 [query_blocks, pages, rows], unnormalised attention mass; 0 where not causal.

@@ -33,7 +33,7 @@ def test_softcap_bounds_the_scores():
 def test_page_mask_only_adds_keys(random_masks):
     masks = random_masks(dense=True)
     for start, stop in ((0, 90), (55, 301), (300, 301)):
-        exact = exact_mask(masks, 0, start, stop)
+        exact = exact_mask(masks, 0, start, stop, 16)
         assert (page_mask(masks, 0, start, stop, 16) | ~exact).all()
 
 
@@ -47,9 +47,9 @@ def test_page_mask_does_not_depend_on_the_chunk(random_masks):
 
 def test_exact_mask_is_the_rule_below_dense_ones(random_masks):
     masks = random_masks(dense=True)
-    mask = exact_mask(masks, 0, 0, 120, dense_below=20)
-    rule = token_mask(masks, 0, 0, 120)
-    assert (mask[2:, 20:] == rule[2:, 20:]).all()
-    assert mask[:2, 119].all()
-    assert mask[:, 19, :20].all()
-    assert not mask[:, 19, 20:].any()
+    mask = exact_mask(masks, 0, 0, 320, 48, dense_below=20)
+    rule = token_mask(masks, 0, 0, 320)
+    assert (mask[2:, 144:] == rule[2:, 144:]).all()
+    assert mask[:2, 319].all()
+    assert mask[:, 143, :144].all()
+    assert not mask[:, 143, 144:].any()

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from dam_vllm.attention.cpu.plan import VirtualPages
-from dam_vllm.attention.cpu.select import DynamicHeads, select_dynamic
+from dam_vllm.attention.cpu.select import CachedKeys, select_dynamic
+from dam_vllm.attention.dynamic_heads import DynamicHeads
 from dam_vllm.attention.oracle import dynamic_mask, page_mask
 from dam_vllm.attention.query_blocks import cut_query_blocks
 from dam_vllm.masks.budget import Budget, BudgetKind
@@ -43,7 +44,7 @@ class Batch:
         return np.flatnonzero(self.masks.modes[layer] == HeadMode.DYNAMIC)
 
     def select(self, layer=0, softcap=0.0, dense_below=0, **changes):
-        """Selected pages of every request: bool [heads, query_blocks, pages], and the query blocks' starts."""
+        """Selected pages of every request, bool [heads, blocks, pages], and the blocks' starts."""
         heads = self.heads(layer)
         tables = page_tables(self.masks, layer, self.page, self.page)
         dynamic = DynamicHeads(
@@ -52,7 +53,6 @@ class Batch:
             static=PageSelector([tables.take(heads.tolist())], dense_below),
             scale=SCALE,
             softcap=softcap,
-            **changes,
         )
         new = torch.tensor([0, *(new for new, _ in self.requests)])
         lens = torch.tensor([stop for _, stop in self.requests])
@@ -60,7 +60,8 @@ class Batch:
         query = torch.cat([query[heads] for query in self.queries], dim=1)
         table = VirtualPages.of_layers(self.table, 1, self.masks.kv_heads)
         tables = table.take(0, torch.from_numpy(heads)).tables()[0]
-        selected = select_dynamic(dynamic, query, self.cache.flatten(0, 1), query_blocks, tables)
+        keys = CachedKeys(self.cache.flatten(0, 1), **changes)
+        selected = select_dynamic(dynamic, query, keys, query_blocks, tables)
         return [
             (
                 selected[:, query_blocks.request == row],
@@ -140,7 +141,7 @@ def test_batch_chunk_and_precision(rng, random_masks):
 
 
 def test_one_query_that_looks_far_back_gets_its_page(rng, random_masks):
-    """The needle's page is chosen first for a query block in which all others look at themselves."""
+    """The needle's page comes first in a query block where all others look at themselves."""
     masks = random_masks(layers=1, heads=2, kv_heads=2, share=0, dynamic=True)
     dynamic = dataclasses.replace(
         masks.dynamic,

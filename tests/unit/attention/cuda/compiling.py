@@ -19,9 +19,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from dam_vllm.attention.cpu.select import DynamicHeads
 from dam_vllm.attention.cuda.plan import DeviceQueryBlocks
 from dam_vllm.attention.cuda.select import DeviceDynamic, choose_on_device
+from dam_vllm.attention.dynamic_heads import DynamicHeads
 from dam_vllm.masks.budget import Budget, BudgetKind
 from dam_vllm.masks.page_tables import PageSelector, PageTables
 
@@ -104,13 +104,14 @@ def choose_pages_of(
         budgets=[Budget(BudgetKind.TOP_P, 0.9, 1, 100), Budget(BudgetKind.TOP_K, 9.0, 1, 9)],
         static=PageSelector([tables]),
         scale=0.1,
+        ids=[1, 3],
     )
     query = torch.empty(requests * queries, kv_heads, group, size, dtype=dtype)
     keys = torch.empty(pages * kv_heads, page, size, dtype=stored)
     ints = torch.zeros(requests + 1, dtype=torch.int32)
     query_blocks = DeviceQueryBlocks(ints[:4], ints[:4], ints, ints[:4], page, queries)
     table = torch.zeros(requests, pages, dtype=torch.int32)
-    choose_on_device(DeviceDynamic.of(dynamic, [1, 3]), query, keys, table, query_blocks, pages)
+    choose_on_device(DeviceDynamic.of(dynamic), query, keys, table, query_blocks, pages)
 
 
 def main() -> None:

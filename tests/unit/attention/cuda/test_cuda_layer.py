@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from dam_vllm.attention.cpu.select import DynamicHeads
 from dam_vllm.attention.cuda.layer import DeviceLayer, HeadSet, Part
 from dam_vllm.attention.cuda.paged import Softmax
 from dam_vllm.attention.cuda.plan import DeviceQueryBlocks
 from dam_vllm.attention.cuda.select import DeviceDynamic
+from dam_vllm.attention.dynamic_heads import DynamicHeads
+from dam_vllm.attention.layout import KVLayout
 from dam_vllm.attention.oracle import dynamic_mask, masked_attention, page_mask
 from dam_vllm.masks.budget import Budget
 from dam_vllm.masks.page_tables import PageSelector, page_tables
@@ -27,8 +28,8 @@ def device_layer(masks, device):
         if query_block is not None:
             budget = Budget.of(masks.dynamic, 0, head, PAGE)
             channels = int(masks.dynamic.channels[0, head])
-            chosen = DynamicHeads([channels], [budget], selector, SCALE)
-            dynamic = DeviceDynamic.of(chosen, [head])
+            chosen = DynamicHeads([channels], [budget], selector, SCALE, ids=[head])
+            dynamic = DeviceDynamic.of(chosen)
         heads = torch.tensor([head], dtype=torch.int32, device=device)
         sets.append(HeadSet((head,), heads, selector, dynamic))
     return DeviceLayer(sets, KV_HEADS, Softmax(SCALE), None)
@@ -71,10 +72,11 @@ def test_replayed_graph_follows_the_lengths(rng, random_masks):
     part = Part(query_blocks, table, slice(0, REQUESTS), LONGEST // PAGE)
     query = torch.randn(REQUESTS, HEADS, SIZE, device=device, dtype=torch.float16)
     output = torch.empty_like(query)
-    layer.attend(query, cache, output, part)
+    key, value = KVLayout(keys_by_channel=False).keys_and_values(cache)
+    layer.attend(query, key, value, output, part)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        layer.attend(query, cache, output, part)
+        layer.attend(query, key, value, output, part)
     for _ in range(3):
         stops = rng.integers(1, 8 * PAGE + 1, REQUESTS)
         lens.copy_(torch.from_numpy(stops.astype(np.int32)))

@@ -15,7 +15,7 @@ from dam_vllm.attention.cuda.plan import (
 )
 from dam_vllm.attention.cuda.token_bits import TokenBits
 from dam_vllm.attention.oracle import exact_mask, masked_attention, page_mask
-from dam_vllm.masks.page_tables import PageSelector, page_tables, query_block_size
+from dam_vllm.masks.page_tables import PageSelector, dense_until, page_tables, query_block_size
 
 SCALE, KEY_SCALE, VALUE_SCALE = 0.17, 0.5, 0.25
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -131,14 +131,15 @@ def test_attention_equals_oracle(
     if granularity == "page":
         attend_paged(*paged, every, softmax)
     else:
-        exact = TokenBits.of_layer(masks, 0, slice(None), dense_below, device)
+        until = dense_until(dense_below, page)
+        exact = TokenBits.of_layer(masks, 0, slice(None), until, device)
         attend_paged(*paged, every[kv_heads > 1 :], softmax, exact)
         if kv_heads > 1:  # the first head is dense
             attend_paged(*paged, every[:1], softmax)
 
     def mask_of(start, stop):
         if granularity == "token":
-            return exact_mask(masks, 0, start, stop, dense_below)
+            return exact_mask(masks, 0, start, stop, page, dense_below)
         return page_mask(masks, 0, start, stop, page, dense_below)
 
     assert group * kv_heads == heads

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from dam_vllm.attention.cpu.select import DynamicHeads
 from dam_vllm.attention.cuda import score, select, shares
 from dam_vllm.attention.cuda.plan import DeviceQueryBlocks, query_block_slots
 from dam_vllm.attention.cuda.select import DeviceDynamic, choose_on_device
 from dam_vllm.attention.cuda.shares import share_pages
+from dam_vllm.attention.dynamic_heads import DynamicHeads
 from dam_vllm.attention.oracle import dynamic_mask, page_mask
 from dam_vllm.masks.budget import Budget, BudgetKind
 from dam_vllm.masks.mask_set import HeadMode
@@ -75,8 +75,9 @@ class Case:
             static=PageSelector([tables], dense_below, device),
             scale=SCALE,
             softcap=softcap,
+            ids=self.heads.tolist(),
         )
-        return DeviceDynamic.of(dynamic, self.heads.tolist())
+        return DeviceDynamic.of(dynamic)
 
     def expected(self, request, page, masks, **options):
         """Chosen pages by the oracle: bool [heads, the request's query_blocks, its pages]."""
@@ -98,7 +99,7 @@ class Case:
         return np.stack(result)
 
     def best(self, request, page, head, query_block, softcap):
-        """Largest share of mass that any row of a query block has in each page, float64 [query_block + 1]."""
+        """Largest share of mass that any row of a query block has in each page, float64."""
         start = request.stop - request.new
         rows = slice(max(0, query_block * page - start), (query_block + 1) * page - start)
         position = torch.arange(start, request.stop)[rows]
@@ -193,7 +194,7 @@ class Batch:
         )
 
     def choose(self, dynamic):
-        """Chosen pages of each request: bool [heads, query_blocks, width]; empty slots have none."""
+        """Chosen pages of each request: bool [heads, blocks, width]; empty slots have none."""
         chosen = choose_on_device(
             dynamic, self.query, self.keys, self.table, self.query_blocks, self.width
         )

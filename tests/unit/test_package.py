@@ -1,0 +1,42 @@
+"""What the package says of itself: its dependencies, and how it is run."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import dam_vllm
+
+ROOT = Path(dam_vllm.__file__).parents[1]
+# Not declared as dependencies of every user: vLLM differs by platform, data sets are an extra.
+OPTIONAL = {"vllm", "datasets"}
+DISTRIBUTIONS = {"yaml": "pyyaml", "huggingface_hub": "huggingface_hub"}
+
+
+def imported():
+    """Top-level names that the package imports anywhere, lazily too."""
+    names = set()
+    for file in (ROOT / "dam_vllm").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                names.add(node.module.split(".")[0])
+    return names
+
+
+def test_every_import_is_declared():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {re.match(r"[\w-]+", line)[0].replace("-", "_") for line in project["dependencies"]}
+    third_party = imported() - set(sys.stdlib_module_names) - {"dam_vllm"} - OPTIONAL
+    assert {DISTRIBUTIONS.get(name, name) for name in third_party} == declared
+
+
+def test_the_package_runs_as_a_module(tmp_path):
+    run = subprocess.run(
+        [sys.executable, "-m", "dam_vllm", "--version"],
+        cwd=tmp_path, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert run.stdout.strip() == dam_vllm.__version__
