@@ -6,6 +6,7 @@ import torch
 from torch.nn.functional import pad
 
 from dam_vllm.masks.mask_set import MaskSet
+from dam_vllm.masks.rounding import ceil_div
 from dam_vllm.masks.sharding import Shard
 
 BLOCK = 32
@@ -25,7 +26,7 @@ def rotate(vectors: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
         Contiguous [heads, tokens, head_size] in the dtype of `vectors`.
     """
     tokens, heads, size = vectors.shape
-    blocks = -(-tokens // BLOCK)
+    blocks = ceil_div(tokens, BLOCK)
     padded = pad(vectors.transpose(0, 1).float(), (0, 0, 0, blocks * BLOCK - tokens))
     turned = torch.matmul(padded.view(heads, blocks, BLOCK, size), rotations[:, None])
     return turned.view(heads, -1, size)[:, :tokens].to(vectors.dtype).contiguous()

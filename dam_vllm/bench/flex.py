@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from dam_vllm.masks.rounding import ceil_div
+
 QUERY_BLOCK = 128  # rows of a block; smaller key blocks than this are named to the kernel
 
 
@@ -58,7 +60,7 @@ def block_mask(selected: torch.Tensor, queries: int, tokens: int, page: int) -> 
         The mask of one batch entry.
     """
     query_blocks, pages = selected.shape[1:]
-    rows, earlier = -(-queries // query_blocks), tokens - queries
+    rows, earlier = ceil_div(queries, query_blocks), tokens - queries
     first = earlier + rows * torch.arange(query_blocks, device=selected.device)
     whole = (torch.arange(pages, device=selected.device) + 1) * page <= first[:, None] + 1
     return BlockMask.from_kv_blocks(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from dam_vllm.bench.masks import streaming_masks, window_pages
 from dam_vllm.bench.report import Row
 from dam_vllm.bench.timing import Advance, alternate, ratio
+from dam_vllm.masks.rounding import ceil_div
 
 if TYPE_CHECKING:
     from dam_vllm.bench.on_vllm.cpu_kernels import Prompt
@@ -67,7 +68,7 @@ def _case(prompt: "Prompt", window: int, with_flex: bool, rounds: int) -> Row:
     selector = PageSelector([page_tables(masks, 0, shape.page)])
     peers = {"dense": dense_step(prompt), "dam": virtual_step(prompt, selector)}
     if with_flex:
-        query_blocks = torch.arange(-(-tokens // selector.query_block))
+        query_blocks = torch.arange(ceil_div(tokens, selector.query_block))
         selected = selector.select(query_blocks, len(query_blocks) * selector.own)[0, :1]
         mask = block_mask(selected, tokens, tokens, shape.page)
         query, key, value = (

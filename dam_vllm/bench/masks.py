@@ -8,6 +8,7 @@ from dam_vllm.masks.budget import BudgetKind, Dynamic
 from dam_vllm.masks.fingerprint import Fingerprint
 from dam_vllm.masks.mask_set import Header, HeadMode, MaskSet, pack_lower
 from dam_vllm.masks.page_tables import query_block_size
+from dam_vllm.masks.rounding import ceil_div
 
 
 def window_pages(length: int, page: int, density: float) -> int:
@@ -22,7 +23,7 @@ def window_pages(length: int, page: int, density: float) -> int:
         Pages from 0 on; each query block reads the first page, these, and its own.
     """
     own = query_block_size(page) // page
-    causal = (np.arange(-(-length // query_block_size(page))) + 1) * own
+    causal = (np.arange(ceil_div(length, query_block_size(page))) + 1) * own
     pages = np.arange(causal[-1] - own + 1)
     read = np.minimum(causal[None], own + 1 + pages[:, None]).sum(axis=1)
     return int(np.abs(read / causal.sum() - density).argmin())

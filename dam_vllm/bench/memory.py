@@ -19,6 +19,7 @@ from dam_vllm.demo import model_dir
 from dam_vllm.masks.baselines import streaming
 from dam_vllm.masks.file import load_mask_set, save_mask_set
 from dam_vllm.masks.mask_set import HeadMode, MaskSet
+from dam_vllm.masks.rounding import ceil_div
 
 TARGETS = (
     "target: capacity ratio >= 1.4 with half of the heads bounded; rates are requests a second "
@@ -82,7 +83,7 @@ class Case:
             "block_size": self.page,
             "max_model_len": self.length,
             "max_num_batched_tokens": CHUNK,
-            "kv_cache_memory_bytes": int(room * -(-self.length // self.page) * self.page_bytes),
+            "kv_cache_memory_bytes": int(room * ceil_div(self.length, self.page) * self.page_bytes),
             "enable_prefix_caching": False,
             "enforce_eager": True,
         }

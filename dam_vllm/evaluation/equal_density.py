@@ -6,7 +6,8 @@ import numpy as np
 
 from dam_vllm.masks.baselines import streaming
 from dam_vllm.masks.mask_set import MaskSet
-from dam_vllm.masks.page_tables import page_tables
+from dam_vllm.masks.page_tables import dense_until, page_tables
+from dam_vllm.masks.rounding import ceil_div
 
 SINKS = 4  # the whole first page is read anyway
 TOLERANCE = 1e-3  # prompts of one length differ by up to a record
@@ -26,12 +27,16 @@ def window_density(model: str, window: int, length: int, page: int, dense_below:
         Pages read over pages of dense attention, in every KV head of masked layers.
     """
     tables = page_tables(_one_head(streaming(model, SINKS, window)), 0, page)
-    query_blocks = np.arange(-(-length // tables.query_block))
+    query_blocks = np.arange(ceil_div(length, tables.query_block))
     stops = np.minimum((query_blocks + 1) * tables.query_block, length)
-    causal = -(-stops // page)
+    causal = ceil_div(stops, page)
     selected = tables.select(query_blocks)[0]
     seen = selected & (np.arange(selected.shape[1]) < causal[:, None])
-    read = np.where(query_blocks * tables.query_block < dense_below, causal, seen.sum(axis=1))
+    read = np.where(
+        query_blocks * tables.query_block < dense_until(dense_below, page),
+        causal,
+        seen.sum(axis=1),
+    )
     queries = stops - query_blocks * tables.query_block
     return float((read * queries).sum() / (causal * queries).sum())
 

@@ -10,6 +10,7 @@ from typing import Any
 from dam_vllm.evaluation.client import Client, HttpClient
 from dam_vllm.evaluation.settings import Settings, Subject
 from dam_vllm.masks.file import save_mask_set
+from dam_vllm.masks.rounding import ceil_div
 from dam_vllm.server import Server
 
 COUNTERS = "dam_vllm.engine.counters.PageCounters"
@@ -60,7 +61,7 @@ def common_arguments(settings: Settings) -> list[str]:
     ]
     size = token_bytes(AutoConfig.from_pretrained(settings.model))
     if size is not None:
-        pages = -(-settings.max_length // settings.page) + SPARE_PAGES
+        pages = ceil_div(settings.max_length, settings.page) + SPARE_PAGES
         result.append(f"--kv-cache-memory-bytes={size * settings.page * pages}")
     return result
 

@@ -8,6 +8,8 @@ import numpy.typing as npt
 import torch
 from torch.nn.functional import pad
 
+from dam_vllm.masks.rounding import ceil_div
+
 IntArray = npt.NDArray[np.int32]
 
 
@@ -90,11 +92,13 @@ class Dynamic:
         at = (layer, head)
         budget = float(self.budgets[at])
         if self.kinds[at] == BudgetKind.TOP_K:
-            count = np.full(causal.shape, -(-budget // page))
+            count = np.full(causal.shape, np.ceil(budget / page))
         else:
             share = budget if self.kinds[at] == BudgetKind.SHARE else float(self.expected[at])
             count = np.ceil(share * causal - 1e-6)
-        return np.clip(count, -(-self.floors[at] // page), -(-self.caps[at] // page)).astype(int)
+        return np.clip(
+            count, ceil_div(self.floors[at], page), ceil_div(self.caps[at], page)
+        ).astype(int)
 
 
 SUM_BLOCK = 64
@@ -122,8 +126,8 @@ class Budget:
         at = (layer, head)
         kind, value = BudgetKind(int(dynamic.kinds[at])), float(dynamic.budgets[at])
         if kind == BudgetKind.TOP_K:
-            value = float(-(-value // page))
-        floor, cap = (-(-int(bound[at]) // page) for bound in (dynamic.floors, dynamic.caps))
+            value = float(np.ceil(value / page))
+        floor, cap = (ceil_div(int(bound[at]), page) for bound in (dynamic.floors, dynamic.caps))
         return cls(kind, value, floor, max(floor, cap))
 
 

@@ -5,11 +5,12 @@ import numpy as np
 from dam_vllm.masks.mask_set import FloatArray, HeadMode, MaskSet
 from dam_vllm.masks.page_tables import (
     PageTables,
-    _head_tables,
-    _join,
+    dense_until,
+    head_tables,
     page_tables,
     query_block_size,
 )
+from dam_vllm.masks.rounding import ceil_div
 
 
 def density(
@@ -46,8 +47,8 @@ def _static(
     masks: MaskSet, layer: int, length: int, page: int, dense_below: int
 ) -> tuple[FloatArray, FloatArray]:
     """Density of a layer's heads, as if none were dynamic."""
-    tables = _head_tables(masks, layer, page, query_block_size(page))
-    joined = _join(tables, masks.heads // masks.kv_heads)
+    tables = head_tables(masks, layer, page, query_block_size(page))
+    joined = tables.join(masks.heads // masks.kv_heads)
     return _density(tables, length, dense_below), _density(joined, length, dense_below)
 
 
@@ -65,12 +66,12 @@ def _add_dynamic(
     if masks.dynamic is None or not len(dynamic):
         return
     tables = page_tables(masks, layer, page, query_block=page)
-    dense_below = -(-dense_below // query_block_size(page)) * query_block_size(page)
+    until = dense_until(dense_below, page)
     for row, length in enumerate(lengths):
-        causal = np.arange(-(-length // page)) + 1
+        causal = np.arange(ceil_div(length, page)) + 1
         read = tables.select(causal - 1).sum(axis=2)[dynamic]
         chosen = [masks.dynamic.chosen(layer, head, page, causal) for head in dynamic]
-        read = np.where((causal - 1) * page < dense_below, causal, read + np.stack(chosen))
+        read = np.where((causal - 1) * page < until, causal, read + np.stack(chosen))
         kv_heads[row, layer, dynamic] = np.minimum(read, causal).sum(axis=1) / causal.sum()
     group = masks.heads // masks.kv_heads
     joined = np.repeat(kv_heads[:, layer], group, axis=1)
@@ -79,10 +80,11 @@ def _add_dynamic(
 
 
 def _density(tables: PageTables, length: int, dense_below: int) -> FloatArray:
-    query_blocks = np.arange(-(-length // tables.query_block))
-    pages = -(-length // tables.page)
+    query_blocks = np.arange(ceil_div(length, tables.query_block))
+    pages = ceil_div(length, tables.page)
     read = tables.select(query_blocks)[:, :, :pages]
     own = tables.query_block // tables.page
     causal = np.arange(pages)[None] < (query_blocks[:, None] + 1) * own
-    read = np.where((query_blocks < -(-dense_below // tables.query_block))[:, None], causal, read)
+    dense = query_blocks * tables.query_block < dense_until(dense_below, tables.page)
+    read = np.where(dense[:, None], causal, read)
     return np.asarray(read.sum(axis=(1, 2)) / causal.sum(), dtype=np.float32)

@@ -75,24 +75,25 @@ class PageTables:
             dense=self.dense[heads],
         )
 
+    def join(self, heads_per_kv: int) -> "PageTables":
+        """Or over the query heads of each KV head."""
+
+        def either(bits: BoolArray) -> BoolArray:
+            return np.asarray(bits.reshape(-1, heads_per_kv, *bits.shape[1:]).any(axis=1))
+
+        return replace(
+            self,
+            near=either(self.near),
+            columns=either(self.columns),
+            distances=either(self.distances),
+            dense=either(self.dense),
+        )
+
     def select(self, query_blocks: np.ndarray) -> BoolArray:
         """Pages read by whole query blocks, own pages included: bool [heads, blocks, pages]."""
-        own = self.query_block // self.page
-        pages = np.arange((int(query_blocks.max()) + 1) * own)
-        distance = query_blocks[:, None] * own - pages[None]
-        column = np.zeros((len(self.columns), len(pages)), dtype=bool)
-        reach = min(len(pages), self.columns.shape[1])
-        column[:, :reach] = self.columns[:, :reach]
-        inside = (distance > 0) & (distance < self.distances.shape[1])
-        far = column[:, None] | (self.distances[:, np.where(inside, distance, 0)] & inside)
-        for row, query_block in enumerate(query_blocks):
-            if query_block < self.near.shape[1]:
-                far[:, row] = False
-                reach = min(len(pages), self.near.shape[2])
-                far[:, row, :reach] = self.near[:, query_block, :reach]
-        far[:, :, 0] = True
-        far[self.dense] = True
-        return np.where(distance > 0, far, distance > -own)
+        selector, blocks = PageSelector([self]), torch.from_numpy(query_blocks)
+        pages = (int(query_blocks.max()) + 1) * selector.own
+        return selector.select(blocks, pages)[0].numpy()
 
 
 def page_tables(
@@ -110,13 +111,13 @@ def page_tables(
     Returns:
         Tables over KV heads.
     """
-    tables = _head_tables(masks, layer, page, query_block or query_block_size(page))
-    return _join(tables, masks.heads // masks.kv_heads)
+    tables = head_tables(masks, layer, page, query_block or query_block_size(page))
+    return tables.join(masks.heads // masks.kv_heads)
 
 
-def _head_tables(masks: MaskSet, layer: int, page: int, query_block: int) -> PageTables:
-    """Tables over query heads."""
-    near_blocks = -(-masks.pcl // query_block)
+def head_tables(masks: MaskSet, layer: int, page: int, query_block: int) -> PageTables:
+    """The same tables over query heads, before they are joined."""
+    near_blocks = ceil_div(masks.pcl, query_block)
     near_pages = near_blocks * query_block // page
     seen = allowed(masks, layer, 0, near_blocks * query_block).reshape(
         masks.heads, near_blocks, query_block, near_pages, page
@@ -126,25 +127,16 @@ def _head_tables(masks: MaskSet, layer: int, page: int, query_block: int) -> Pag
         query_block=query_block,
         near=np.asarray(seen.any(axis=(2, 4))),
         columns=_pad(
-            _any_run(masks.columns[layer], page), max(near_pages, -(-masks.reach // page))
+            _any_run(masks.columns[layer], page), max(near_pages, ceil_div(masks.reach, page))
         ),
         distances=_page_distances(masks.diagonals[layer], page, query_block),
         dense=np.repeat(masks.modes[layer] == HeadMode.DENSE, masks.heads // masks.kv_heads),
     )
 
 
-def _join(tables: PageTables, group: int) -> PageTables:
-    """Or over the query heads of each group."""
-    joined = {
-        name: getattr(tables, name).reshape(-1, group, *getattr(tables, name).shape[1:]).any(axis=1)
-        for name in ("near", "columns", "distances", "dense")
-    }
-    return replace(tables, **joined)
-
-
 def _any_run(bits: BoolArray, run: int) -> BoolArray:
     """Or over runs of `run` entries of the last axis, the last run padded with False."""
-    padded = _pad(bits, -(-bits.shape[-1] // run) * run)
+    padded = _pad(bits, ceil_div(bits.shape[-1], run) * run)
     return np.asarray(padded.reshape(*bits.shape[:-1], -1, run).any(axis=-1))
 
 
@@ -160,10 +152,10 @@ def _page_distances(diagonals: BoolArray, page: int, query_block: int) -> BoolAr
     ceil(r / page).
     """
     heads, pcl = diagonals.shape
-    result = np.zeros((heads, -(-pcl // page) + 2), dtype=bool)
+    result = np.zeros((heads, ceil_div(pcl, page) + 2), dtype=bool)
     for head, kept in zip(*np.nonzero(diagonals), strict=True):
-        first = max(1, -(-(kept - query_block + 1) // page))
-        result[head, first : -(-kept // page) + 1] = True
+        first = max(1, ceil_div(kept - query_block + 1, page))
+        result[head, first : ceil_div(kept, page) + 1] = True
     return result
 
 
@@ -192,7 +184,7 @@ class PageSelector:
         first = tables[0]
         self.page, self.query_block = first.page, first.query_block
         self.layers, self.heads = len(tables), len(first.columns)
-        self.dense_blocks = -(-dense_below // self.query_block)
+        self.dense_blocks = ceil_div(dense_below, self.query_block)
         near = np.stack([table.near for table in tables])
         columns = np.stack([table.columns for table in tables])
         distances = np.stack([table.distances for table in tables])

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from dam_vllm.masks.mask_set import FloatArray, MaskSet
+from dam_vllm.masks.rounding import ceil_div
 from dam_vllm.masks.rule import token_mask
 
 MAX_CELLS = 128
@@ -63,8 +64,8 @@ def shares(masks: MaskSet, layer: int) -> FloatArray:
         float32 [heads, cells, cells], at most MAX_CELLS cells a side.
     """
     end = plot_end(masks)
-    side = -(-end // MAX_CELLS)
-    cells = -(-end // side)
+    side = ceil_div(end, MAX_CELLS)
+    cells = ceil_div(end, side)
     near = token_mask(masks, layer, 0, masks.pcl)
     result = np.zeros((masks.heads, cells, cells), dtype=np.float32)
     for cell in range(cells):

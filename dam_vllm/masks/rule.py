@@ -7,6 +7,7 @@ This is the rule itself at token granularity, written plainly. Serving reads pag
 import numpy as np
 
 from dam_vllm.masks.mask_set import BoolArray, MaskSet
+from dam_vllm.masks.rounding import ceil_div
 
 
 def allowed(masks: MaskSet, layer: int, start: int, stop: int) -> BoolArray:
@@ -29,12 +30,12 @@ def allowed(masks: MaskSet, layer: int, start: int, stop: int) -> BoolArray:
     near = min(max(masks.pcl, start), stop)
     result = np.zeros((masks.heads, stop - start, stop), dtype=bool)
     if start < near:
-        result[:, : near - start, :near] = masks.true_mask(layer)[:, start:near, :near]
+        result[:, : near - start, :near] = _true_rows(masks, layer, start, near)
     if near < stop:
-        rows, keys = np.arange(near, stop)[:, None], np.arange(stop)[None]
-        column = _lookup(masks.columns[layer], keys)
-        diagonal = _lookup(masks.diagonals[layer], rows - keys)
-        result[:, near - start :] = (column | diagonal) & (keys <= rows)
+        distance = np.arange(near, stop)[:, None] - np.arange(stop)
+        column, diagonal = (_padded(bits[layer], stop) for bits in (masks.columns, masks.diagonals))
+        seen = column[:, None] | diagonal[:, np.maximum(distance, 0)]
+        result[:, near - start :] = seen & (distance >= 0)
     return result
 
 
@@ -50,7 +51,18 @@ def token_mask(masks: MaskSet, layer: int, start: int, stop: int) -> BoolArray:
     return result
 
 
-def _lookup(bits: BoolArray, index: np.ndarray) -> BoolArray:
-    """Bits [heads, reach] at index [...], False outside 0..reach-1; bool [heads, ...]."""
-    inside = (index >= 0) & (index < bits.shape[-1])
-    return np.asarray(bits[:, np.where(inside, index, 0)] & inside)
+def _true_rows(masks: MaskSet, layer: int, start: int, stop: int) -> BoolArray:
+    """The true mask's rows start..stop-1, bool [heads, rows, stop]; unpacks only these."""
+    rows = np.arange(start, stop)
+    first, last = start * (start + 1) // 2, stop * (stop + 1) // 2
+    packed = masks.true_bits[layer][:, first // 8 : ceil_div(last, 8)]
+    bits = np.unpackbits(packed, axis=-1).view(bool)[:, first % 8 :]
+    mask = np.zeros((masks.heads, len(rows), stop), dtype=bool)
+    mask[:, np.arange(stop)[None] <= rows[:, None]] = bits[:, : last - first]
+    return mask
+
+
+def _padded(bits: BoolArray, size: int) -> BoolArray:
+    """Bits [heads, reach] cut or padded with False to [heads, size]."""
+    kept = bits[:, :size]
+    return np.pad(kept, ((0, 0), (0, size - kept.shape[1])))

@@ -39,22 +39,22 @@ def child(payload, queue):
 
 def test_member_reaches_a_spawned_process():
     """A spawned process unpickles the configuration before it loads plugins."""
-    from dam_vllm.engine.registration import CPU, member
+    from dam_vllm.engine.registration import BACKENDS, member
 
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     process = context.Process(target=child, args=(pickle.dumps(member()), queue))
     process.start()
-    assert queue.get(timeout=120) == CPU
+    assert queue.get(timeout=120) == BACKENDS["cpu"]
     process.join()
 
 
 def test_choice_is_honoured_and_others_are_left_alone():
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    from dam_vllm.engine.registration import CPU, member
+    from dam_vllm.engine.registration import BACKENDS, member
 
-    assert selected(member()) == CPU
+    assert selected(member()) == BACKENDS["cpu"]
     stock = AttentionBackendEnum.CPU_ATTN.get_path()
     assert selected(None) == selected(AttentionBackendEnum.CPU_ATTN) == stock
 

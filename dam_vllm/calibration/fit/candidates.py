@@ -9,6 +9,7 @@ import torch
 from dam_vllm.masks.budget import Budget, BudgetKind
 from dam_vllm.masks.mask_set import MaskSet
 from dam_vllm.masks.page_tables import PageSelector, PageTables, page_tables
+from dam_vllm.masks.rounding import ceil_div
 
 COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)
 SHARES = (0.02, 0.05, 0.1)
@@ -106,7 +107,7 @@ class LayerPatterns:
 
     def densities(self, length: int, page: int) -> np.ndarray:
         """Density of each pattern: float32 [patterns, kv_heads]."""
-        query_blocks = np.arange(-(-length // self.query_block))
+        query_blocks = np.arange(ceil_div(length, self.query_block))
         own = self.query_block // page
         causal = ((query_blocks + 1) * own).sum()
         return np.stack(
@@ -115,7 +116,7 @@ class LayerPatterns:
 
     def bare_pages(self, length: int, page: int) -> np.ndarray:
         """Pages that a dynamic head reads anyway: int [kv_heads, query_blocks of one page]."""
-        return np.asarray(self.bare.select(np.arange(-(-length // page))).sum(axis=2))
+        return np.asarray(self.bare.select(np.arange(ceil_div(length, page))).sum(axis=2))
 
 
 def layer_patterns(

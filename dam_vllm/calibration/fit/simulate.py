@@ -11,6 +11,7 @@ from dam_vllm.calibration.fit.states import LayerStates
 from dam_vllm.masks.budget import Budget
 from dam_vllm.masks.mask_set import HeadMode, MaskSet
 from dam_vllm.masks.page_tables import PageSelector, page_tables
+from dam_vllm.masks.rounding import ceil_div
 
 ROWS = 512
 
@@ -53,14 +54,14 @@ class Simulation:
     def _pages(self, states: LayerStates, head: int) -> torch.Tensor:
         """Pages that each query reads, bool [tokens, pages]."""
         tokens = states.query.shape[1]
-        count = -(-tokens // self.page)
+        count = ceil_div(tokens, self.page)
         dynamic = self.masks.modes[states.layer, head] == HeadMode.DYNAMIC
         tables = page_tables(
             self.masks, states.layer, self.page, self.page if dynamic else None
         ).take([head])
         selector = PageSelector([tables])
         if not dynamic:
-            query_block = torch.arange(-(-tokens // selector.query_block))
+            query_block = torch.arange(ceil_div(tokens, selector.query_block))
             selected = selector.select(query_block, count)[0, 0]
             return selected.repeat_interleave(selector.query_block, dim=0)[:tokens]
         query_blocks = self._query_blocks(tokens)
@@ -115,7 +116,7 @@ def _dense(states: LayerStates) -> torch.Tensor:
             for head in range(len(states.key))
             for start in range(0, len(mask), ROWS)
         ]  # fmt: skip
-        rows = -(-len(mask) // ROWS)
+        rows = ceil_div(len(mask), ROWS)
         heads = [torch.cat(blocks[at : at + rows], 1) for at in range(0, len(blocks), rows)]
         return torch.cat(heads)
     return scaled_dot_product_attention(

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from dam_vllm.masks.mask_set import FloatArray, MaskSet
+from dam_vllm.masks.rule import token_mask
 
 
 class Coverage:
@@ -35,7 +36,7 @@ class Coverage:
         ):
             if last <= first:
                 continue
-            mask = self._near(layer, first, last) if part == 0 else self._far(layer, first, last)
+            mask = token_mask(self._masks, layer, first, last)
             allowed = torch.from_numpy(mask).to(weights.device)
             block = weights[:, :, first - start : last - start, :last]
             kept = (block * allowed).sum(dim=-1).double().cpu().numpy()
@@ -49,31 +50,3 @@ class Coverage:
         rows = self._rows[:, :, None]
         mean = np.where(rows > 0, self._kept / np.maximum(rows, 1), np.nan).astype(np.float32)
         return mean[0], mean[1]
-
-    def _near(self, layer: int, start: int, stop: int) -> np.ndarray:
-        """True mask's rows start..stop-1, bool [heads, rows, stop]; unpacks only these."""
-        rows = np.arange(start, stop)
-        first, last = start * (start + 1) // 2, stop * (stop + 1) // 2
-        packed = self._masks.true_bits[layer][:, first // 8 : -(-last // 8)]
-        bits = np.unpackbits(packed, axis=-1).view(bool)[:, first % 8 :]
-        mask = np.zeros((self._masks.heads, len(rows), stop), dtype=bool)
-        lower = np.arange(stop)[None] <= rows[:, None]
-        mask[:, lower] = bits[:, : last - first]
-        return _guaranteed(mask, rows)
-
-    def _far(self, layer: int, start: int, stop: int) -> np.ndarray:
-        """Extended mask's rows start..stop-1, bool [heads, rows, stop]."""
-        masks, rows, keys = self._masks, np.arange(start, stop), np.arange(stop)
-        distance = rows[:, None] - keys[None]
-        padded = np.zeros((2, masks.heads, stop), dtype=bool)
-        reach = min(masks.reach, stop)
-        padded[0, :, :reach] = masks.columns[layer][:, :reach]
-        padded[1, :, :reach] = masks.diagonals[layer][:, :reach]
-        seen = padded[0][:, None] | padded[1][:, np.maximum(distance, 0)]
-        return _guaranteed(seen & (distance >= 0), rows)
-
-
-def _guaranteed(mask: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    mask[:, :, 0] = True
-    mask[:, np.arange(len(rows)), rows] = True
-    return mask

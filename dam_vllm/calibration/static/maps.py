@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from dam_vllm.masks.rounding import ceil_div
+
 
 def pair_counts(lengths: list[int], size: int, page: int = 1) -> np.ndarray:
     """How many queries the windows have at each position, or in each page of positions.
@@ -92,7 +94,7 @@ class MapSums:
         if self.page == 1:
             sums[:, start : start + rows, :keys] += weights
             return
-        pages = -(-keys // self.page)
+        pages = ceil_div(keys, self.page)
         whole = keys // self.page * self.page
         mass = weights[..., :whole].unflatten(-1, (-1, self.page)).sum(dim=-1)
         if whole < keys:

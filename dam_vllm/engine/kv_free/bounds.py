@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dam_vllm.masks.mask_set import HeadMode, MaskSet
-from dam_vllm.masks.page_tables import query_block_size
+from dam_vllm.masks.page_tables import dense_until, query_block_size
+from dam_vllm.masks.rounding import ceil_div
 
 IntArray = npt.NDArray[np.int64]
 
@@ -56,8 +57,8 @@ class Bounds:
         Returns:
             The larger of two peaks: before anything may be freed, and while the window moves.
         """
-        early = -(-(max(self.start, 1) - 1 + in_flight) // self.page)
-        late = self.sinks + self.window - (-(self.query_block - 1 + in_flight) // self.page)
+        early = ceil_div(max(self.start, 1) - 1 + in_flight, self.page)
+        late = self.sinks + self.window + ceil_div(self.query_block - 1 + in_flight, self.page)
         return max(early, late)
 
 
@@ -98,10 +99,10 @@ def head_bounds(masks: MaskSet, page: int, dense_below: int) -> HeadBounds:
     return HeadBounds(
         page=page,
         query_block=query_block,
-        start=-(-max(dense_below, masks.pcl) // query_block) * query_block,
+        start=dense_until(max(dense_below, masks.pcl), page),
         bounded=(masks.modes == HeadMode.STATIC) & full[:, None],
-        sinks=np.maximum(1, -(-_kept(masks.columns, masks.kv_heads) // page)),
-        window=-(-np.maximum(0, _kept(masks.diagonals, masks.kv_heads) - 1) // page),
+        sinks=np.maximum(1, ceil_div(_kept(masks.columns, masks.kv_heads), page)),
+        window=ceil_div(np.maximum(0, _kept(masks.diagonals, masks.kv_heads) - 1), page),
     )
 
 

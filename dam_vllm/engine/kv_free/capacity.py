@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dam_vllm.engine.kv_free.bounds import Bounds, HeadBounds
+from dam_vllm.masks.rounding import ceil_div
 
 # Each group has its own block table, slot mapping and metadata in every step.
 MAX_GROUPS = 8
@@ -64,7 +65,7 @@ def group_units(kept: int, freed: int) -> Grouping:
         return Grouping(kept + freed, int(kept > 0), int(freed > 0))
     few, many = sorted((kept, freed))
     size = many if many < 1.5 * few else few
-    return Grouping(size, -(-kept // size), -(-freed // size))
+    return Grouping(size, ceil_div(kept, size), ceil_div(freed, size))
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def _choices(
 ) -> Iterator[Freeing]:
     """Every number of units of a size, those that read least first."""
     layers = len(heads.bounded)
-    whole = -(-length // heads.page)
+    whole = ceil_div(length, heads.page)
     total = layers * (ranks[0].stop - ranks[0].start) // size
     everything = total * whole
     units, sinks, window = [0] * layers, 0, 0

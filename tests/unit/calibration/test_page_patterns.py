@@ -166,14 +166,14 @@ def masks_of(columns, diagonals):
 
 @pytest.mark.parametrize("distance", [96, 97, 103])
 def test_served_pages_are_those_of_the_planted_patterns(distance):
-    """With pages and tiles of the maps' size, neither more nor less."""
+    """With pages and query blocks of the maps' size, neither more nor less."""
     weights = spread()
     rows = np.arange(distance, REACH)
     weights[rows, rows - distance] += 1.1 * WORTH
     weights[155:, 155] += 1.1 * WORTH
-    tables = page_tables(masks_of(*beyond(weights)), 0, PAGE, tile=PAGE)
-    tile = 30
-    needed = {0, 155 // PAGE, tile}
-    needed |= {(row - distance) // PAGE for row in range(tile * PAGE, (tile + 1) * PAGE)}
-    served = set(tables.select(np.array([tile]))[0, 0].nonzero()[0].tolist())
+    tables = page_tables(masks_of(*beyond(weights)), 0, PAGE, query_block=PAGE)
+    block = 30
+    needed = {0, 155 // PAGE, block}
+    needed |= {(row - distance) // PAGE for row in range(block * PAGE, (block + 1) * PAGE)}
+    served = set(tables.select(np.array([block]))[0, 0].nonzero()[0].tolist())
     assert served == needed
