@@ -14,7 +14,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from dam_vllm.masks.budget import BudgetKind, Dynamic
+from dam_vllm.masks.budget import BudgetKind
+from dam_vllm.masks.dynamic_arrays import Dynamic
 from dam_vllm.masks.fingerprint import Fingerprint
 from dam_vllm.masks.mask_set import Header, HeadMode, MaskSet, pack_lower
 

@@ -64,7 +64,7 @@ class DynamicHeads:
         tables = shard.tables(masks, layer, page, query_block=page).take(local)
         return cls(
             channels=[int(masks.dynamic.channels[layer, head]) for head in heads],
-            budgets=[Budget.of(masks.dynamic, layer, head, page) for head in heads],
+            budgets=[masks.dynamic.budget(layer, head, page) for head in heads],
             static=PageSelector([tables], dense_until(dense_below, page), device),
             scale=scale,
             softcap=softcap,

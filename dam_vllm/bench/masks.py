@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from dam_vllm.masks.budget import BudgetKind, Dynamic
+from dam_vllm.masks.budget import BudgetKind
+from dam_vllm.masks.dynamic_arrays import Dynamic
 from dam_vllm.masks.fingerprint import Fingerprint
 from dam_vllm.masks.mask_set import Header, HeadMode, MaskSet, pack_lower
 from dam_vllm.masks.page_tables import query_block_size

@@ -197,14 +197,11 @@ def _cells(entry: dict[str, Any]) -> list[str]:
 
 
 def _budget(head: dict[str, Any]) -> str:
+    from dam_vllm.masks.budget import BUDGETS, BudgetKind
+
     bounds = f"{head['floor']} to {head['cap']} tokens"
-    match head["kind"]:
-        case "top_k":
-            return f"{head['budget']:g} tokens, {bounds}"
-        case "share":
-            return f"{head['budget']:g} of the context, {bounds}"
-        case _:
-            return f"up to {head['budget']:g} of the mass, {bounds}"
+    kind = BUDGETS[BudgetKind[head["kind"].upper()]]
+    return f"{kind.words(head['budget'])}, {bounds}"
 
 
 def _mean(values: list[float | None] | None) -> str:

@@ -1,16 +1,21 @@
-"""What dynamic heads need: a basis to score tokens in, and how many pages to choose."""
+"""How many pages a dynamic head chooses: one class a kind of budget.
 
+A page matters to a query block as much as to the query that needs it most: for every row the share
+of its attention mass that each page holds is estimated, and a query block takes the largest over
+its rows. So one query that looks far back gets its page, while rows that look at their own
+surroundings, or everywhere a little, ask for nothing.
+"""
+
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch.nn.functional import pad
 
-from dam_vllm.masks.rounding import ceil_div
-
-IntArray = npt.NDArray[np.int32]
+SUM_BLOCK = 64
 
 
 class BudgetKind(IntEnum):
@@ -23,112 +28,6 @@ class BudgetKind(IntEnum):
     TOP_P = 2
     """Pages until every query's estimated attention mass reaches the budget, pages that the
     head reads anyway included."""
-
-
-@dataclass(frozen=True)
-class Dynamic:
-    """Bases and budgets of dynamic heads; rows of heads of another mode say nothing.
-
-    Attributes:
-        rotations: float32 [layers, kv_heads, head_size, head_size], orthogonal; column c is the
-            direction of the keys' c-th largest variance on calibration texts (Loki, arXiv
-            2406.02542). Queries and keys are multiplied by it from the right.
-        channels: int32 [layers, kv_heads], leading channels that score a token.
-        kinds: uint8 [layers, kv_heads], a `BudgetKind` each.
-        budgets: float32 [layers, kv_heads], in the unit that the kind tells.
-        floors: int32 [layers, kv_heads], fewest tokens chosen, rounded up to pages.
-        caps: int32 [layers, kv_heads], most tokens chosen, rounded up to pages.
-        expected: float32 [layers, kv_heads], share of the context that TOP_P chose beyond static
-            pages when it was measured; 0 for the other kinds, whose share follows.
-    """
-
-    rotations: npt.NDArray[np.float32]
-    channels: IntArray
-    kinds: npt.NDArray[np.uint8]
-    budgets: npt.NDArray[np.float32]
-    floors: IntArray
-    caps: IntArray
-    expected: npt.NDArray[np.float32]
-
-    def check(self, layers: int, kv_heads: int) -> None:
-        """Checks shapes and ranges.
-
-        Raises:
-            ValueError: for an array of another shape, or a value that means nothing.
-        """
-        size = self.rotations.shape[-1]
-        for name in vars(self):
-            shape: tuple[int, ...] = (layers, kv_heads)
-            if name == "rotations":
-                shape += (size, size)
-            found = getattr(self, name).shape
-            if found != shape:
-                raise ValueError(f"dynamic {name} has shape {found}, expected {shape}")
-        bounds = {
-            "channels": (1, size),
-            "kinds": (0, max(BudgetKind)),
-            "budgets": (0, np.inf),
-            "floors": (0, np.inf),
-            "caps": (0, np.inf),
-            "expected": (0, 1),
-        }
-        for name, (low, high) in bounds.items():
-            values = getattr(self, name)
-            if not ((values >= low) & (values <= high)).all():
-                raise ValueError(f"dynamic {name} must lie between {low} and {high}")
-
-    def chosen(self, layer: int, head: int, page: int, causal: np.ndarray) -> np.ndarray:
-        """Pages that a head is expected to choose.
-
-        Args:
-            layer: global layer index.
-            head: KV head.
-            page: tokens a page.
-            causal: int [n], pages up to and including each query's own.
-
-        Returns:
-            int [n], not yet bounded by how many pages there are.
-        """
-        at = (layer, head)
-        budget = float(self.budgets[at])
-        if self.kinds[at] == BudgetKind.TOP_K:
-            count = np.full(causal.shape, np.ceil(budget / page))
-        else:
-            share = budget if self.kinds[at] == BudgetKind.SHARE else float(self.expected[at])
-            count = np.ceil(share * causal - 1e-6)
-        return np.clip(
-            count, ceil_div(self.floors[at], page), ceil_div(self.caps[at], page)
-        ).astype(int)
-
-
-SUM_BLOCK = 64
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How many pages a KV head chooses, see `dam_vllm.masks.budget.Dynamic`.
-
-    Attributes:
-        kind: what `value` counts.
-        value: pages (TOP_K), a share of the causal pages (SHARE), or attention mass (TOP_P).
-        floor: fewest pages.
-        cap: most pages.
-    """
-
-    kind: BudgetKind
-    value: float
-    floor: int
-    cap: int
-
-    @classmethod
-    def of(cls, dynamic: Dynamic, layer: int, head: int, page: int) -> "Budget":
-        """A KV head's budget, in pages of `page` tokens."""
-        at = (layer, head)
-        kind, value = BudgetKind(int(dynamic.kinds[at])), float(dynamic.budgets[at])
-        if kind == BudgetKind.TOP_K:
-            value = float(np.ceil(value / page))
-        floor, cap = (ceil_div(int(bound[at]), page) for bound in (dynamic.floors, dynamic.caps))
-        return cls(kind, value, floor, max(floor, cap))
 
 
 @dataclass(frozen=True)
@@ -169,6 +68,133 @@ def _total(weights: torch.Tensor) -> torch.Tensor:
     return padded.view(-1, SUM_BLOCK, *rest).sum(dim=1).cumsum(dim=0)[-1]
 
 
+@dataclass(frozen=True)
+class Budget(ABC):
+    """How many pages a KV head chooses beyond those that it reads anyway.
+
+    Attributes:
+        kind: what `value` counts, and how it is stored.
+        measured: whether the share of the context that is chosen follows from texts alone.
+        value: in the unit of the kind.
+        floor: fewest pages.
+        cap: most pages.
+    """
+
+    kind: ClassVar[BudgetKind]
+    measured: ClassVar[bool] = False
+    value: float
+    floor: int
+    cap: int
+
+    @abstractmethod
+    def wanted(self, mass: torch.Tensor, static: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        """Pages wanted before floor and cap.
+
+        Args:
+            mass: float32 [pages, query blocks, rows], see `PageScores.mass`.
+            static: bool [query blocks, pages], pages that are read anyway.
+            own: int64 [query blocks], the query block's own page.
+
+        Returns:
+            int64 [query blocks].
+        """
+
+    @abstractmethod
+    def expected_pages(self, causal: np.ndarray, share: float | np.ndarray) -> np.ndarray:
+        """Pages expected for int [n] causal ones before floor and cap; see `expected`."""
+
+    @staticmethod
+    @abstractmethod
+    def words(value: float) -> str:
+        """A stored value in words, for reports."""
+
+    @staticmethod
+    def in_pages(value: float, page: int) -> float:
+        """A stored value in the unit that choosing takes."""
+        return value
+
+    def in_tokens(self, page: int) -> float:
+        """The value as it is stored, whatever the page size."""
+        return self.value
+
+    def expected(self, causal: np.ndarray, share: float | np.ndarray) -> np.ndarray:
+        """Pages that are expected to be chosen.
+
+        Args:
+            causal: int [n], pages up to and including each query's own.
+            share: measured share of the causal pages, where it was `measured`.
+
+        Returns:
+            float [..., n], not yet bounded by how many pages there are.
+        """
+        return np.clip(self.expected_pages(causal, share), self.floor, self.cap)
+
+
+class TopK(Budget):
+    """A number of pages."""
+
+    kind = BudgetKind.TOP_K
+
+    def wanted(self, mass: torch.Tensor, static: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(own, int(self.value))
+
+    def expected_pages(self, causal: np.ndarray, share: float | np.ndarray) -> np.ndarray:
+        return np.full(causal.shape, self.value)
+
+    @staticmethod
+    def words(value: float) -> str:
+        return f"{value:g} tokens"
+
+    @staticmethod
+    def in_pages(value: float, page: int) -> float:
+        return float(np.ceil(value / page))
+
+    def in_tokens(self, page: int) -> float:
+        return self.value * page
+
+
+class Share(Budget):
+    """A share of the causal pages."""
+
+    kind = BudgetKind.SHARE
+
+    def wanted(self, mass: torch.Tensor, static: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        return torch.ceil(self.value * (own + 1) - 1e-6).long()
+
+    def expected_pages(self, causal: np.ndarray, share: float | np.ndarray) -> np.ndarray:
+        return np.asarray(np.ceil(self.value * causal - 1e-6))
+
+    @staticmethod
+    def words(value: float) -> str:
+        return f"{value:g} of the context"
+
+
+class TopP(Budget):
+    """Fewest pages with which every row reaches a share of its attention mass."""
+
+    kind = BudgetKind.TOP_P
+    measured = True
+
+    def wanted(self, mass: torch.Tensor, static: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        largest = mass.amax(dim=2).t()
+        order = largest.masked_fill(static, 2.0).argsort(dim=1, descending=True, stable=True)
+        ordered = mass.gather(0, order.t()[..., None].expand_as(mass))
+        reached = ordered.cumsum(dim=0)
+        # A row's shares add up to 1 but for rounding; absent rows have none and want nothing.
+        short = (reached - ordered < self.value - 1e-6) & (reached[-1] > 0.0)
+        return (short.any(dim=2).sum(dim=0) - static.sum(dim=1)).clamp_min(0)
+
+    def expected_pages(self, causal: np.ndarray, share: float | np.ndarray) -> np.ndarray:
+        return np.asarray(np.ceil(share * causal - 1e-6))
+
+    @staticmethod
+    def words(value: float) -> str:
+        return f"up to {value:g} of the mass"
+
+
+BUDGETS: dict[BudgetKind, type[Budget]] = {each.kind: each for each in (TopK, Share, TopP)}
+
+
 def choose(scores: PageScores, static: torch.Tensor, budget: Budget) -> torch.Tensor:
     """Chooses pages beyond the static ones; of equal ones all, of those without mass none.
 
@@ -181,28 +207,9 @@ def choose(scores: PageScores, static: torch.Tensor, budget: Budget) -> torch.Te
         bool [query_blocks, pages], disjoint from `static`.
     """
     mass = scores.mass()
-    ranking = mass.amax(dim=2).t()
-    if budget.kind == BudgetKind.TOP_P:
-        count = _until_mass(mass, ranking, static, budget.value)
-    elif budget.kind == BudgetKind.SHARE:
-        count = torch.ceil(budget.value * (scores.own + 1) - 1e-6).long()
-    else:
-        count = torch.full_like(scores.own, int(budget.value))
-    count = count.clamp(budget.floor, budget.cap)
-    ranking = ranking.masked_fill(static, 0.0)
-    most = min(max(1, int(count.max())), ranking.shape[1])
-    ordered = ranking.topk(most, dim=1).values
+    count = budget.wanted(mass, static, scores.own).clamp(budget.floor, budget.cap)
+    largest = mass.amax(dim=2).t().masked_fill(static, 0.0)
+    most = min(max(1, int(count.max())), largest.shape[1])
+    ordered = largest.topk(most, dim=1).values
     last = ordered.gather(1, (count - 1).clamp(0, most - 1)[:, None])
-    return (ranking >= last) & (ranking > 0.0) & (count > 0)[:, None]
-
-
-def _until_mass(
-    mass: torch.Tensor, ranking: torch.Tensor, static: torch.Tensor, wanted: float
-) -> torch.Tensor:
-    """Fewest pages beyond the static ones with which every row reaches a mass, int64 [blocks]."""
-    order = ranking.masked_fill(static, 2.0).argsort(dim=1, descending=True, stable=True)
-    ordered = mass.gather(0, order.t()[..., None].expand_as(mass))
-    reached = ordered.cumsum(dim=0)
-    # A row's shares add up to 1 but for rounding; absent rows have none and want nothing.
-    short = (reached - ordered < wanted - 1e-6) & (reached[-1] > 0.0)
-    return (short.any(dim=2).sum(dim=0) - static.sum(dim=1)).clamp_min(0)
+    return (largest >= last) & (largest > 0.0) & (count > 0)[:, None]

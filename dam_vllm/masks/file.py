@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from dam_vllm.files import replacing
-from dam_vllm.masks.budget import Dynamic
+from dam_vllm.masks.dynamic_arrays import Dynamic
 from dam_vllm.masks.mask_set import Header, MaskSet
 
 FORMAT = "dam-masks/2"

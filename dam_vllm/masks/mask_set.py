@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
-from dam_vllm.masks.budget import Dynamic
+from dam_vllm.masks.dynamic_arrays import Dynamic
 from dam_vllm.masks.fingerprint import Fingerprint
 
 BoolArray = npt.NDArray[np.bool_]

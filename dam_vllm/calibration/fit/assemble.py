@@ -7,7 +7,7 @@ import numpy as np
 
 from dam_vllm.calibration.fit.candidates import Candidate, Pattern
 from dam_vllm.calibration.fit.curve import DENSE
-from dam_vllm.masks.budget import BudgetKind, Dynamic
+from dam_vllm.masks.dynamic_arrays import Dynamic
 from dam_vllm.masks.mask_set import FloatArray, HeadMode, MaskSet
 
 
@@ -44,7 +44,10 @@ def assemble(
             modes[at] = HeadMode.DENSE
         elif candidate.budget is not None:
             modes[at] = HeadMode.DYNAMIC
-            _set(dynamic, at, candidate, float(shares[*at, index]), page)
+            assert candidate.channels is not None
+            share = float(shares[*at, index])
+            layer, head = at
+            dynamic.put(layer, head, candidate.channels, candidate.budget, share, page)
     for pattern in sorted(set(wanted.flat) - {0}):
         source = patterns[pattern].build()
         heads = np.repeat(wanted == pattern, group, axis=1)
@@ -65,19 +68,3 @@ def _none_chosen(masks: MaskSet, rotations: FloatArray) -> Dynamic:
         caps=np.zeros(shape, dtype=np.int32),
         expected=np.zeros(shape, dtype=np.float32),
     )
-
-
-def _set(
-    dynamic: Dynamic, at: tuple[int, ...], candidate: Candidate, share: float, page: int
-) -> None:
-    """Writes a candidate's budget in tokens."""
-    budget = candidate.budget
-    assert budget is not None
-    assert candidate.channels is not None
-    dynamic.channels[at] = candidate.channels
-    dynamic.kinds[at] = budget.kind
-    counts = budget.kind == BudgetKind.TOP_K
-    dynamic.budgets[at] = budget.value * (page if counts else 1)
-    dynamic.floors[at], dynamic.caps[at] = budget.floor * page, budget.cap * page
-    if budget.kind == BudgetKind.TOP_P:
-        dynamic.expected[at] = share

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dam_vllm.masks.budget import Budget, BudgetKind
+from dam_vllm.masks.budget import Budget, Share, TopK, TopP
 from dam_vllm.masks.mask_set import MaskSet
 from dam_vllm.masks.page_tables import PageSelector, PageTables, page_tables
 from dam_vllm.masks.rounding import ceil_div
@@ -61,9 +61,9 @@ def dynamic_budgets() -> list[Budget]:
     """Budgets that are tried, of all kinds."""
     most = 10**6
     return [
-        *(Budget(BudgetKind.TOP_K, count, 0, count) for count in COUNTS),
-        *(Budget(BudgetKind.SHARE, share, 1, most) for share in SHARES),
-        *(Budget(BudgetKind.TOP_P, mass, MASS_FLOOR, MASS_CAP) for mass in MASSES),
+        *(TopK(count, 0, count) for count in COUNTS),
+        *(Share(share, 1, most) for share in SHARES),
+        *(TopP(mass, MASS_FLOOR, MASS_CAP) for mass in MASSES),
     ]
 
 
@@ -152,16 +152,11 @@ def dynamic_density(
     Args:
         budget: of the head.
         anyway: int [..., query_blocks], pages read anyway.
-        share: measured share of the causal pages that MASS chooses.
+        share: measured share of the causal pages that the budget chooses.
 
     Returns:
         float [...].
     """
     causal = np.arange(anyway.shape[-1]) + 1
-    if budget.kind == BudgetKind.TOP_K:
-        chosen = np.full(causal.shape, budget.value)
-    else:
-        part = budget.value if budget.kind == BudgetKind.SHARE else share
-        chosen = np.ceil(part * causal - 1e-6)
-    chosen = np.clip(chosen, budget.floor, budget.cap)
+    chosen = budget.expected(causal, share)
     return np.asarray(np.minimum(anyway + chosen, causal).sum(axis=-1) / causal.sum())

@@ -8,7 +8,6 @@ from dam_vllm.attention.cpu.select import CachedKeys, select_dynamic
 from dam_vllm.attention.dynamic_heads import DynamicHeads
 from dam_vllm.attention.query_blocks import QueryBlocks, cut_query_blocks
 from dam_vllm.calibration.fit.states import LayerStates
-from dam_vllm.masks.budget import Budget
 from dam_vllm.masks.mask_set import HeadMode, MaskSet
 from dam_vllm.masks.page_tables import PageSelector, page_tables
 from dam_vllm.masks.rounding import ceil_div
@@ -95,7 +94,7 @@ class Simulation:
         cache = pad(key, (0, 0, 0, -len(key) % self.page)).view(-1, self.page, key.shape[1])
         dynamic = DynamicHeads(
             channels=[int(self.masks.dynamic.channels[layer, head])],
-            budgets=[Budget.of(self.masks.dynamic, layer, head, self.page)],
+            budgets=[self.masks.dynamic.budget(layer, head, self.page)],
             static=selector,
             scale=states.scale,
             softcap=states.softcap,

@@ -22,7 +22,7 @@ from dam_vllm.calibration.fit.probes import (
 from dam_vllm.calibration.fit.proof import prove
 from dam_vllm.calibration.fit.samples import FitText
 from dam_vllm.calibration.fit.states import LayerStates
-from dam_vllm.masks.budget import Budget, BudgetKind
+from dam_vllm.masks.budget import TopP
 from dam_vllm.masks.mask_set import HeadMode
 
 PAGE, SIZE = 16, 8
@@ -190,7 +190,7 @@ def test_losses_are_those_of_the_masks_that_are_served(rng, patterns):
         torch.randn(2, tokens, SIZE), 0.4, 0.0,
     )  # fmt: skip
     rotations = np.linalg.qr(rng.normal(size=(1, 2, SIZE, SIZE)))[0].astype("f4")
-    mass = Candidate(0, 5, Budget(BudgetKind.TOP_P, 0.8, 1, 3))
+    mass = Candidate(0, 5, TopP(0.8, 1, 3))
     each = [*candidates(patterns, 0, [5])[::4], mass, Candidate(1)]
     groups = group_names([text], [256, 512])
     sums = Sums.empty(groups, 1, 2, len(each))

@@ -11,7 +11,7 @@ from dam_vllm.attention.cpu.select import CachedKeys, select_dynamic
 from dam_vllm.attention.dynamic_heads import DynamicHeads
 from dam_vllm.attention.oracle import dynamic_mask, page_mask
 from dam_vllm.attention.query_blocks import cut_query_blocks
-from dam_vllm.masks.budget import Budget, BudgetKind
+from dam_vllm.masks.budget import BudgetKind
 from dam_vllm.masks.mask_set import HeadMode
 from dam_vllm.masks.page_tables import PageSelector, page_tables
 
@@ -49,7 +49,7 @@ class Batch:
         tables = page_tables(self.masks, layer, self.page, self.page)
         dynamic = DynamicHeads(
             channels=[int(self.masks.dynamic.channels[layer, head]) for head in heads],
-            budgets=[Budget.of(self.masks.dynamic, layer, head, self.page) for head in heads],
+            budgets=[self.masks.dynamic.budget(layer, head, self.page) for head in heads],
             static=PageSelector([tables.take(heads.tolist())], dense_below),
             scale=SCALE,
             softcap=softcap,

@@ -22,7 +22,7 @@ from triton.runtime.jit import JITFunction
 from dam_vllm.attention.cuda.plan import DeviceQueryBlocks
 from dam_vllm.attention.cuda.select import DeviceDynamic, choose_on_device
 from dam_vllm.attention.dynamic_heads import DynamicHeads
-from dam_vllm.masks.budget import Budget, BudgetKind
+from dam_vllm.masks.budget import TopK, TopP
 from dam_vllm.masks.page_tables import PageSelector, PageTables
 
 
@@ -101,7 +101,7 @@ def choose_pages_of(
     tables = PageTables(page, page, flags, flags[:, 0], flags[:, 0], flags[:, 0, 0])
     dynamic = DynamicHeads(
         channels=[channels, channels],
-        budgets=[Budget(BudgetKind.TOP_P, 0.9, 1, 100), Budget(BudgetKind.TOP_K, 9.0, 1, 9)],
+        budgets=[TopP(0.9, 1, 100), TopK(9.0, 1, 9)],
         static=PageSelector([tables]),
         scale=0.1,
         ids=[1, 3],

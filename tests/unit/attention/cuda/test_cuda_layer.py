@@ -11,7 +11,6 @@ from dam_vllm.attention.cuda.select import DeviceDynamic
 from dam_vllm.attention.dynamic_heads import DynamicHeads
 from dam_vllm.attention.layout import KVLayout
 from dam_vllm.attention.oracle import dynamic_mask, masked_attention, page_mask
-from dam_vllm.masks.budget import Budget
 from dam_vllm.masks.page_tables import PageSelector, page_tables
 
 HEADS, KV_HEADS, SIZE, PAGE, BLOCKS, SCALE = 8, 2, 64, 32, 99, 0.15
@@ -26,7 +25,7 @@ def device_layer(masks, device):
         selector = PageSelector([tables], 0, device)
         dynamic = None
         if query_block is not None:
-            budget = Budget.of(masks.dynamic, 0, head, PAGE)
+            budget = masks.dynamic.budget(0, head, PAGE)
             channels = int(masks.dynamic.channels[0, head])
             chosen = DynamicHeads([channels], [budget], selector, SCALE, ids=[head])
             dynamic = DeviceDynamic.of(chosen)

@@ -13,7 +13,7 @@ from dam_vllm.attention.cuda.select import DeviceDynamic, choose_on_device
 from dam_vllm.attention.cuda.shares import share_pages
 from dam_vllm.attention.dynamic_heads import DynamicHeads
 from dam_vllm.attention.oracle import dynamic_mask, page_mask
-from dam_vllm.masks.budget import Budget, BudgetKind
+from dam_vllm.masks.budget import BudgetKind
 from dam_vllm.masks.mask_set import HeadMode
 from dam_vllm.masks.page_tables import PageSelector, page_tables
 from tests.unit.attention.cuda.no_sync import HostWaitsError, no_sync
@@ -71,7 +71,7 @@ class Case:
         tables = page_tables(self.masks, 0, page, page).take(self.heads.tolist())
         dynamic = DynamicHeads(
             channels=self.masks.dynamic.channels[0, self.heads].tolist(),
-            budgets=[Budget.of(self.masks.dynamic, 0, head, page) for head in self.heads],
+            budgets=[self.masks.dynamic.budget(0, head, page) for head in self.heads],
             static=PageSelector([tables], dense_below, device),
             scale=SCALE,
             softcap=softcap,
