@@ -1,9 +1,9 @@
-# make setup | demo | test | style | bench; everything runs in .venv
+# make setup | demo | test | test-fast | style | bench; everything runs in .venv
 PYTHON ?= python3.11
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo test style bench
+.PHONY: setup demo test test-fast style bench
 
 setup: $(READY)
 
@@ -17,8 +17,13 @@ $(READY): pyproject.toml deploy/cpu/requirements.lock deploy/cpu/vllm-command/py
 demo: $(READY)
 	$(BIN)/dam-vllm demo
 
+# Single-threaded tests share the cores; servers, which take all cores, come one after the other.
 test: $(READY)
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not e2e" -n 2 --dist worksteal
+	$(BIN)/pytest -m e2e
+
+test-fast: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not (slow or engine or e2e)" -n 2 --dist worksteal
 
 style: $(READY)
 	$(BIN)/ruff format --check .

@@ -19,13 +19,29 @@ from dam_vllm.masks.dynamic_arrays import Dynamic
 from dam_vllm.masks.fingerprint import Fingerprint
 from dam_vllm.masks.mask_set import Header, HeadMode, MaskSet, pack_lower
 
+SEED = "DAM_SEED"
+
+
+def fresh_seed() -> int:
+    """A seed for a test: a new one in every run, or that of the variable DAM_SEED.
+
+    It is printed, which pytest shows where a test fails.
+
+    Raises:
+        ValueError: if the variable is no seed.
+    """
+    given = os.environ.get(SEED)
+    if given is not None and not (given.isdecimal() and int(given) < 2**32):
+        raise ValueError(f"{SEED} is {given!r}: must be an integer from 0 to {2**32 - 1}")
+    seed = int(given or np.random.SeedSequence().generate_state(1)[0])
+    print(f"seed {seed} ({SEED}={seed} pytest ... repeats it)")
+    return seed
+
 
 @pytest.fixture
 def rng() -> np.random.Generator:
-    """Fresh random numbers in every run; the seed is printed where a test fails."""
-    seed = int(np.random.SeedSequence().generate_state(1)[0])
-    print(f"seed {seed}")
-    return np.random.default_rng(seed)
+    """Fresh random numbers in every run."""
+    return np.random.default_rng(fresh_seed())
 
 
 @pytest.fixture

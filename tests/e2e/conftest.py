@@ -16,7 +16,7 @@ from dam_vllm.masks.baselines import dense
 from dam_vllm.masks.file import save_mask_set
 from dam_vllm.masks.fingerprint import fingerprint
 from dam_vllm.server import Server
-from tests.conftest import random_mask_set
+from tests.conftest import fresh_seed, random_mask_set
 
 PAGE = 32
 LENGTHS = (3001, 1537, 777, 150, 1999)
@@ -74,7 +74,7 @@ class Answers:
 @pytest.fixture(scope="session")
 def seed():
     """One seed a session for prompts and masks; printed where a test fails."""
-    return random.SystemRandom().randrange(2**31)
+    return fresh_seed()
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,7 @@ from dam_vllm.questions.tasks import (
 )
 from dam_vllm.questions.tracking import NAME
 from dam_vllm.questions.words import ADJECTIVES, NOUNS, VERBS
+from tests.conftest import fresh_seed
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +30,7 @@ def tokenizer():
 
 @pytest.fixture
 def seed():
-    value = Random().randrange(10**6)
-    print(f"seed {value}")
-    return value
+    return fresh_seed() % 10**6
 
 
 @pytest.mark.parametrize("task", TASKS)
