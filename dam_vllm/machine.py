@@ -43,20 +43,6 @@ def describe(values: dict[str, str | int | float]) -> str:
     )
 
 
-def _gpu() -> dict[str, str | int | float]:
-    import torch
-
-    from dam_vllm.bench.roof import cuda_roof
-
-    roof = cuda_roof()
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "copy_tb_s": round(roof.bandwidth / 1e12, 2),
-        "bf16_tflop_s": round(roof.rate / 1e12),
-        "triton": version("triton"),
-    }
-
-
 def _cpu() -> str:
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
