@@ -6,20 +6,16 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 
-def machine(gpu: bool = False) -> dict[str, str | int | float]:
+def machine() -> dict[str, str | int | float]:
     """Describes this machine and the libraries that matter to speed.
-
-    Args:
-        gpu: whether figures are a GPU's.
 
     Returns:
         CPU model, cores usable by this process, threads of torch, load over the last minute
-        and the versions of torch and vLLM; the GPU, its ceilings and the version of Triton where
-        it is asked for.
+        and the versions of torch and vLLM.
     """
     import torch
 
-    return (_gpu() if gpu else {}) | {
+    return {
         "cpu": _cpu(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),

@@ -11,6 +11,14 @@ MASKS_IN_MODEL = "dam/masks.safetensors"
 KEY = "dam"
 
 
+DENSE_BELOW = {
+    # Up to here sparse attention does not pay: `dam-vllm bench e2e`, docs/benchmarks.md.
+    "cpu": 2048,
+    # A guess, as on CPU: nothing was measured on a GPU yet.
+    "cuda": 2048,
+}
+
+
 class OptionError(ValueError):
     """An option that cannot be honoured; the message names it, its value and what is allowed."""
 
@@ -21,8 +29,8 @@ class DamOptions(BaseModel):
     Attributes:
         masks: mask file, folder that holds `dam/masks.safetensors`, or Hub id of one.
         dense_below: query positions below it attend densely, in tokens; a request shorter than
-            this runs dense. Rounded up to whole query blocks. The default is the measured length
-            up to which sparse attention does not pay on CPU (`dam-vllm bench`).
+            this runs dense. Rounded up to whole query blocks, whatever the granularity. None for
+            the platform's own, see `DENSE_BELOW`.
         kv_free: "layer" gives KV-cache pages that no head of a layer can read again back to vLLM;
             "head" those of single KV heads too, where that gains more; "off" keeps all. "auto" is
             "head" on CPU and "layer" on CUDA, which does not serve "head" yet.
@@ -38,7 +46,7 @@ class DamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     masks: str | None = None
-    dense_below: int = Field(default=2048, ge=0)
+    dense_below: int | None = Field(default=None, ge=0)
     kv_free: Literal["auto", "off", "layer", "head"] = "auto"
     kernel: Literal["auto", "flash", "triton", "naive"] = "auto"
     granularity: Literal["page", "token"] = "page"

@@ -3,12 +3,14 @@
 import statistics
 from collections.abc import Mapping, Sequence
 
+import torch
+
 from dam_vllm.bench.client import arrivals, random_prompt
 from dam_vllm.bench.report import Row
 from dam_vllm.bench.servers import Setup, serve
 from dam_vllm.bench.timing import Advance, ratio
 from dam_vllm.masks.density import density
-from dam_vllm.options import DamOptions
+from dam_vllm.options import DENSE_BELOW
 from dam_vllm.server import Server, rest
 
 TARGETS = "targets: TTFT ratio >= 4 at 16384; at 2048 and below never under 1/1.02 = 0.98"
@@ -38,7 +40,7 @@ def measure(
     Returns:
         A row a length and choice of `dense_below`; times in milliseconds, medians.
     """
-    default = DamOptions().dense_below
+    default = DENSE_BELOW["cuda" if torch.cuda.is_available() else "cpu"]
     peers: dict[str, dict[str, object] | None] = {"dense": None, "dam": {}}
     if crossover:
         peers["sparse"] = {"dense_below": 0}

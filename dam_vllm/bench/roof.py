@@ -3,6 +3,7 @@
 import functools
 import statistics
 from dataclasses import dataclass
+from importlib.metadata import version
 
 import torch
 
@@ -84,3 +85,14 @@ def _median(timer: Timer, call: Call, rounds: int) -> float:
     run = timer.bind([call])
     timer.seconds(run)
     return statistics.median(timer.seconds(run) for _ in range(rounds))
+
+
+def gpu_machine() -> dict[str, str | int | float]:
+    """The GPU, its ceilings and the version of Triton, beside `dam_vllm.machine.machine`."""
+    roof = cuda_roof()
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "copy_tb_s": round(roof.bandwidth / 1e12, 2),
+        "bf16_tflop_s": round(roof.rate / 1e12),
+        "triton": version("triton"),
+    }

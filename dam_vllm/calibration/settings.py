@@ -13,6 +13,14 @@ TRUSTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 PROOFS_A_CURVE = 3  # choices measured at most for an error; for a density one is enough
 
 
+SCORING_COST = {
+    # Measured: `dam-vllm bench scoring`, docs/benchmarks.md.
+    "cpu": 2.4,
+    # The share of the products alone: nothing was measured on a GPU yet.
+    "cuda": 1.0,
+}
+
+
 class FitConfig(BaseModel):
     """How heads' modes and budgets are fitted.
 
@@ -32,8 +40,8 @@ class FitConfig(BaseModel):
         mus: shares of a pattern's cells that are tried for static heads.
         channels: channels that score a token, or None for an eighth, a quarter, a half and all of a
             head's.
-        scoring_cost: time that scoring takes a token and channel over that of attention; measured
-            on CPU by `dam-vllm bench scoring`.
+        scoring_cost: time that scoring takes a token and channel over that of attention, or None
+            for the platform's own, see `SCORING_COST`.
         seed: of questions and query blocks.
     """
 
@@ -51,8 +59,12 @@ class FitConfig(BaseModel):
     taus: list[float] = Field(default=[0.05, 0.1, 0.2, 0.3], min_length=1)
     mus: list[float] = Field(default=[0.6, 0.8], min_length=1)
     channels: list[int] | None = None
-    scoring_cost: float = Field(default=2.4, ge=0)
+    scoring_cost: float | None = Field(default=None, ge=0)
     seed: int = Field(default=0, ge=0)
+
+    def scoring_cost_on(self, device: str) -> float:
+        """The setting, or the cost on the kind of device that the model runs on."""
+        return SCORING_COST[device] if self.scoring_cost is None else self.scoring_cost
 
     @model_validator(mode="after")
     def _one_target(self) -> Self:

@@ -38,11 +38,14 @@ def finish(benchmarks: Sequence[Benchmark], json: Path | None) -> None:
     from rich.console import Console
 
     from dam_vllm.bench.report import progress, table
+    from dam_vllm.bench.roof import gpu_machine
     from dam_vllm.files import write_json
     from dam_vllm.machine import describe, machine
 
     console = Console()
-    found = machine(gpu=any(benchmark.gpu for benchmark in benchmarks))
+    found = machine()
+    if any(benchmark.gpu for benchmark in benchmarks):
+        found = gpu_machine() | found
     wide = console.width
     rows: list[dict[str, Any]] = []
     for benchmark in benchmarks:

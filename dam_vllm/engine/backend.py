@@ -56,7 +56,7 @@ def oracle_attention(
         )
     exact = options.granularity == "token"
     local = shard(masks.kv_heads)
-    return OracleAttention(served, masks, local, layout, exact, options.dense_below)
+    return OracleAttention(served, masks, local, layout, exact, serving.dense_below)
 
 
 def cache_scales(layer: Any) -> tuple[float, float]:

@@ -15,7 +15,7 @@ from vllm.platforms import current_platform
 from dam_vllm.masks.file import load_mask_set
 from dam_vllm.masks.fingerprint import fingerprint
 from dam_vllm.masks.mask_set import HeadMode, MaskSet
-from dam_vllm.options import DamOptions, OptionError, find_masks, parse_options
+from dam_vllm.options import DENSE_BELOW, DamOptions, OptionError, find_masks, parse_options
 
 logger = init_logger("vllm.dam")
 
@@ -36,6 +36,13 @@ class Serving:
     options: DamOptions
     file: Path
     masks: MaskSet
+
+    @property
+    def dense_below(self) -> int:
+        """Query positions below it attend densely, in tokens: the option, or the platform's own."""
+        if self.options.dense_below is not None:
+            return self.options.dense_below
+        return DENSE_BELOW[current_platform.device_type]
 
 
 def admit(config: VllmConfig) -> Serving:

@@ -191,22 +191,22 @@ class DamCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             log_masks(self.serving, self.block_size, vllm_config.model_config.max_model_len)
 
     def _attention(self, layers: dict[str, int], attention: dict[str, Any]) -> CPUAttention:
-        masks, options = self.serving.masks, self.serving.options
-        local, page = shard(masks.kv_heads), self.block_size
+        masks, page = self.serving.masks, self.block_size
+        local = shard(masks.kv_heads)
         tables = [local.tables(masks, index, page) for index in layers.values()]
         served = {}
         for name, index in layers.items():
             impl, (key_scale, value_scale) = attention[name].impl, cache_scales(attention[name])
             softcap = impl.logits_soft_cap or 0.0
             dynamic = DynamicHeads.of_layer(
-                masks, index, local, page, options.dense_below, impl.scale * key_scale, softcap
+                masks, index, local, page, self.serving.dense_below, impl.scale * key_scale, softcap
             )
             chosen = dynamic.ids if dynamic else []
             fixed = [head for head in range(local.heads) if head not in chosen]
             served[name] = CPULayer(impl.scale, softcap, fixed, dynamic, key_scale, value_scale)
         return CPUAttention(
             served=served,
-            selector=PageSelector(tables, options.dense_below),
+            selector=PageSelector(tables, self.serving.dense_below),
             kernel=CPUKernel(
                 heads_per_kv=masks.heads // masks.kv_heads,
                 head_size=self.head_dim,

@@ -156,7 +156,7 @@ class DamCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
         self.always = cache_dtype in FP8_DTYPES
         if self.always:
             _refuse_whole_layers(layer_names, self.masked, attention)
-        self.dense_until = dense_until(options.dense_below, self.block_size)
+        self.dense_until = dense_until(self.serving.dense_below, self.block_size)
         layout = KVLayout(False, FP8_DTYPES.get(cache_dtype))
         self.oracle: SparseAttention | None = None
         self.sparse: CUDAAttention | None = None
@@ -175,7 +175,7 @@ class DamCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
     def _layer(self, index: int, attention: Any, layout: KVLayout) -> DeviceLayer:
         """Sets up a layer and compiles its kernels."""
         impl, masks, options = attention.impl, self.serving.masks, self.serving.options
-        local, page, below = shard(masks.kv_heads), self.block_size, options.dense_below
+        local, page, below = shard(masks.kv_heads), self.block_size, self.serving.dense_below
         key_scale, value_scale = cache_scales(attention)
         softmax = Softmax(impl.scale * key_scale, impl.logits_soft_cap, value_scale)
         dynamic = DynamicHeads.of_layer(

@@ -27,11 +27,11 @@ def log_masks(serving: Serving, page: int, length: int) -> None:
 def describe(serving: Serving, page: int, length: int) -> list[str]:
     """Lines of the table."""
     masks, options = serving.masks, serving.options
-    _, kv_density = density(masks, [length], page, options.dense_below)
+    _, kv_density = density(masks, [length], page, serving.dense_below)
     full = np.array([kind == "full" for kind in masks.header.layer_types])
     lines = [
         f"DAM masks {serving.file}: {masks.header.kind}, PCL {masks.pcl}, page {page}, "
-        f"dense below {options.dense_below}, kernel {options.kernel}; density at {length} "
+        f"dense below {serving.dense_below}, kernel {options.kernel}; density at {length} "
         f"tokens {kv_density[0][full].mean() if full.any() else 1.0:.3f}",
         "layer  density  KV heads",
     ]

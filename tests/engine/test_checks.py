@@ -1,5 +1,8 @@
 """Configurations that are refused before anything is loaded."""
 
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +11,7 @@ from dam_vllm.demo import model_dir
 from dam_vllm.masks.baselines import streaming
 from dam_vllm.masks.file import save_mask_set
 from dam_vllm.masks.fingerprint import fingerprint
-from dam_vllm.options import OptionError
+from dam_vllm.options import DamOptions, OptionError
 from tests.conftest import random_mask_set
 
 pytestmark = pytest.mark.engine
@@ -124,3 +127,34 @@ def test_options_of_other_platforms_are_refused(masks, monkeypatch, cpu, options
     else:
         with pytest.raises(OptionError, match=message):
             checks.admit(asked)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+def test_requests_run_dense_below_the_platforms_own_length(monkeypatch, random_masks, platform):
+    from dam_vllm.engine import checks
+
+    monkeypatch.setattr(checks, "current_platform", SimpleNamespace(device_type=platform))
+    monkeypatch.setitem(checks.DENSE_BELOW, platform, 77)
+    served = [
+        checks.Serving(DamOptions(**options), Path("masks"), random_masks())
+        for options in ({}, {"dense_below": 5}, {"dense_below": 0})
+    ]
+    assert [each.dense_below for each in served] == [77, 5, 0]
+
+
+@pytest.mark.parametrize(
+    ("backend", "others"),
+    [
+        ("dam_vllm.engine.cuda", ("dam_vllm.engine.cpu", "dam_vllm.attention.cpu")),
+        ("dam_vllm.engine.cpu", ("dam_vllm.engine.cuda", "dam_vllm.attention.cuda")),
+    ],
+)
+def test_a_platform_loads_nothing_of_the_other_or_of_the_oracle(backend, others):
+    code = (
+        f"import sys, {backend}; print([name for name in sys.modules if name.startswith('dam_')])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = run.stdout.splitlines()[-1]
+    assert backend in loaded
+    for name in (*others, "dam_vllm.attention.oracle"):
+        assert name not in loaded

@@ -183,10 +183,14 @@ class _Fit:
         keeps = np.array([candidate.budget is not None for candidate in self.candidates])
         return None if target is None else Memory(keeps, target)
 
+    @property
+    def _scoring_cost(self) -> float:
+        return self.config.scoring_cost_on(self.inputs.model.device.type)
+
     def _scoring(self, head_size: int) -> np.ndarray:
         """Cost of scoring, in units of dense attention: [candidates]."""
         channels = np.array([candidate.channels or 0 for candidate in self.candidates])
-        return channels / (2 * head_size) * self.config.scoring_cost
+        return channels / (2 * head_size) * self._scoring_cost
 
     def _report(
         self, texts: list[FitText], curves: list[list[Point]], proven: list[Point]
@@ -201,6 +205,7 @@ class _Fit:
         ]
         return {
             **self.config.model_dump(mode="json"),
+            "scoring_cost": self._scoring_cost,
             "texts": [[text.kind, text.prompt, len(text.ids)] for text in texts],
             "chosen": proven[0].report(),
             "proven": [each.report() for each in proven],

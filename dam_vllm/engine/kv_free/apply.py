@@ -33,7 +33,7 @@ def free_kv_heads(config: VllmConfig) -> None:
     reason = _reason_to_keep(config, serving)
     if reason is None:
         page = config.cache_config.block_size
-        heads = head_bounds(serving.masks, page, serving.options.dense_below)
+        heads = head_bounds(serving.masks, page, serving.dense_below)
         choices = _choices(config, serving, heads)
         if choices:
             _apply(config, serving, heads, choices[0])

@@ -15,6 +15,8 @@ from dam_vllm.bench.scattered import scattered
 from tests.unit.attention.cuda.varlen_oracle import varlen
 from tests.unit.bench.host_timer import HostTimer
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 HERE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PREFILL = Case("prefill", 2, 1, 16, 64, 256, 1)

@@ -9,6 +9,8 @@ from dam_vllm.bench.gpu_timing import CudaTimer
 from dam_vllm.bench.tune import entries, line, neighbours, table_lines, walk
 from tests.unit.bench.host_timer import HostTimer
 
+pytestmark = pytest.mark.slow
+
 START = Tuning(128, 64, 8, 3)
 CPU = torch.device("cpu")
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is off")

@@ -21,6 +21,8 @@ from dam_vllm.masks.model_shape import model_shape
 from tests.conftest import random_mask_set
 from tests.unit.calibration.conftest import build
 
+pytestmark = pytest.mark.slow
+
 CONFIG = FitConfig(
     target_density=0.9,
     page=16,

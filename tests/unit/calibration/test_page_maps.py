@@ -12,6 +12,8 @@ from dam_vllm.calibration.static.maps import MapSums, pair_counts
 from dam_vllm.calibration.texts import pad
 from tests.unit.calibration.conftest import build
 
+pytestmark = pytest.mark.slow
+
 LAYERS, HEADS, PAGE, PAGES = [0, 2], 4, 6, 7  # 42 tokens
 
 

@@ -17,6 +17,8 @@ from dam_vllm.attention.cuda.token_bits import TokenBits
 from dam_vllm.attention.oracle import exact_mask, masked_attention, page_mask
 from dam_vllm.masks.page_tables import PageSelector, dense_until, page_tables, query_block_size
 
+pytestmark = pytest.mark.slow
+
 SCALE, KEY_SCALE, VALUE_SCALE = 0.17, 0.5, 0.25
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 # Tokens up to the last query, and queries: whole prompts, chunks that start anywhere, decoding.

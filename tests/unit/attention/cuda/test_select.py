@@ -18,6 +18,8 @@ from dam_vllm.masks.mask_set import HeadMode
 from dam_vllm.masks.page_tables import PageSelector, page_tables
 from tests.unit.attention.cuda.no_sync import HostWaitsError, no_sync
 
+pytestmark = pytest.mark.slow
+
 SCALE = 0.3
 # What no kernel may read: no block has this id.
 GARBAGE = 1 << 30

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 # Bytes of shared memory that a program may take (CUDA C Programming Guide, compute capabilities).
 SHARED = {80: 163 * 1024, 90: 227 * 1024}
