@@ -14,80 +14,96 @@ if TYPE_CHECKING:
     from dam_vllm.calibration.pipeline import Job
 
 
+ModelArgument = Annotated[str, typer.Argument(help="Folder or Hugging Face Hub id of the model.")]
+DataOption = Annotated[
+    str,
+    typer.Option(
+        help="Texts: a text file, a folder of .txt, .md and .py files, a .jsonl file, or the "
+        "name of a data set on the Hub."
+    ),
+]
+OutputOption = Annotated[Path, typer.Option(help="Mask file to write (.safetensors).")]
+ConfigOption = Annotated[
+    Path | None, typer.Option(help="YAML file of settings; the options below go before it.")
+]
+FieldOption = Annotated[str, typer.Option(help="Key of the text in JSONL and data sets.")]
+PclOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Pattern Capture Length in tokens [default: the longest that memory, model "
+        "and texts allow]."
+    ),
+]
+ReachOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Length in tokens up to which columns and diagonals are looked for on maps of "
+        "pages, beyond the PCL [default: the PCL]."
+    ),
+]
+TargetErrorOption = Annotated[
+    float | None,
+    typer.Option(
+        help="Fit every KV head's mode: the lowest density whose predicted KL of the next "
+        "token stays below this, in nats; by default what the settings say."
+    ),
+]
+TargetDensityOption = Annotated[
+    float | None,
+    typer.Option(help="Fit every KV head's mode: the lowest error with at most this density."),
+]
+TargetKvMemoryOption = Annotated[
+    float | None,
+    typer.Option(
+        help="With one of the two: the largest share of KV heads that keep all their KV-cache "
+        "pages while serving; those of the others are freed."
+    ),
+]
+TextsOption = Annotated[int | None, typer.Option(help="Largest number of windows.")]
+BatchSizeOption = Annotated[int | None, typer.Option(help="Windows a forward pass.")]
+SeedOption = Annotated[int | None, typer.Option(help="Of the choice and split of texts.")]
+MemoryGibOption = Annotated[
+    float | None,
+    typer.Option(help="Memory for attention maps, in GiB [default: half of what is free]."),
+]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="cpu, cuda or cuda:N [default: cuda where there is one].")
+]
+DtypeOption = Annotated[
+    str,
+    typer.Option(help="auto (float32 on a CPU, else the model's), float32, bfloat16, float16."),
+]
+RevisionOption = Annotated[str | None, typer.Option(help="Hub revision of the model.")]
+
+
 def calibrate(
-    model: Annotated[str, typer.Argument(help="Folder or Hugging Face Hub id of the model.")],
-    data: Annotated[
-        str,
-        typer.Option(
-            help="Texts: a text file, a folder of .txt, .md and .py files, a .jsonl file, or the "
-            "name of a data set on the Hub."
-        ),
-    ],
-    output: Annotated[Path, typer.Option(help="Mask file to write (.safetensors).")],
-    config: Annotated[
-        Path | None, typer.Option(help="YAML file of settings; the options below go before it.")
-    ] = None,
-    field: Annotated[str, typer.Option(help="Key of the text in JSONL and data sets.")] = "text",
-    pcl: Annotated[
-        int | None,
-        typer.Option(
-            help="Pattern Capture Length in tokens [default: the longest that memory, model "
-            "and texts allow]."
-        ),
-    ] = None,
-    reach: Annotated[
-        int | None,
-        typer.Option(
-            help="Length in tokens up to which columns and diagonals are looked for on maps of "
-            "pages, beyond the PCL [default: the PCL]."
-        ),
-    ] = None,
-    target_error: Annotated[
-        float | None,
-        typer.Option(
-            help="Fit every KV head's mode: the lowest density whose predicted KL of the next "
-            "token stays below this, in nats; by default what the settings say."
-        ),
-    ] = None,
-    target_density: Annotated[
-        float | None,
-        typer.Option(help="Fit every KV head's mode: the lowest error with at most this density."),
-    ] = None,
-    target_kv_memory: Annotated[
-        float | None,
-        typer.Option(
-            help="With one of the two: the largest share of KV heads that keep all their KV-cache "
-            "pages while serving; those of the others are freed."
-        ),
-    ] = None,
-    texts: Annotated[int | None, typer.Option(help="Largest number of windows.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Windows a forward pass.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the choice and split of texts.")] = None,
-    memory_gib: Annotated[
-        float | None,
-        typer.Option(help="Memory for attention maps, in GiB [default: half of what is free]."),
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda or cuda:N [default: cuda where there is one].")
-    ] = None,
-    dtype: Annotated[
-        str,
-        typer.Option(help="auto (float32 on a CPU, else the model's), float32, bfloat16, float16."),
-    ] = "auto",
-    revision: Annotated[str | None, typer.Option(help="Hub revision of the model.")] = None,
+    model: ModelArgument,
+    data: DataOption,
+    output: OutputOption,
+    config: ConfigOption = None,
+    field: FieldOption = "text",
+    pcl: PclOption = None,
+    reach: ReachOption = None,
+    target_error: TargetErrorOption = None,
+    target_density: TargetDensityOption = None,
+    target_kv_memory: TargetKvMemoryOption = None,
+    texts: TextsOption = None,
+    batch_size: BatchSizeOption = None,
+    seed: SeedOption = None,
+    memory_gib: MemoryGibOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = "auto",
+    revision: RevisionOption = None,
 ) -> None:
     """Calibrates a model's masks on texts (DAM, Stage 1) and writes a mask file.
 
     Ctrl-C saves what is done; the same command goes on from there.
     """
-    from transformers.utils import logging
-
     from dam_vllm.calibration.errors import CalibrationStopped
     from dam_vllm.calibration.model import ModelSource
     from dam_vllm.calibration.pipeline import Job
     from dam_vllm.calibration.settings import load_config
 
-    logging.disable_progress_bar()
     overrides = {
         "pcl": pcl,
         "reach": reach,

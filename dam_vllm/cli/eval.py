@@ -51,64 +51,76 @@ def spread(args: Sequence[str], option: str) -> list[str]:
     return result
 
 
+ModelArgument = Annotated[str, typer.Argument(help="Folder or Hugging Face Hub id of the model.")]
+MasksOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        metavar="FILE...", help="Mask files to compare, one or more; without, dense alone."
+    ),
+]
+TasksOption = Annotated[str, typer.Option(help="Comma-separated, among these.")]
+LengthsOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Prompt lengths in tokens, comma-separated; by default those of 2048,4096,8192 "
+        "that the model allows."
+    ),
+]
+SamplesOption = Annotated[int, typer.Option(min=1, help="Questions a task and length.")]
+SeedOption = Annotated[int, typer.Option(help="Of the questions.")]
+TextOption = Annotated[
+    Path | None,
+    typer.Option(
+        help='Text (plain, or .jsonl with "text") for perplexity and agreement with dense.'
+    ),
+]
+WindowsOption = Annotated[int, typer.Option(min=1, help="Pieces of the text at each length.")]
+StreamingOption = Annotated[
+    bool,
+    typer.Option(
+        help="Compare each file with sinks and a window of the same density, where that is "
+        "below 1; one more server for each length."
+    ),
+]
+DenseBelowOption = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        help="Query positions below it attend densely. Serving has a higher default; 0 "
+        "judges the masks alone.",
+    ),
+]
+PageOption = Annotated[int, typer.Option(help="Tokens a KV-cache page.")]
+JsonOption = Annotated[Path | None, typer.Option("--json", help="Write all results to this file.")]
+PlotOption = Annotated[
+    Path | None, typer.Option(help="Draw accuracy by length and depth (.png, .pdf, .svg).")
+]
+WriteOption = Annotated[
+    bool, typer.Option("--write", help="Store the result in the mask files, as their report.")
+]
+FreshOption = Annotated[
+    bool, typer.Option("--fresh", help="Ask everything again, whatever is stored.")
+]
+ServeArgsOption = Annotated[str, typer.Option(help="Further arguments of `vllm serve`, in quotes.")]
+
+
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Folder or Hugging Face Hub id of the model.")],
-    masks: Annotated[
-        list[Path] | None,
-        typer.Option(
-            metavar="FILE...", help="Mask files to compare, one or more; without, dense alone."
-        ),
-    ] = None,
-    tasks: Annotated[
-        str, typer.Option(help="Comma-separated, among these.")
-    ] = "lines,kv,needle,tracking,words",
-    lengths: Annotated[
-        str | None,
-        typer.Option(
-            help="Prompt lengths in tokens, comma-separated; by default those of 2048,4096,8192 "
-            "that the model allows."
-        ),
-    ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Questions a task and length.")] = 20,
-    seed: Annotated[int, typer.Option(help="Of the questions.")] = 0,
-    text: Annotated[
-        Path | None,
-        typer.Option(
-            help='Text (plain, or .jsonl with "text") for perplexity and agreement with dense.'
-        ),
-    ] = None,
-    windows: Annotated[int, typer.Option(min=1, help="Pieces of the text at each length.")] = 4,
-    streaming: Annotated[
-        bool,
-        typer.Option(
-            help="Compare each file with sinks and a window of the same density, where that is "
-            "below 1; one more server for each length."
-        ),
-    ] = True,
-    dense_below: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            help="Query positions below it attend densely. Serving has a higher default; 0 "
-            "judges the masks alone.",
-        ),
-    ] = 0,
-    page: Annotated[int, typer.Option(help="Tokens a KV-cache page.")] = 32,
-    json: Annotated[
-        Path | None, typer.Option("--json", help="Write all results to this file.")
-    ] = None,
-    plot: Annotated[
-        Path | None, typer.Option(help="Draw accuracy by length and depth (.png, .pdf, .svg).")
-    ] = None,
-    write: Annotated[
-        bool, typer.Option("--write", help="Store the result in the mask files, as their report.")
-    ] = False,
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="Ask everything again, whatever is stored.")
-    ] = False,
-    serve_args: Annotated[
-        str, typer.Option(help="Further arguments of `vllm serve`, in quotes.")
-    ] = "",
+    model: ModelArgument,
+    masks: MasksOption = None,
+    tasks: TasksOption = "lines,kv,needle,tracking,words",
+    lengths: LengthsOption = None,
+    samples: SamplesOption = 20,
+    seed: SeedOption = 0,
+    text: TextOption = None,
+    windows: WindowsOption = 4,
+    streaming: StreamingOption = True,
+    dense_below: DenseBelowOption = 0,
+    page: PageOption = 32,
+    json: JsonOption = None,
+    plot: PlotOption = None,
+    write: WriteOption = False,
+    fresh: FreshOption = False,
+    serve_args: ServeArgsOption = "",
 ) -> None:
     """Asks a model questions over long texts through vLLM, with each mask file and without.
 
@@ -120,7 +132,6 @@ def evaluate(
     from dam_vllm.evaluation.checks import output_options
     from dam_vllm.evaluation.prepare import prepare
     from dam_vllm.evaluation.state import State
-    from dam_vllm.server import ServerError
 
     logging.disable_progress_bar()
     files = masks or []
@@ -146,8 +157,15 @@ def evaluate(
     except (ValueError, OSError) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from None
+    _report(job, state, _ask(job, state), json, plot, write)
+
+
+def _ask(job: "Job", state: "State") -> "list[Place]":
+    """Measures, and ends with one line where it cannot."""
+    from dam_vllm.server import ServerError
+
     try:
-        places = _measure(job, state)
+        return _measure(job, state)
     except KeyboardInterrupt:
         typer.echo(
             f"Stopped; answers so far lie in {job.folder}. The same command goes on from there.",
@@ -157,7 +175,6 @@ def evaluate(
     except ServerError as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from None
-    _report(job, state, places, json, plot, write)
 
 
 def _measure(job: "Job", state: "State") -> "list[Place]":

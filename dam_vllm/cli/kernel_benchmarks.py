@@ -94,6 +94,12 @@ def _on_cpu(options: KernelOptions) -> Benchmark:
     )
 
 
+def _steps(phase: Phase, batches: list[int]) -> list[tuple[str, int]]:
+    """What is measured, and for how many requests."""
+    steps = [("prefill", 1)] if phase != Phase.DECODE else []
+    return steps + ([("decode", batch) for batch in batches] if phase != Phase.PREFILL else [])
+
+
 def _on_gpu(options: KernelOptions) -> Benchmark:
     import torch
 
@@ -123,13 +129,11 @@ def _on_gpu(options: KernelOptions) -> Benchmark:
         heads_option(options.heads, number, size)
     fa3_option(options.fa3)
     flex_up_to = GPU.flex_up_to if options.flex_up_to is None else options.flex_up_to
-    steps = [("prefill", 1)] if phase != Phase.DECODE else []
-    steps += [("decode", batch) for batch in batches] if phase != Phase.PREFILL else []
     cases = [
         Case(name, options.heads, number, size, page, length, batch)
         for page in pages
         for number in kv_heads
-        for name, batch in steps
+        for name, batch in _steps(phase, batches)
         for length in tokens
     ]
     try:

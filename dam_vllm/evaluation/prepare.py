@@ -77,12 +77,8 @@ def prepare(
     arguments = checks.serve_args_option(serve_args)
     served = fingerprint(model)
     subjects = checks.masks_option(masks, served)
-    try:
-        shape = model_shape(AutoConfig.from_pretrained(model))
-        tokenizer = AutoTokenizer.from_pretrained(model)
-    except OSError as error:
-        raise OptionError(f"MODEL is {model!r}: {str(error).splitlines()[0]}") from None
-    tokens = checks.lengths_option(lengths, names, shape.max_length)
+    tokenizer, longest = _load(model)
+    tokens = checks.lengths_option(lengths, names, longest)
     settings = Settings(
         model=model,
         tasks=names,
@@ -98,6 +94,15 @@ def prepare(
     )
     checks.check_questions(settings, tokenizer)
     return Job(settings, subjects, tokenizer, cache_folder(settings, subjects, served))
+
+
+def _load(model: str) -> tuple[Any, int | None]:
+    """Tokenizer and longest position of a model."""
+    try:
+        shape = model_shape(AutoConfig.from_pretrained(model))
+        return AutoTokenizer.from_pretrained(model), shape.max_length
+    except OSError as error:
+        raise OptionError(f"MODEL is {model!r}: {str(error).splitlines()[0]}") from None
 
 
 def cache_folder(settings: Settings, masks: Sequence[Subject], served: Fingerprint) -> Path:

@@ -183,6 +183,45 @@ def _cap(logits, SOFTCAP: tl.constexpr):
     return logits
 
 
+@triton.jit
+def _max_scores(
+    first, own, asked, position, stop, channels, head,
+    table_ptr, key_ptr, key_page, key_token, kv_heads,
+    QUERY: tl.constexpr, ROWS: tl.constexpr, PAGE: tl.constexpr, UNIT: tl.constexpr,
+    PARTS: tl.constexpr, PAGES: tl.constexpr, CHANNELS: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """The largest causal score of a block of rows in PAGES pages from `first` on.
+
+    `asked` [ROWS, CHANNELS] are queries at `position`, `own` is the query block's own page, `stop`
+    the position after its last query, `table_ptr` the request's blocks. Gives float32
+    [ROWS, PAGES].
+    """
+    channel = tl.arange(0, CHANNELS)
+    token = tl.arange(0, PAGES * UNIT)
+    # A limit that divides by 8 lets keys be loaded by vectors; the query is 0 in what is more.
+    is_read = channel < (channels + 7) // 8 * 8
+    page = first + token // UNIT
+    block = tl.load(table_ptr + page, mask=page <= own, other=0)
+    virtual = block.to(tl.int64) * kv_heads + head
+    max_scores = tl.full([ROWS, PAGES], float("-inf"), tl.float32)
+    for part in range(PARTS):
+        place = part * UNIT + token % UNIT
+        key_position = page * PAGE + place
+        cached = tl.load(
+            key_ptr + (virtual * key_page + place * key_token)[None, :] + channel[:, None],
+            mask=(key_position < stop)[None, :] & is_read[:, None],
+            other=0.0,
+        ).to(QUERY)
+        if UPCAST:
+            cached = cached.to(tl.float32)
+        scores = tl.dot(asked, cached, input_precision="ieee")
+        if first + PAGES > own:
+            scores = tl.where(key_position[None, :] <= position[:, None], scores, float("-inf"))
+        found = tl.max(tl.reshape(scores, [ROWS, PAGES, UNIT]), axis=2)
+        max_scores = tl.maximum(max_scores, found)
+    return max_scores
+
+
 @triton.jit(do_not_specialize=["slots", "width", "chunks"])
 def _score_pages(
     query_ptr, key_ptr, table_ptr, head_ptr, channels_ptr, max_score_ptr, largest_ptr, sum_ptr,
@@ -217,45 +256,20 @@ def _score_pages(
         mask=present[:, None] & (channel < channels)[None, :],
         other=0.0,
     )
-    query_dtype = asked.dtype
     if UPCAST:
         asked = asked.to(tl.float32)
     position = start + row // GROUP
-    token = tl.arange(0, PAGES * UNIT)
-    # A limit that divides by 8 lets keys be loaded by vectors; the query is 0 in what is more.
-    is_read = channel < (channels + 7) // 8 * 8
+    blocks_ptr = table_ptr + request.to(tl.int64) * table_row
     query_block = (at * slots + slot).to(tl.int64)
     for chunk in range(tl.program_id(2), own // CHUNK + 1, tl.num_programs(2)):
         largest = tl.full([ROWS], LOWEST, tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         for first in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, own + 1), PAGES):
-            page = first + token // UNIT
-            virtual = (
-                tl.load(
-                    table_ptr + request.to(tl.int64) * table_row + page, mask=page <= own, other=0
-                ).to(tl.int64)
-                * kv_heads
-                + head
-            )
-            max_scores = tl.full([ROWS, PAGES], float("-inf"), tl.float32)
-            for part in range(PARTS):
-                place = part * UNIT + token % UNIT
-                key_position = page * PAGE + place
-                cached = tl.load(
-                    key_ptr + (virtual * key_page + place * key_token)[None, :] + channel[:, None],
-                    mask=(key_position < start + queries)[None, :] & is_read[:, None],
-                    other=0.0,
-                ).to(query_dtype)
-                if UPCAST:
-                    cached = cached.to(tl.float32)
-                scores = tl.dot(asked, cached, input_precision="ieee")
-                if first + PAGES > own:
-                    scores = tl.where(
-                        key_position[None, :] <= position[:, None], scores, float("-inf")
-                    )
-                max_scores = tl.maximum(
-                    max_scores, tl.max(tl.reshape(scores, [ROWS, PAGES, UNIT]), axis=2)
-                )
+            max_scores = _max_scores(
+                first, own, asked, position, start + queries, channels, head,
+                blocks_ptr, key_ptr, key_page, key_token, kv_heads, query_ptr.dtype.element_ty,
+                ROWS, PAGE, UNIT, PARTS, PAGES, CHANNELS, UPCAST,
+            )  # fmt: skip
             logits = _cap(max_scores * scale, SOFTCAP)
             pages = first + tl.arange(0, PAGES)
             logits = tl.where((pages <= own)[None, :], logits, float("-inf"))

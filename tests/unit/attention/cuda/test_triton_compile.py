@@ -10,7 +10,7 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 # Bytes of shared memory that a program may take (CUDA C Programming Guide, compute capabilities).
 SHARED = {80: 163 * 1024, 90: 227 * 1024}
 SPILLED = 64
