@@ -1,9 +1,34 @@
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from dam_vllm.masks import plots
-from dam_vllm.masks.plots import plot_end, plot_masks, shares
+from dam_vllm.masks.plots import plot_curve, plot_end, plot_masks, shares
 from dam_vllm.masks.rule import token_mask
+
+FIT = {
+    "lengths": [2048, 8192],
+    "curves": {
+        "0.0": [{"density": 1.0, "loss": 0.0}, {"density": 0.5, "loss": 0.1}],
+        "1.0": [{"density": 1.0, "loss": 0.0}, {"density": 0.02, "loss": 0.9}],
+    },
+    "proven": [{"density": 0.5, "loss": 0.2}, {"density": 0.02, "loss": 0.3}],
+    "chosen": {"density": 0.5, "loss": 0.2},
+}
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Figures that were saved."""
+    figures = []
+    save = Figure.savefig
+
+    def keep(figure, *args, **kwargs):
+        figures.append(figure)
+        save(figure, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    return figures
 
 
 def by_definition(masks, layer, side, cells):
@@ -40,6 +65,45 @@ def test_sampled_rows_keep_columns_exactly(reaching_masks, monkeypatch):
     np.testing.assert_allclose(found[:, 1:][:, below[1:]], expected[:, 1:][:, below[1:]], rtol=1e-5)
 
 
-def test_an_image_is_written(reaching_masks, tmp_path):
-    plot_masks(reaching_masks(300, layers=1, heads=2, kv_heads=1), tmp_path / "masks.png")
+def test_masks_of_covered_layers_are_drawn(reaching_masks, tmp_path, monkeypatch, drawn):
+    monkeypatch.setattr(plots, "MAX_CELLS", 9)  # cells of 10 x 10 pairs, partly attended
+    masks = reaching_masks(90, layers=3, heads=2, kv_heads=1, pcl=40, share=0.1)
+    masks.header.layer_types[1] = "sliding"
+    plot_masks(masks, tmp_path / "masks.png")
     assert (tmp_path / "masks.png").read_bytes().startswith(b"\x89PNG")
+    grid = np.array(drawn[0].axes).reshape(2, masks.heads)
+    for row, layer in zip(grid, (0, 2), strict=True):
+        for axes, image in zip(row, shares(masks, layer), strict=True):
+            (shown,), (line,) = axes.images, axes.lines
+            np.testing.assert_allclose(shown.get_array(), np.sqrt(image))
+            assert shown.get_clim() == (0, 1)  # the same darkness says the same in every head
+            assert tuple(shown.get_extent()) == (0, 90, 90, 0)
+            assert line.get_xydata().tolist() == [[0, 40], [40, 40]]
+        assert row[0].get_ylabel() == f"layer {layer}"
+    assert [axes.get_title() for axes in grid[0]] == ["head 0", "head 1"]
+    assert drawn[0].get_suptitle() == "Attended pairs up to 90 tokens (line: PCL 40)"
+    assert drawn[0].get_supxlabel() == "key position"
+    assert drawn[0].get_supylabel() == "query position"
+
+
+def test_points_and_choice_of_a_fit_are_drawn(tmp_path, drawn):
+    plot_curve(FIT, tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    (axes,) = drawn[0].axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    assert lines == {
+        "predicted, trust in layers 0.0": [[1.0, 0.0], [0.5, 0.1]],
+        "predicted, trust in layers 1.0": [[1.0, 0.0], [0.02, 0.9]],
+        "measured": [[0.5, 0.2], [0.02, 0.3]],
+        "taken": [[0.5, 0.2]],
+    }
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == list(lines)
+    assert axes.get_title() == "taken: density 0.500, loss 0.200"
+    assert axes.get_xlabel() == "density at 8192 tokens"
+    assert axes.get_ylabel() == "KL of the next token (nats)"
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+
+
+def test_a_suffix_that_is_no_image_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="not supported"):
+        plot_curve(FIT, tmp_path / "curve.text")
