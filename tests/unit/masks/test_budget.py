@@ -1,0 +1,112 @@
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from dam_vllm.masks.budget import BUDGETS, BudgetKind, PageScores, Share, TopK, TopP, choose
+
+PAGES, BLOCKS, ROWS = 30, 6, 4
+
+
+@pytest.fixture
+def case(rng):
+    """Scores of the last query blocks of 30 pages, some rows absent, and static pages."""
+    own = torch.arange(PAGES - BLOCKS, PAGES)
+    logits = torch.from_numpy(rng.normal(size=(PAGES, BLOCKS, ROWS)) * 2).float()
+    logits[torch.arange(PAGES)[:, None] > own] = -torch.inf
+    present = torch.from_numpy(rng.random((BLOCKS, ROWS)) < 0.7)
+    present[:, 0] = True
+    static = torch.from_numpy(rng.random((BLOCKS, PAGES)) < 0.1)
+    static[torch.arange(BLOCKS), own] = True
+    return PageScores(logits, present, own), static & (torch.arange(PAGES) <= own[:, None])
+
+
+def by_definition(scores, static, budget):
+    """One query block after the other: the best pages until the budget is spent."""
+    result = np.zeros((BLOCKS, PAGES), dtype=bool)
+    for block in range(BLOCKS):
+        causal = int(scores.own[block]) + 1
+        rows = scores.logits[:causal, block, scores.present[block]].double().softmax(dim=0).numpy()
+        read = static[block, :causal].numpy()
+        best = [page for page in np.argsort(-rows.max(axis=1)) if not read[page]]
+        if budget.kind == BudgetKind.TOP_K:
+            count = int(budget.value)
+        elif budget.kind == BudgetKind.SHARE:
+            count = math.ceil(round(budget.value * causal, 6))
+        else:
+            sums = [rows[read].sum(axis=0) + rows[best[:n]].sum(axis=0) for n in range(len(best))]
+            enough = [n for n, mass in enumerate(sums) if (mass >= budget.value - 1e-6).all()]
+            count = enough[0] if enough else len(best)
+        result[block, best[: max(budget.floor, min(count, budget.cap))]] = True
+    return result
+
+
+@pytest.mark.parametrize(("floor", "cap"), [(0, 99), (3, 99), (0, 2), (5, 5)])
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [(TopK, 0), (TopK, 4), (Share, 0.1), (Share, 0.31), (TopP, 0.3), (TopP, 0.9), (TopP, 1.0)],
+)
+def test_chosen_pages_are_the_best_within_the_budget(case, kind, value, floor, cap):
+    budget = kind(value, floor, cap)
+    np.testing.assert_array_equal(choose(*case, budget).numpy(), by_definition(*case, budget))
+
+
+def test_of_equal_pages_all_are_chosen(case):
+    scores, static = case
+    scores = dataclasses.replace(scores, logits=scores.logits.clamp_max(-torch.inf).nan_to_num(0.0))
+    causal = torch.arange(PAGES) <= scores.own[:, None]
+    scores.logits[~causal.t()] = -torch.inf
+    assert torch.equal(choose(scores, static, TopK(1, 0, 1)), causal & ~static)
+
+
+@pytest.mark.parametrize(
+    ("budget", "pages"),
+    [
+        (TopK(3, 0, 9), [3, 3, 3]),
+        (TopK(3, 5, 9), [5, 5, 5]),
+        (Share(0.1, 0, 9), [1, 1, 9]),
+        (Share(0.1, 2, 4), [2, 2, 4]),
+        (TopP(0.9, 0, 99), [1, 5, 50]),  # by the measured share, not by the mass
+    ],
+)
+def test_expected_pages(budget, pages):
+    assert budget.expected(np.array([1, 10, 100]), 0.5).tolist() == pages
+
+
+@pytest.mark.parametrize(
+    ("budget", "stored", "other"),
+    [
+        (TopK(3, 1, 4), 96, TopK(1, 1, 1)),
+        (Share(0.25, 1, 4), 0.25, Share(0.25, 1, 1)),
+        (TopP(0.5, 1, 4), 0.5, TopP(0.5, 1, 1)),
+    ],
+)
+def test_stored_in_tokens_whatever_the_page(random_masks, budget, stored, other):
+    dynamic = random_masks(dynamic=True).dynamic
+    dynamic.put(1, 0, 5, budget, 0.125, page=32)
+    at = (1, 0)
+    assert (dynamic.channels[at], dynamic.kinds[at], dynamic.budgets[at]) == (
+        5,
+        budget.kind,
+        stored,
+    )
+    assert (dynamic.floors[at], dynamic.caps[at]) == (32, 128)
+    assert dynamic.expected[at] == (0.125 if budget.kind == BudgetKind.TOP_P else 0)
+    assert dynamic.budget(*at, page=32) == budget
+    assert dynamic.budget(*at, page=128) == other
+
+
+def test_floors_and_values_are_rounded_up_and_no_cap_lies_below_its_floor(random_masks):
+    dynamic = random_masks(dynamic=True).dynamic
+    at = (0, 0)
+    dynamic.kinds[at], dynamic.budgets[at] = BudgetKind.TOP_K, 33
+    dynamic.floors[at], dynamic.caps[at] = 65, 10
+    assert dynamic.budget(*at, page=32) == TopK(2, 3, 3)
+
+
+def test_every_kind_is_registered_as_its_own():
+    assert {kind: each.kind for kind, each in BUDGETS.items()} == {
+        kind: kind for kind in BudgetKind
+    }
