@@ -9,6 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 # Read when a kernel is defined: without a GPU, Triton's interpreter runs it.
 if not torch.cuda.is_available():
@@ -110,3 +111,17 @@ def random_dynamic(rng: np.random.Generator, layers: int, kv_heads: int, head_si
 def random_masks(rng: np.random.Generator) -> Callable[..., MaskSet]:
     """Makes random mask sets from the test's own random numbers."""
     return lambda **kwargs: random_mask_set(rng, **kwargs)
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Figures that were saved."""
+    figures = []
+    save = Figure.savefig
+
+    def keep(figure, *args, **kwargs):
+        figures.append(figure)
+        save(figure, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    return figures

@@ -1,9 +1,10 @@
-import numpy as np
 import pytest
 
+from dam_vllm.bench import memory
 from dam_vllm.bench.checks import file_option, image_option
 from dam_vllm.bench.masks import streaming_masks
-from dam_vllm.bench.memory import bounded_masks, plot_held, total
+from dam_vllm.bench.memory import bounded_masks
+from dam_vllm.demo import model_dir
 from dam_vllm.masks.mask_set import HeadMode
 from dam_vllm.options import OptionError
 
@@ -13,20 +14,32 @@ def test_share_of_bounded_heads(share):
     masks = bounded_masks(streaming_masks(8, 2, 32), share)
     assert (masks.modes == HeadMode.STATIC).mean() == share
     assert (masks.modes[masks.modes != HeadMode.STATIC] == HeadMode.DENSE).all()
-    np.testing.assert_array_equal(
-        masks.modes, bounded_masks(streaming_masks(8, 2, 32), share).modes
-    )
 
 
-def test_every_engine_is_counted(tmp_path):
-    assert total(None) == 15
-    assert total(tmp_path) == 17
+@pytest.mark.parametrize("masks", [None, model_dir() / "dam/masks.safetensors"])
+def test_every_engine_is_counted(monkeypatch, masks):
+    """As many steps of progress, and engines, as were announced."""
+    started, steps = [], []
+
+    def run(case, dam, *args, **setup):
+        started.append(case)
+        held = [[0, 2**20], [100, 2**21]]
+        return {"capacity": 2.0, "held": held, "requests_per_second": 1.0, "seconds": 1.0}
+
+    monkeypatch.setattr(memory.Case, "run", run)
+    memory.measure(masks, None, lambda: steps.append(1))
+    assert len(started) == len(steps) == memory.total(masks)
 
 
-def test_plot_of_pages_held(tmp_path):
+def test_plot_of_pages_held(tmp_path, drawn):
     curves = {"a model, dense": [[0, 0], [100, 2**20]], "a model, half": [[0, 0], [100, 2**19]]}
-    plot_held(curves, tmp_path / "held.png")
-    assert (tmp_path / "held.png").stat().st_size > 5000
+    memory.plot_held(curves, tmp_path / "held.png")
+    (axes,) = drawn[-1].axes
+    assert axes.get_title() == "a model"
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("tokens of the request", "pages held (MiB)")
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
+    assert lines == {"dense": [[0, 0], [100, 1]], "half": [[0, 0], [100, 0.5]]}
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["dense", "half"]
 
 
 def test_paths_are_checked(tmp_path):

@@ -96,7 +96,7 @@ def test_tables_hold_every_figure(rows):
     assert text.count("0.90 (+0.00)") == 1
 
 
-def test_panels_are_lengths_by_depths(rows, tmp_path):
+def test_panels_are_lengths_by_depths(rows, tmp_path, drawn):
     image = accuracies([r for r in rows if (r["masks"], r["task"]) == ("a", "lines")])
     np.testing.assert_array_equal(
         image, [[0.7, 0.5], [np.nan, np.nan], [0.5, 0.5], [1, 1], [0.7, 0.5]]
@@ -104,4 +104,17 @@ def test_panels_are_lengths_by_depths(rows, tmp_path):
     image = accuracies([r for r in rows if (r["masks"], r["task"]) == ("a", "words")])
     np.testing.assert_array_equal(image, [[0.1, 0.0]])
     heat_map(rows, tmp_path / "map.png")
-    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+    panels = {axes.get_title(): axes for axes in drawn[-1].axes if axes.get_images()}
+    panels = {title: axes for title, axes in panels.items() if "\n" in title}
+    assert "lines\na" in panels
+    for title, axes in panels.items():
+        task, name = title.split("\n")
+        own = [row for row in rows if (row["masks"], row["task"]) == (name, task)]
+        (shown,) = axes.get_images()
+        np.testing.assert_array_equal(shown.get_array().filled(np.nan), accuracies(own))
+        assert shown.get_clim() == (0, 1)
+        assert [tick.get_text() for tick in axes.get_xticklabels()] == [
+            str(row["length"]) for row in own
+        ]
+        finite = np.isfinite(accuracies(own)).sum()
+        assert len(axes.texts) == finite

@@ -1,6 +1,5 @@
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 
 from dam_vllm.masks import plots
 from dam_vllm.masks.plots import plot_curve, plot_end, plot_masks, shares
@@ -15,20 +14,6 @@ FIT = {
     "proven": [{"density": 0.5, "loss": 0.2}, {"density": 0.02, "loss": 0.3}],
     "chosen": {"density": 0.5, "loss": 0.2},
 }
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """Figures that were saved."""
-    figures = []
-    save = Figure.savefig
-
-    def keep(figure, *args, **kwargs):
-        figures.append(figure)
-        save(figure, *args, **kwargs)
-
-    monkeypatch.setattr(Figure, "savefig", keep)
-    return figures
 
 
 def by_definition(masks, layer, side, cells):
