@@ -1,8 +1,10 @@
 """Attention with its weights shown to an observer, through transformers' attention interface.
 
 The function below stands beside "sdpa" and "flash_attention_2" under the name IMPLEMENTATION,
-so no model's code is touched. It computes what eager attention computes, but in blocks of
-queries, so that no whole [heads, queries, keys] tensor of weights exists.
+so no model's code is touched. A hook sees every call, after the rotary embedding, as serving does,
+and may compute attention itself: what shows weights (Stage 1) and what works on queries, keys and
+values (the fit) are hooks. Eager attention is computed in blocks of queries, so that no whole
+[heads, queries, keys] tensor of weights exists.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,24 +28,90 @@ Observer = Callable[[int, int, torch.Tensor], None]
 """Called with (layer, first row, float32 weights [batch, heads, rows, keys])."""
 
 
+@dataclass(frozen=True)
+class AttentionCall:
+    """What a model asks of its attention in one layer.
+
+    Attributes:
+        layer: global layer index.
+        query: [batch, heads, queries, head size].
+        key: [batch, KV heads, keys, head size].
+        value: [batch, KV heads, keys, value size].
+        mask: bool (True is seen) or additive [batch, 1 or heads, queries, keys], or None for
+            causal attention.
+        scale: factor of the scores.
+        softcap: bound of the scores by tanh, or None.
+    """
+
+    layer: int
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    mask: torch.Tensor | None
+    scale: float
+    softcap: float | None
+
+    def eager(self, observe: Observer | None = None) -> torch.Tensor:
+        """Eager attention in blocks of queries, [batch, heads, queries, value size].
+
+        Args:
+            observe: called with the weights of every block.
+        """
+        output = self.query.new_empty(*self.query.shape[:3], self.value.shape[-1])
+        for start, stop in _blocks(self.query, self.key):
+            keys = stop if self.mask is None else self.key.shape[2]
+            mask = None if self.mask is None else self.mask[:, :, start:stop, :keys]
+            query, key = self.query[:, :, start:stop], self.key[:, :, :keys]
+            weights = _weights(query, key, mask, start, self.scale, self.softcap)
+            if observe is not None:
+                observe(self.layer, start, weights)
+            found = _grouped(weights.to(query.dtype), self.value[:, :, :keys])
+            output[:, :, start:stop] = found
+        return output
+
+
+Hook = Callable[[AttentionCall], torch.Tensor | None]
+"""Sees a call; returns its output [batch, heads, queries, value size], or None for the usual."""
+
+_active: ContextVar[Hook | None] = ContextVar("dam_capture", default=None)
+
+
 class _Finished(Exception):  # noqa: N818 - leaves a forward pass early
     """The last observed layer has been seen."""
 
 
 @dataclass
-class _Capture:
+class _Weights:
+    """Hook that shows the weights of some layers."""
+
     layers: frozenset[int]
     observe: Observer
     seen: set[int] = field(default_factory=set)
 
-
-_active: ContextVar[_Capture | None] = ContextVar("dam_capture", default=None)
+    def __call__(self, call: AttentionCall) -> torch.Tensor | None:
+        if call.layer not in self.layers:
+            return None
+        output = call.eager(self.observe)
+        self.seen.add(call.layer)
+        if call.layer == max(self.layers) and self.seen == self.layers:
+            raise _Finished
+        return output
 
 
 def register() -> None:
     """Makes IMPLEMENTATION known to transformers."""
     AttentionInterface.register(IMPLEMENTATION, capture_attention)
     AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+
+
+@contextmanager
+def hooked(hook: Hook) -> Iterator[None]:
+    """Calls a hook in every layer of the forward passes inside."""
+    token = _active.set(hook)
+    try:
+        yield
+    finally:
+        _active.reset(token)
 
 
 def observe_forward(model: Any, ids: torch.Tensor, layers: list[int], observe: Observer) -> None:
@@ -61,26 +129,17 @@ def observe_forward(model: Any, ids: torch.Tensor, layers: list[int], observe: O
     Raises:
         CalibrationError: if a layer never calls transformers' attention interface.
     """
-    capture = _Capture(frozenset(layers), observe)
-    with _capturing(capture), torch.inference_mode():
+    weights = _Weights(frozenset(layers), observe)
+    with hooked(weights), torch.inference_mode():
         try:
             model(input_ids=ids, use_cache=False)
         except _Finished:
             return
-    missing = sorted(capture.layers - capture.seen)
+    missing = sorted(weights.layers - weights.seen)
     raise CalibrationError(
         f"model type {model.config.model_type!r} does not use transformers' attention interface "
         f"in layers {missing}, so its attention cannot be captured"
     )
-
-
-@contextmanager
-def _capturing(capture: _Capture) -> Iterator[None]:
-    token = _active.set(capture)
-    try:
-        yield
-    finally:
-        _active.reset(token)
 
 
 def capture_attention(
@@ -93,10 +152,10 @@ def capture_attention(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Eager attention in blocks of queries (transformers' attention interface).
+    """Attention as the hook in force computes it, else as usual (transformers' interface).
 
     Args:
-        module: the attention layer; its `layer_idx` tells whether it is observed.
+        module: the attention layer, for its `layer_idx`.
         query: [batch, heads, queries, head size].
         key: [batch, KV heads, keys, head size].
         value: [batch, KV heads, keys, value size].
@@ -117,27 +176,16 @@ def capture_attention(
             raise CalibrationError(
                 f"layer {module.layer_idx} has attention with {name!r}, which is not supported"
             )
-    capture = _active.get()
-    if capture is not None and module.layer_idx not in capture.layers:
-        capture = None
-    if capture is None and softcap is None:
+    scale = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
+    call = AttentionCall(module.layer_idx, query, key, value, attention_mask, scale, softcap)
+    hook = _active.get()
+    output = None if hook is None else hook(call)
+    if output is None and softcap is None:
         return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+            module, query, key, value, attention_mask, scaling=scale, **kwargs
         )
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    output = query.new_empty(*query.shape[:3], value.shape[-1])
-    for start, stop in _blocks(query, key):
-        keys = stop if attention_mask is None else key.shape[2]
-        mask = None if attention_mask is None else attention_mask[:, :, start:stop, :keys]
-        weights = _weights(query[:, :, start:stop], key[:, :, :keys], mask, start, scale, softcap)
-        if capture is not None:
-            capture.observe(module.layer_idx, start, weights)
-        output[:, :, start:stop] = _grouped(weights.to(query.dtype), value[:, :, :keys])
-    if capture is not None:
-        capture.seen.add(module.layer_idx)
-        if module.layer_idx == max(capture.layers) and capture.seen == capture.layers:
-            raise _Finished
-    return output.transpose(1, 2).contiguous(), None
+    output = call.eager() if output is None else output
+    return output.transpose(1, 2).to(query.dtype).contiguous(), None
 
 
 def _blocks(query: torch.Tensor, key: torch.Tensor) -> Iterator[tuple[int, int]]:

@@ -1,21 +1,13 @@
-"""Queries, keys and values of every layer, through transformers' attention interface.
+"""Queries, keys and values of every layer, one text a forward pass."""
 
-A hook sees them after the rotary embedding, as serving does, and may compute attention itself.
-"""
-
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
 
-from dam_vllm.calibration.capture import capture_attention
-
-IMPLEMENTATION = "dam_states"
+from dam_vllm.calibration import capture
 
 
 @dataclass(frozen=True)
@@ -47,24 +39,26 @@ class LayerStates:
 Hook = Callable[[LayerStates], torch.Tensor | None]
 """Sees a layer's states; returns its output [heads, tokens, head_size], or None for stock."""
 
-_active: ContextVar[Hook | None] = ContextVar("dam_states", default=None)
-
 
 def prepare(model: Any) -> None:
-    """Lets a decoder compute attention by this module."""
-    AttentionInterface.register(IMPLEMENTATION, _attention)
-    AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
-    model.set_attn_implementation(IMPLEMENTATION)
+    """Lets a decoder compute attention by `capture`."""
+    capture.register()
+    model.set_attn_implementation(capture.IMPLEMENTATION)
 
 
-@contextmanager
-def hooked(hook: Hook) -> Iterator[None]:
+def hooked(hook: Hook) -> AbstractContextManager[None]:
     """Calls a hook in every layer of the forward passes inside; they run one text each."""
-    token = _active.set(hook)
-    try:
-        yield
-    finally:
-        _active.reset(token)
+
+    def one_text(call: capture.AttentionCall) -> torch.Tensor | None:
+        output = hook(
+            LayerStates(
+                call.layer, call.query[0], call.key[0], call.value[0], call.scale,
+                call.softcap or 0.0,
+            )
+        )  # fmt: skip
+        return None if output is None else output[None]
+
+    return capture.hooked(one_text)
 
 
 def run(model: Any, ids: list[int], rows: list[int] | None = None) -> torch.Tensor:
@@ -83,28 +77,3 @@ def run(model: Any, ids: list[int], rows: list[int] | None = None) -> torch.Tens
     with torch.inference_mode():
         found = model(input_ids=inputs, use_cache=False, logits_to_keep=kept)
     return torch.as_tensor(found.logits[0]).float()
-
-
-def _attention(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    hook = _active.get()
-    if hook is not None:
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        states = LayerStates(
-            module.layer_idx, query[0], key[0], value[0], float(scale), softcap or 0.0
-        )
-        output = hook(states)
-        if output is not None:
-            return output.transpose(0, 1)[None].to(query.dtype).contiguous(), None
-    # Stock attention, soft-capping included, which "sdpa" leaves out.
-    return capture_attention(
-        module, query, key, value, attention_mask, scaling=scaling, softcap=softcap, **kwargs
-    )

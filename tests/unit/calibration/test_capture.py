@@ -5,6 +5,7 @@ import torch
 from dam_vllm.calibration import capture
 from dam_vllm.calibration.capture import observe_forward, register
 from dam_vllm.calibration.errors import CalibrationError
+from dam_vllm.calibration.fit.states import hooked, run
 from dam_vllm.calibration.static.maps import MapSums, pair_counts
 from dam_vllm.calibration.texts import pad
 from tests.unit.calibration.conftest import CONFIGS, build
@@ -35,7 +36,7 @@ def test_outputs_equal_eager_attention(kind, padded):
     with torch.no_grad():
         expected = eager(ids, attention_mask=mask).logits
         layers = frozenset([*FULL[kind], 99])  # no layer 99, so nothing stops early
-        with capture._capturing(capture._Capture(layers, lambda *block: None)):
+        with capture.hooked(capture._Weights(layers, lambda *block: None)):
             found = captured(ids, attention_mask=mask).logits
     torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], rtol=1e-4, atol=1e-5)
 
@@ -80,3 +81,22 @@ def test_no_block_of_weights_is_larger_than_allowed():
 def test_a_model_without_the_interface_is_refused():
     with pytest.raises(CalibrationError, match="does not use transformers' attention interface"):
         observe_forward(build("gqa"), torch.tensor(windows([5])), [1], lambda *block: None)
+
+
+def test_one_function_shows_weights_and_states():
+    """The fit's queries and keys give the weights that Stage 1 is shown."""
+    model, (text,) = build("gqa", capture.IMPLEMENTATION), windows([19])
+    blocks, states = [], {}
+    observe_forward(model, torch.tensor([text]), [1], lambda *block: blocks.append(block[2]))
+    with hooked(lambda each: states.setdefault(each.layer, each) and None):
+        logits = run(model, text)
+    query, key = states[1].query, states[1].key.repeat_interleave(states[1].group, dim=0)
+    later = torch.ones(19, 19, dtype=torch.bool).triu(1)
+    scores = (query @ key.transpose(1, 2) * states[1].scale).masked_fill(later, float("-inf"))
+    found = torch.zeros(len(query), 19, 19)
+    for start, block in zip((0, 5, 10, 15), blocks, strict=True):
+        found[:, start : start + block.shape[2], : block.shape[3]] = block[0]
+    torch.testing.assert_close(found, scores.softmax(-1), rtol=1e-4, atol=1e-6)
+    with torch.no_grad():
+        expected = build("gqa")(torch.tensor([text])).logits[0, -1:]
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
