@@ -1,4 +1,4 @@
-"""Settings of the fit."""
+"""The settings of a calibration and of its fit: YAML file and command-line options."""
 
 from pathlib import Path
 from typing import Any, Literal, Self

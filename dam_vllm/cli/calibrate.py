@@ -166,10 +166,12 @@ def _device(name: str | None) -> "torch.device":
 def _run(job: "Job") -> None:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from transformers.utils import logging
 
     from dam_vllm.calibration.pipeline import calibrate
     from dam_vllm.calibration.progress import Reporter
 
+    logging.disable_progress_bar()
     console = Console(stderr=True)
     columns = (
         TextColumn("calibrating"),

@@ -58,7 +58,7 @@ class Header(BaseModel):
 class MaskSet:
     """Masks of all layers; rows of layers that are not "full" are zeros.
 
-    The rule they state (paper, section 3; the reading is told in the README): a query at
+    The rule they state (paper, section 3; the reading is told in docs/calibration.md): a query at
     position i < pcl attends key j where the true mask has (i, j); at i >= pcl, where j is a
     kept column or i - j a kept diagonal.
 

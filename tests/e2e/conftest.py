@@ -43,6 +43,7 @@ class Setup:
         tensor_parallel: ranks.
         dtype: of weights and activations.
         cache_dtype: of the KV cache.
+        new: tokens that each prompt is answered with.
     """
 
     masks: str | None = "random"
@@ -54,6 +55,7 @@ class Setup:
     tensor_parallel: int = 1
     dtype: str = "bfloat16"
     cache_dtype: str = "auto"
+    new: int = NEW_TOKENS
 
 
 @dataclass(frozen=True)
@@ -109,8 +111,8 @@ def answers(mask_files, prompts, seed):
     def ask(setup):
         with Server(model_dir(), arguments(setup, mask_files), environment(setup)) as server:
             client = openai.OpenAI(base_url=server.url, api_key="-", timeout=300)
-            alone = [complete(client, [prompt])[0] for prompt in prompts]
-            together = complete(client, prompts)
+            alone = [complete(client, [prompt], setup.new)[0] for prompt in prompts]
+            together = complete(client, prompts, setup.new)
             metrics = httpx.get(server.url.removesuffix("/v1") + "/metrics").text
             return Answers(alone, together, metrics, server.output())
 
@@ -159,12 +161,12 @@ def environment(setup):
     return result
 
 
-def complete(client, prompts):
+def complete(client, prompts, new):
     """Greedy completions of token ids, in one request: tokens and log-probabilities of each."""
     reply = client.completions.create(
         model=str(model_dir()),
         prompt=prompts,
-        max_tokens=NEW_TOKENS,
+        max_tokens=new,
         temperature=0,
         logprobs=1,
         extra_body={"ignore_eos": True, "return_tokens_as_token_ids": True},
