@@ -1,9 +1,9 @@
-# make setup | demo | test | test-fast | style | bench; everything runs in .venv
+# make setup | demo | test | test-fast | style | compat | bench; everything runs in .venv
 PYTHON ?= python3.11
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo test test-fast style bench
+.PHONY: setup demo test test-fast style compat bench
 
 setup: $(READY)
 
@@ -33,3 +33,7 @@ style: $(READY)
 
 bench: $(READY)
 	$(BIN)/dam-vllm bench all
+
+# Static: every name of vLLM that we use, in each release that we support.
+compat: $(READY)
+	$(BIN)/python -m tests.compat installed 0.32 0.33

@@ -2,9 +2,9 @@
 
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 MASKS_VARIABLE = "DAM_MASKS"
 MASKS_IN_MODEL = "dam/masks.safetensors"
@@ -14,8 +14,8 @@ KEY = "dam"
 DENSE_BELOW = {
     # Up to here sparse attention does not pay: `dam-vllm bench e2e`, docs/benchmarks.md.
     "cpu": 2048,
-    # A guess, as on CPU: nothing was measured on a GPU yet.
-    "cuda": 2048,
+    # A quarter of dynamic heads pays from 4k to 8k tokens on: docs/cuda.md.
+    "cuda": 4096,
 }
 
 
@@ -28,12 +28,16 @@ class DamOptions(BaseModel):
 
     Attributes:
         masks: mask file, folder that holds `dam/masks.safetensors`, or Hub id of one.
+        target_density: largest density; the masks of the fit's frontier that lose least within it
+            are served. None for the masks as fitted.
+        target_error: largest measured KL of the next token in nats; the cheapest masks of the
+            frontier within it are served. At most one of the two is given.
         dense_below: query positions below it attend densely, in tokens; a request shorter than
             this runs dense. Rounded up to whole query blocks, whatever the granularity. None for
             the platform's own, see `DENSE_BELOW`.
         kv_free: "layer" gives KV-cache pages that no head of a layer can read again back to vLLM;
             "head" those of single KV heads too, where that gains more; "off" keeps all. "auto" is
-            "head" on CPU and "layer" on CUDA, which does not serve "head" yet.
+            "head" on CPU and "layer" on CUDA, where "head" has not been measured.
         kernel: "flash" and "triton" are the kernels on CUDA, "auto" the first of them that can
             serve, and vLLM's own paged kernel on CPU; "naive" is a slow float32 oracle for
             debugging and tests.
@@ -46,11 +50,22 @@ class DamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     masks: str | None = None
+    target_density: float | None = Field(default=None, gt=0, le=1)
+    target_error: float | None = Field(default=None, gt=0)
     dense_below: int | None = Field(default=None, ge=0)
     kv_free: Literal["auto", "off", "layer", "head"] = "auto"
     kernel: Literal["auto", "flash", "triton", "naive"] = "auto"
     granularity: Literal["page", "token"] = "page"
     fingerprint: Literal["strict", "config"] = "strict"
+
+    @model_validator(mode="after")
+    def _one_target(self) -> Self:
+        if self.target_density is not None and self.target_error is not None:
+            raise ValueError(
+                f"target_density is {self.target_density} and target_error is "
+                f"{self.target_error}: at most one of them may be given"
+            )
+        return self
 
 
 def parse_options(additional_config: object) -> DamOptions:
@@ -79,6 +94,8 @@ def _explain(item: Any) -> str:
     if item["type"] == "extra_forbidden":
         allowed = ", ".join(DamOptions.model_fields)
         return f"--additional-config: unknown option {path!r}; allowed are {allowed}"
+    if item["type"] == "value_error":
+        return f"--additional-config: {path}: " + str(item["msg"]).removeprefix("Value error, ")
     return f"--additional-config: {path} is {item['input']!r}: {item['msg']}"
 
 

@@ -1,6 +1,7 @@
 """Fixtures that all layers of the suite share."""
 
 import os
+import sys
 from collections.abc import Callable
 
 # Read when huggingface_hub is first imported: no test asks the network.
@@ -21,6 +22,35 @@ from dam_vllm.masks.fingerprint import Fingerprint
 from dam_vllm.masks.mask_set import Header, HeadMode, MaskSet, pack_lower
 
 SEED = "DAM_SEED"
+# vllm/v1/attention/backends/cpu_attn.py
+needs_fp8_on_cpu = pytest.mark.skipif(
+    not (torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported()),
+    reason="vLLM serves an fp8 cache on CPUs with AVX-512 or AMX alone",
+)
+# Answers of dynamic heads were seen to differ there between a batch and a request alone; the cause
+# is not traced (docs/reliability.md).
+differs_without_avx512 = pytest.mark.xfail(
+    not torch.cpu._is_avx512_supported(),
+    reason="dynamic heads are not bit-equal in batches on CPUs without AVX-512",
+    strict=False,
+)
+
+
+# Memory that tensors are cut out of is copied by every launch; a sort is a loop over elements.
+INTERPRETED = {
+    ("scratch", "PLAN_BYTES"): 4 << 20,
+    ("select", "SCRATCH"): 4 << 20,
+    ("select", "SCAN"): 64,
+    ("select", "SORTED"): 16,
+}
+
+
+def interpreted(setting: Callable[[object, str, int], None]) -> None:
+    """Makes what was loaded small enough for Triton's interpreter."""
+    for (module, name), value in INTERPRETED.items():
+        loaded = sys.modules.get(f"dam_vllm.attention.cuda.{module}")
+        if loaded is not None:
+            setting(loaded, name, value)
 
 
 def fresh_seed() -> int:
@@ -37,6 +67,13 @@ def fresh_seed() -> int:
     seed = int(given or np.random.SeedSequence().generate_state(1)[0])
     print(f"seed {seed} ({SEED}={seed} pytest ... repeats it)")
     return seed
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Triton's interpreter runs kernels, every element costs."""
+    if not torch.cuda.is_available():
+        interpreted(monkeypatch.setattr)
 
 
 @pytest.fixture
@@ -61,12 +98,14 @@ def random_mask_set(
     true_share: float | None = None,
     dense: bool = False,
     dynamic: bool = False,
+    reuse: bool = False,
     head_size: int = 24,
     fingerprint: Fingerprint | None = None,
 ) -> MaskSet:
     """A mask set with random columns, diagonals and an unrelated random true mask.
 
     The true mask is sparser unless said otherwise: a query block reads a page for any of its pairs.
+    With `reuse` (and `dynamic`) some of the other heads follow random anchors.
     """
     true_share = share * 0.02 if true_share is None else true_share
     modes = np.full((layers, kv_heads), HeadMode.STATIC, dtype=np.uint8)
@@ -74,6 +113,8 @@ def random_mask_set(
         modes[0, 0] = HeadMode.DENSE
     if dynamic:
         modes[:, 1::2] = HeadMode.DYNAMIC
+    if reuse:
+        modes[:, 2::4] = modes[1::2, 0] = HeadMode.REUSE
     return MaskSet(
         columns=rng.random((layers, heads, pcl)) < share,
         diagonals=rng.random((layers, heads, pcl)) < share,
@@ -87,7 +128,16 @@ def random_mask_set(
             pcl=pcl,
         ),
         dynamic=random_dynamic(rng, layers, kv_heads, head_size) if dynamic else None,
+        anchors=random_anchors(rng, modes) if reuse else None,
     )
+
+
+def random_anchors(rng: np.random.Generator, modes: np.ndarray) -> np.ndarray:
+    """An anchor for each reusing head: a dynamic one of any layer up to its own."""
+    anchors = np.full((*modes.shape, 2), -1, dtype=np.int32)
+    for layer, head in np.argwhere(modes == HeadMode.REUSE):
+        anchors[layer, head] = rng.choice(np.argwhere(modes[: layer + 1] == HeadMode.DYNAMIC))
+    return anchors
 
 
 def random_dynamic(rng: np.random.Generator, layers: int, kv_heads: int, head_size: int) -> Dynamic:

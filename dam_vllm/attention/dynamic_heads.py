@@ -1,4 +1,4 @@
-"""A layer's dynamic heads: what they score with, what they may choose, on any platform."""
+"""A layer's dynamic heads, and those that reuse what such heads chose, on any platform."""
 
 from dataclasses import dataclass, field
 
@@ -76,3 +76,51 @@ class DynamicHeads:
         # A factor with a dimension makes one pass of conversion and product.
         logits = max_scores * torch.tensor([self.scale], device=max_scores.device)
         return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
+
+
+@dataclass(frozen=True)
+class ReusingHeads:
+    """A layer's heads on one worker that read what other heads chose.
+
+    Attributes:
+        ids: their local KV heads.
+        anchors: of each, the global layer index and the local KV head whose choice it reads.
+        static: page tables of these heads, one layer, query blocks of one page.
+    """
+
+    ids: list[int]
+    anchors: list[tuple[int, int]]
+    static: PageSelector
+
+    @classmethod
+    def of_layer(
+        cls,
+        masks: MaskSet,
+        layer: int,
+        shard: Shard,
+        page: int,
+        dense_below: int,
+        device: torch.device | str = "cpu",
+    ) -> "ReusingHeads | None":
+        """What a layer's reusing heads read.
+
+        Args:
+            masks: the mask set; anchors of this rank's heads are on this rank.
+            layer: global layer index.
+            shard: KV heads of this rank.
+            page: tokens a page.
+            dense_below: positions below it read everything, up to static heads' query blocks.
+            device: where page tables are kept.
+
+        Returns:
+            The heads, or None where this rank holds none.
+        """
+        local = shard.reusing_heads(masks, layer)
+        if not local:
+            return None
+        tables = shard.tables(masks, layer, page, query_block=page).take(local)
+        return cls(
+            ids=local,
+            anchors=[shard.anchor(masks, layer, head) for head in local],
+            static=PageSelector([tables], dense_until(dense_below, page), device),
+        )

@@ -34,15 +34,12 @@ class Step:
     max_seq_len: int
 
 
-class SparseAttention(Protocol):
-    """Sparse attention of some layers of one worker on one platform."""
+class Runner(Protocol):
+    """Runs plans of some layers of one worker."""
 
     @property
     def layers(self) -> Collection[str]:
         """Names of the layers that it serves."""
-
-    def plan(self, step: Step) -> Any:
-        """What all layers of the step share; on a GPU without waiting for the device."""
 
     def run(
         self, plan: Any, layer: str, query: torch.Tensor, cache: torch.Tensor, output: torch.Tensor
@@ -50,13 +47,20 @@ class SparseAttention(Protocol):
         """Computes a layer's attention.
 
         Args:
-            plan: of this step, from `plan`.
+            plan: of this step, made by it.
             layer: its name, one of `layers`.
             query: [tokens, heads, head_size], rotated where a head is dynamic; rows beyond the
                 step's tokens are padding.
             cache: [blocks, kv_heads, page, 2 * head_size], vLLM's, new keys and values in it.
             output: [tokens, heads, head_size], written.
         """
+
+
+class SparseAttention(Runner, Protocol):
+    """Sparse attention of some layers of one worker on one platform."""
+
+    def plan(self, step: Step) -> Any:
+        """What all layers of the step share; on a GPU without waiting for the device."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ class Planned:
         plan: made by it.
     """
 
-    attention: SparseAttention
+    attention: Runner
     plan: Any
 
     def covers(self, layer: str) -> bool:
@@ -78,5 +82,5 @@ class Planned:
     def run(
         self, layer: str, query: torch.Tensor, cache: torch.Tensor, output: torch.Tensor
     ) -> None:
-        """`SparseAttention.run` with this plan."""
+        """`Runner.run` with this plan."""
         self.attention.run(self.plan, layer, query, cache, output)

@@ -30,9 +30,9 @@ def masked_attention(
     Returns:
         float32 [queries, heads, head_size].
     """
-    group = query.shape[1] // key.shape[1]
-    keys = key.float().repeat_interleave(group, dim=1)
-    values = value.float().repeat_interleave(group, dim=1)
+    heads_per_kv = query.shape[1] // key.shape[1]
+    keys = key.float().repeat_interleave(heads_per_kv, dim=1)
+    values = value.float().repeat_interleave(heads_per_kv, dim=1)
     scores = torch.einsum("qhd,khd->hqk", query.float(), keys) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
@@ -51,7 +51,7 @@ def page_mask(
 ) -> np.ndarray:
     """The mask that serving by pages amounts to, by its definition.
 
-    A page is seen by all of a query block's queries, in all heads of a KV head's group, if any of
+    A page is seen by all of a query block's queries, in all of a KV head's query heads, if any of
     them may see any of its keys; the first page and the query block's own pages always are.
 
     Args:
@@ -68,19 +68,74 @@ def page_mask(
     """
     dense_below = -(-dense_below // query_block_size(page)) * query_block_size(page)
     query_block = query_block or query_block_size(page)
-    group = masks.heads // masks.kv_heads
+    heads_per_kv = masks.heads // masks.kv_heads
     result = np.zeros((masks.heads, stop - start, stop), dtype=bool)
     for first in range(start // query_block * query_block, stop, query_block):
         rows = slice(max(first, start) - start, min(first + query_block, stop) - start)
         seen = allowed(masks, layer, first, first + query_block).any(axis=1)
-        seen = np.asarray(seen.reshape(masks.kv_heads, group, -1, page).any(axis=(1, 3)))
+        seen = np.asarray(seen.reshape(masks.kv_heads, heads_per_kv, -1, page).any(axis=(1, 3)))
         seen[:, [0, *range(first // page, (first + query_block) // page)]] = True
         seen[masks.modes[layer] == HeadMode.DENSE] = True
         if first < dense_below:
             seen[:] = True
-        keys = seen.repeat(page, axis=1).repeat(group, axis=0)[:, :stop]
+        keys = seen.repeat(page, axis=1).repeat(heads_per_kv, axis=0)[:, :stop]
         result[:, rows, : keys.shape[1]] = keys[:, None]
     return result & (np.arange(stop)[None] <= np.arange(start, stop)[:, None])
+
+
+def chosen_mask(
+    masks: MaskSet,
+    layer: int,
+    head: int,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    static: np.ndarray,
+    page: int,
+    scale: float,
+    softcap: float = 0.0,
+) -> np.ndarray:
+    """What one dynamic KV head's queries choose, by its definition, page of queries by page.
+
+    A head that reuses another's pages reads its own static ones and these of its anchor.
+
+    Args:
+        masks: the mask set.
+        layer: global layer index.
+        head: KV head.
+        query: [queries, heads_per_kv, head_size], rotated; the last queries of the sequence.
+        key: [keys, head_size], rotated.
+        static: bool [queries, keys], causal mask of the pages read anyway, query blocks of one
+            page.
+        page: tokens a page.
+        scale: factor of the scores.
+        softcap: soft-capping of the scores, 0 for none.
+
+    Returns:
+        bool [queries, keys], causal; nothing of the static pages.
+    """
+    assert masks.dynamic is not None
+    channels = int(masks.dynamic.channels[layer, head])
+    logits = (
+        torch.einsum("qgr,kr->qgk", query.float()[..., :channels], key.float()[:, :channels])
+        * scale
+    )
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    result = np.zeros_like(static)
+    start = len(key) - len(query)
+    for own in range(start // page, -(-len(key) // page)):
+        positions = range(max(start, own * page), min(len(key), (own + 1) * page))
+        max_scores = np.full((own + 1, len(positions), query.shape[1]), -np.inf)
+        for row, position in enumerate(positions):
+            seen = np.full((query.shape[1], (own + 1) * page), -np.inf)
+            seen[:, : position + 1] = logits[position - start, :, : position + 1]
+            max_scores[:, row] = seen.reshape(-1, own + 1, page).max(axis=2).T
+        read = static[positions[-1] - start, : (own + 1) * page : page]
+        mass = np.exp(max_scores - max_scores.max(axis=0))
+        mass /= mass.sum(axis=0)
+        for each in _chosen(masks, layer, head, mass, read, page):
+            result[positions[0] - start : positions[-1] + 1 - start, each * page :][:, :page] = True
+    return result & (np.arange(len(key)) <= np.arange(start, len(key))[:, None])
 
 
 def dynamic_mask(
@@ -94,48 +149,14 @@ def dynamic_mask(
     scale: float,
     softcap: float = 0.0,
 ) -> np.ndarray:
-    """The mask of one dynamic KV head's queries, by its definition, page of queries by page.
+    """The mask of one dynamic KV head's queries: static pages and chosen ones.
 
-    Args:
-        masks: the mask set.
-        layer: global layer index.
-        head: KV head.
-        query: [queries, group, head_size], rotated; the last queries of the sequence.
-        key: [keys, head_size], rotated.
-        static: bool [queries, keys], causal mask of the pages read anyway, query blocks of one
-            page.
-        page: tokens a page.
-        scale: factor of the scores.
-        softcap: soft-capping of the scores, 0 for none.
+    Takes what `chosen_mask` takes.
 
     Returns:
         bool [queries, keys], causal.
     """
-    assert masks.dynamic is not None
-    channels = int(masks.dynamic.channels[layer, head])
-    logits = (
-        torch.einsum("qgr,kr->qgk", query.float()[..., :channels], key.float()[:, :channels])
-        * scale
-    )
-    if softcap:
-        logits = softcap * torch.tanh(logits / softcap)
-    result = static.copy()
-    start = len(key) - len(query)
-    for own in range(start // page, -(-len(key) // page)):
-        positions = range(max(start, own * page), min(len(key), (own + 1) * page))
-        max_scores = np.full((own + 1, len(positions), query.shape[1]), -np.inf)
-        for row, position in enumerate(positions):
-            for each in range(own + 1):
-                seen = logits[
-                    position - start, :, each * page : min((each + 1) * page, position + 1)
-                ]
-                max_scores[each, row] = seen.amax(dim=1).numpy()
-        read = static[positions[-1] - start, : (own + 1) * page : page]
-        mass = np.exp(max_scores - max_scores.max(axis=0))
-        mass /= mass.sum(axis=0)
-        for each in _chosen(masks, layer, head, mass, read, page):
-            result[positions[0] - start : positions[-1] + 1 - start, each * page :][:, :page] = True
-    return result & (np.arange(len(key)) <= np.arange(start, len(key))[:, None])
+    return static | chosen_mask(masks, layer, head, query, key, static, page, scale, softcap)
 
 
 def _chosen(
@@ -179,7 +200,7 @@ def exact_mask(
     """
     dense_below = -(-dense_below // query_block_size(page)) * query_block_size(page)
     result = token_mask(masks, layer, start, stop)
-    group = masks.heads // masks.kv_heads
-    result[np.repeat(masks.modes[layer] == HeadMode.DENSE, group)] = True
+    heads_per_kv = masks.heads // masks.kv_heads
+    result[np.repeat(masks.modes[layer] == HeadMode.DENSE, heads_per_kv)] = True
     result[:, : max(0, min(stop, dense_below) - start)] = True
     return result & (np.arange(stop)[None] <= np.arange(start, stop)[:, None])

@@ -3,11 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
+from dam_vllm.attention.chosen_pages import ChosenPages
 from dam_vllm.attention.interface import Step
 from dam_vllm.attention.layout import KVLayout
-from dam_vllm.attention.oracle import dynamic_mask, exact_mask, masked_attention, page_mask
+from dam_vllm.attention.oracle import chosen_mask, exact_mask, masked_attention, page_mask
 from dam_vllm.masks.mask_set import MaskSet
 from dam_vllm.masks.rounding import ceil_div
 from dam_vllm.masks.sharding import Shard
@@ -43,6 +45,7 @@ class OracleAttention:
         layout: of the cache.
         exact: whether masks are token-exact, not rounded up to pages.
         dense_below: positions below it read everything.
+        chosen: masks bool [queries, keys] of what anchors chose, request by request.
     """
 
     served: Mapping[str, OracleLayer]
@@ -51,6 +54,7 @@ class OracleAttention:
     layout: KVLayout
     exact: bool
     dense_below: int
+    chosen: ChosenPages[list[np.ndarray]]
 
     @property
     def layers(self) -> Mapping[str, OracleLayer]:
@@ -66,20 +70,34 @@ class OracleAttention:
         """See `SparseAttention.run`."""
         served, page = self.served[layer], cache.shape[2]
         starts, rows = plan.query_start_loc.tolist(), output.view(query.shape)
+        choices: dict[int, list[np.ndarray]] = {
+            head: [] for head in self.shard.dynamic_heads(self.masks, served.index)
+        }
+        self.chosen.keep(served.index, choices)
         for request, stop in enumerate(plan.seq_lens.tolist()):
             first, last = starts[request : request + 2]
             table = plan.block_table[request, : ceil_div(stop, page)].long()
             key, value = self.layout.tokens(cache[table].cpu())
             key, value = key[:stop] * served.key_scale, value[:stop] * served.value_scale
             asked = query[first:last].cpu()
-            mask = self._mask(served, asked, key, page)
+            mask = self._mask(served, asked, key, page, choices, request)
             found = masked_attention(asked, key, value, mask, served.scale, served.softcap)
             rows[first:last] = found.to(rows)
+        self.chosen.drop(served.index)
 
     def _mask(
-        self, layer: OracleLayer, query: torch.Tensor, key: torch.Tensor, page: int
+        self,
+        layer: OracleLayer,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        page: int,
+        choices: dict[int, list[np.ndarray]],
+        request: int,
     ) -> torch.Tensor:
-        """Mask of one request's queries, bool [local heads, queries, keys]."""
+        """Mask of a request's queries, bool [local heads, queries, keys].
+
+        What a dynamic head chose for them is added to its `choices`, before its followers read it.
+        """
         masks, index = self.masks, layer.index
         start, stop = len(key) - len(query), len(key)
         heads_per_kv = masks.heads // masks.kv_heads
@@ -88,13 +106,22 @@ class OracleAttention:
             whole = exact_mask(masks, index, start, stop, page, self.dense_below)[local]
         else:
             whole = page_mask(masks, index, start, stop, page, self.dense_below)[local]
-        dynamic = self.shard.dynamic_heads(masks, index)
-        if dynamic:
-            static = page_mask(masks, index, start, stop, page, self.dense_below, page)[local]
-            grouped = query.view(len(query), -1, heads_per_kv, query.shape[-1])
-            for head in dynamic:
-                whole[head * heads_per_kv : (head + 1) * heads_per_kv] = dynamic_mask(
-                    masks, index, self.shard.start + head, grouped[:, head], key[:, head],
-                    static[head * heads_per_kv], page, layer.scale, layer.softcap,
-                )  # fmt: skip
-        return torch.from_numpy(whole)
+        reusing = self.shard.reusing_heads(masks, index)
+        if not choices and not reusing:
+            return torch.from_numpy(whole)
+        static = page_mask(masks, index, start, stop, page, self.dense_below, page)[local]
+        static = static[::heads_per_kv]
+        grouped = query.view(len(query), -1, heads_per_kv, query.shape[-1])
+        seen = whole.reshape(-1, heads_per_kv, *whole.shape[1:])
+        for head, chosen in choices.items():
+            mine = chosen_mask(
+                masks, index, self.shard.start + head, grouped[:, head], key[:, head],
+                static[head], page, layer.scale, layer.softcap,
+            )  # fmt: skip
+            chosen.append(mine)
+            seen[head] = static[head] | mine
+        for head in reusing:
+            (anchors,) = self.chosen.of([self.shard.anchor(masks, index, head)])
+            # Requests come in the same order in every layer of a step.
+            seen[head] = static[head] | anchors[request]
+        return torch.from_numpy(seen.reshape(whole.shape))

@@ -1,8 +1,12 @@
 """The benchmarks' options, checked: one error names option, value and what is allowed."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dam_vllm.options import OptionError
+
+if TYPE_CHECKING:
+    from dam_vllm.bench.scattered import Spread
 
 MIN_PAGE, MAX_PAGE, MAX_CHANNELS = 32, 512, 256
 GPU_PAGES = (16, 32, 64, 128, 256)
@@ -68,17 +72,28 @@ def channels_option(text: str, option: str, least: int) -> list[int]:
     return values
 
 
-def densities_option(text: str) -> list[float]:
+def densities_option(text: str, option: str = "--densities") -> list[float]:
     """Densities above 0 up to 1; raises OptionError for others."""
     try:
         values = [float(part) for part in text.split(",")]
     except ValueError:
         values = []
     if not values or any(not 0 < value <= 1 for value in values):
-        raise OptionError(
-            f"--densities is {text!r}: must be comma-separated numbers above 0 up to 1"
-        )
+        raise OptionError(f"{option} is {text!r}: must be comma-separated numbers above 0 up to 1")
     return values
+
+
+def spreads_option(text: str) -> "list[Spread]":
+    """How densities are spread over heads; raises OptionError for other words."""
+    from dam_vllm.bench.scattered import Spread
+
+    allowed = [str(each) for each in Spread]
+    wanted = text.split(",")
+    if not set(wanted) <= set(allowed):
+        raise OptionError(
+            f"--spreads is {text!r}: must be comma-separated, of {', '.join(allowed)}"
+        )
+    return [Spread(each) for each in wanted]
 
 
 def window_option(window: int) -> None:

@@ -1,93 +1,113 @@
-"""Time to the first token and a token over HTTP: the stock backend and dam, in turn."""
+"""Whole requests over HTTP, asked by vLLM's own client: the stock backend and dam, in turn."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 
-import torch
-
-from dam_vllm.bench.client import arrivals, random_prompt
+from dam_vllm.bench.client import Figures, Load, ask
+from dam_vllm.bench.model import Model
 from dam_vllm.bench.report import Row
-from dam_vllm.bench.servers import Setup, serve
+from dam_vllm.bench.servers import Peers, Setup, device, serve
 from dam_vllm.bench.timing import Advance, ratio
 from dam_vllm.masks.density import density
+from dam_vllm.masks.mask_set import MaskSet
 from dam_vllm.options import DENSE_BELOW
-from dam_vllm.server import Server, rest
+from dam_vllm.server import Server
 
-TARGETS = "targets: TTFT ratio >= 4 at 16384; at 2048 and below never under 1/1.02 = 0.98"
-VOCABULARY = 2304
-DECODED = 17
-BUDGET = 32768
-MAX_ROUNDS = 12
+TARGETS = (
+    "ratios are dense over dam (requests: dam over dense), medians over rounds; targets for TTFT: "
+    "long >= 4 at 16384, never under 1/1.02 = 0.98 at 2048 and below; on GPU an 8b shape >= 3 at "
+    "131072"
+)
+NEW = 17
+# Short prompts are cheap to repeat and need it for a steady median: up to MOST of them a round,
+# as many as a machine multiplies in about a second.
+MOST, FLOPS = 4, {"cpu": 3e11, "cuda": 3e14}
+SPARSE = {"dense_below": 0}
+
+Found = Mapping[tuple[str, Load], Sequence[Figures]]
 
 
-def rounds_at(tokens: int, least: int) -> int:
-    """Rounds at a length: short prompts are cheap to repeat and need it for a steady median."""
-    return max(least, min(MAX_ROUNDS, BUDGET // tokens))
+def load_of(model: Model, tokens: int, concurrency: int) -> Load:
+    """The requests of a round: one for each that is under way at a time, more if they are cheap."""
+    flops = concurrency * tokens * model.weight_bytes  # of two bytes a weight, two a token
+    times = max(1, min(MOST, int(FLOPS[device()] / flops)))
+    # The first ones of a size are slower; where they take long they are left to the median.
+    return Load(tokens, NEW, times * concurrency, concurrency, concurrency if times > 1 else 0)
+
+
+def peers_of(crossover: bool) -> Peers:
+    """Servers by name, with `dam` options; `crossover` adds one where all lengths are sparse."""
+    return {"dense": None, "dam": {}} | ({"sparse": SPARSE} if crossover else {})
 
 
 def measure(
-    setup: Setup, lengths: Sequence[int], least: int, crossover: bool, advance: Advance
-) -> list[Row]:
-    """Asks servers in turn at every length.
+    name: str,
+    setup: Setup,
+    loads: Sequence[Load],
+    rounds: int,
+    groups: Sequence[Peers],
+    advance: Advance,
+) -> Iterator[Row]:
+    """Asks servers in turn for every load.
 
     Args:
+        name: of the model, for the rows.
         setup: model, masks and arguments.
-        lengths: prompt lengths in tokens.
-        least: rounds at the longest prompts.
-        crossover: whether to measure also with `dense_below: 0`, where all lengths are sparse.
-        advance: called once after the servers have started and once a length.
+        loads: what they are asked.
+        rounds: how often each of them.
+        groups: the servers that run at a time, of `peers_of`; "dense" first.
+        advance: called once after a group's servers have started and once a load of each.
 
-    Returns:
-        A row a length and choice of `dense_below`; times in milliseconds, medians.
+    Yields:
+        A row a load and choice of `dense_below`, as soon as it is known; times in milliseconds,
+        medians over rounds, in `each_round` those of every round.
     """
-    default = DENSE_BELOW["cuda" if torch.cuda.is_available() else "cpu"]
-    peers: dict[str, dict[str, object] | None] = {"dense": None, "dam": {}}
-    if crossover:
-        peers["sparse"] = {"dense_below": 0}
-    rows: list[Row] = []
-    with serve(setup, peers) as (servers, masks):
-        advance()
-        for tokens in lengths:
-            first, later = _ask_in_turn(servers, tokens, rounds_at(tokens, least))
-            for name, below in (("dam", default), ("sparse", 0)):
-                if name in servers:
-                    read = density(masks, [tokens], setup.page, below)[1]
-                    row = {"bench": "e2e", "tokens": tokens, "dense_below": below}
-                    row["density"] = 1.0 if tokens <= below else float(read.mean())
-                    rows.append(row | _times(first, later, name))
+    found: dict[tuple[str, Load], list[Figures]] = defaultdict(list)
+    for group in groups:
+        with serve(setup, group) as (servers, masks):
             advance()
-    return rows
+            for load in loads:
+                for each, figures in _ask_in_turn(servers, load, rounds):
+                    found[each, load].append(figures)
+                advance()
+                for each in group:
+                    if each != "dense":
+                        row = {"bench": "e2e", "model": name, "tokens": load.tokens}
+                        row |= {"concurrency": load.concurrency}
+                        row |= _read(masks, setup.page, load.tokens, each)
+                        yield row | _figures(found["dense", load], found[each, load])
 
 
 def _ask_in_turn(
-    servers: Mapping[str, Server], tokens: int, rounds: int
-) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Seconds to the first token and for each later one, by server and round."""
-    first: dict[str, list[float]] = {name: [] for name in servers}
-    later: dict[str, list[float]] = {name: [] for name in servers}
-    warm = 1 if tokens <= BUDGET // 4 else 0
-    for turn in range(rounds + warm):
-        prompt = random_prompt(tokens, VOCABULARY)
+    servers: Mapping[str, Server], load: Load, rounds: int
+) -> Iterator[tuple[str, Figures]]:
+    for turn in range(rounds):
         # Every other round backwards, so that no server always follows the same one.
-        for name in list(servers)[:: 1 if turn % 2 else -1]:
-            rest()
-            times = arrivals(servers[name].url, servers[name].model, prompt, DECODED)
-            if turn >= warm:
-                first[name].append(times[1] - times[0])
-                later[name].append((times[-1] - times[1]) / (len(times) - 2))
-    return first, later
+        for name in list(servers)[:: -1 if turn % 2 else 1]:
+            yield name, ask(servers[name], load, seed=turn)
 
 
-def _times(first: Mapping[str, list[float]], later: Mapping[str, list[float]], name: str) -> Row:
-    return {
-        "dense_ttft_ms": 1e3 * statistics.median(first["dense"]),
-        "dam_ttft_ms": 1e3 * statistics.median(first[name]),
-        "ttft_ratio": ratio(first["dense"], first[name]),
-        "dense_tpot_ms": 1e3 * statistics.median(later["dense"]),
-        "dam_tpot_ms": 1e3 * statistics.median(later[name]),
-        "tpot_ratio": ratio(later["dense"], later[name]),
-        "rounds": len(first[name]),
-    }
+def _read(masks: MaskSet, page: int, tokens: int, peer: str) -> Row:
+    """What a server reads of a prompt."""
+    below = 0 if peer == "sparse" else DENSE_BELOW[device()]
+    read = density(masks, [tokens], page, below)[1]
+    return {"density": 1.0 if tokens <= below else float(read.mean()), "dense_below": below}
+
+
+def _figures(dense: Sequence[Figures], dam: Sequence[Figures]) -> Row:
+    row: Row = {}
+    for key, field in (("ttft_ms", "ttft"), ("ttft_p99_ms", "ttft_p99"), ("tpot_ms", "tpot")):
+        one, other = ([getattr(each, field) for each in peer] for peer in (dense, dam))
+        row[f"dense_{key}"], row[f"dam_{key}"] = statistics.median(one), statistics.median(other)
+        row[f"{field}_ratio"] = ratio(one, other)
+    one, other = ([each.requests_per_s for each in peer] for peer in (dense, dam))
+    row |= {"dense_req/s": statistics.median(one), "dam_req/s": statistics.median(other)}
+    row |= {"req/s_ratio": ratio(other, one), "rounds": len(dam)}
+    rounds = zip(dense, dam, strict=True)
+    row["each_round"] = [{"dense": asdict(a), "dam": asdict(b)} for a, b in rounds]
+    return row
 
 
 def crossover_length(rows: Sequence[Row]) -> int | None:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dam_vllm.attention.cuda.plan import DeviceQueryBlocks, query_block_slots
+from dam_vllm.attention.cuda.plan import Places
+from dam_vllm.attention.cuda.query_blocks import DeviceQueryBlocks, query_block_slots
 from dam_vllm.masks.page_tables import query_block_size
 
 DTYPE = torch.bfloat16
@@ -15,16 +16,17 @@ MEMORY_SHARE = 0.6  # the rest is for outputs, parts of split keys and recorded 
 
 @dataclass(frozen=True)
 class Case:
-    """Requests of one length: a whole prompt, or one new token each.
+    """Requests of one length: a whole prompt, its last chunk, or one new token each.
 
     Attributes:
-        phase: "prefill" or "decode".
+        phase: "prefill", "chunk" or "decode".
         heads: query heads.
         kv_heads: KV heads.
         head_size: channels a head.
         page: tokens a page.
         tokens: length of each request, a multiple of the query block.
         batch: requests.
+        chunk: new tokens of a chunk, a multiple of the query block.
     """
 
     phase: str
@@ -34,16 +36,17 @@ class Case:
     page: int
     tokens: int
     batch: int
+    chunk: int = 0
 
     @property
-    def group(self) -> int:
+    def heads_per_kv(self) -> int:
         """Query heads a KV head."""
         return self.heads // self.kv_heads
 
     @property
     def queries(self) -> int:
         """New tokens of each request."""
-        return self.tokens if self.phase == "prefill" else 1
+        return {"prefill": self.tokens, "chunk": self.chunk, "decode": 1}[self.phase]
 
     @property
     def rows(self) -> int:
@@ -95,7 +98,7 @@ class Inputs:
         key: [batch, kv_heads, tokens, head_size].
         value: [batch, kv_heads, tokens, head_size].
         cache: [blocks, kv_heads, page, 2 * head_size], the same keys and values in shuffled pages.
-        block_table: int32 [batch, pages].
+        block_table: int32 [batch, pages], that of all sets of inputs.
     """
 
     query: torch.Tensor
@@ -114,25 +117,32 @@ class Geometry:
         lens: int32 [batch], tokens of each request.
         query_blocks: its queries, cut as serving cuts them.
         every: int32 [kv_heads], all KV heads.
+        places: of them in a plan, as serving holds them.
     """
 
     starts: torch.Tensor
     lens: torch.Tensor
     query_blocks: DeviceQueryBlocks
     every: torch.Tensor
+    places: Places
 
 
-def draw(case: Case, device: torch.device) -> Inputs:
-    """Random inputs.
+def draw(case: Case, device: torch.device, count: int = 1) -> list[Inputs]:
+    """Random inputs, as of so many layers: pages are shuffled alike.
 
     Args:
         case: their geometry.
         device: where to.
+        count: sets of inputs.
     """
+    table = torch.randperm(case.batch * case.pages, device=device).view(case.batch, case.pages)
+    return [_draw(case, device, table) for _ in range(count)]
+
+
+def _draw(case: Case, device: torch.device, table: torch.Tensor) -> Inputs:
     size, pages = case.head_size, case.pages
     shape = (case.batch, case.kv_heads, case.tokens, size)
     key, value = (torch.randn(shape, dtype=DTYPE, device=device) for _ in range(2))
-    table = torch.randperm(case.batch * pages, device=device).view(case.batch, pages)
     cache = key.new_empty(case.batch * pages, case.kv_heads, case.page, 2 * size)
     for blocks, keys, values in zip(table, key, value, strict=True):
         for part, source in ((slice(size), keys), (slice(size, None), values)):
@@ -151,7 +161,11 @@ def geometry(case: Case, device: torch.device) -> Geometry:
         request, offset, starts, lens, case.query_block, min(case.queries, case.query_block)
     )
     every = torch.arange(case.kv_heads, dtype=torch.int32, device=device)
-    return Geometry(starts, lens, query_blocks, every)
+    if case.queries == 1:
+        places = Places.by_slot([range(case.kv_heads)], case.kv_heads, device)
+    else:
+        places = Places.by_head([case.kv_heads], device)
+    return Geometry(starts, lens, query_blocks, every, places)
 
 
 def copies(case: Case, density: float, device: torch.device) -> int:
@@ -163,7 +177,7 @@ def copies(case: Case, density: float, device: torch.device) -> int:
         device: a GPU, or a CPU, whose caches are not asked for.
 
     Returns:
-        As many as outgrow the L2 cache twice, at least two where memory allows.
+        As many as outgrow the L2 cache twice, at least four where memory allows.
     """
     if device.type != "cuda":
         return 2
@@ -173,4 +187,4 @@ def copies(case: Case, density: float, device: torch.device) -> int:
     touched = share * case.key_bytes + 2 * case.query_bytes
     # Contiguous, in our pages and in stock vLLM's pages.
     held = 3 * case.key_bytes + 2 * case.query_bytes
-    return max(1, min(MOST_COPIES, max(2, -int(-2 * cache // touched)), int(free // held)))
+    return max(1, min(MOST_COPIES, max(4, -int(-2 * cache // touched)), int(free // held)))

@@ -7,31 +7,37 @@ from functools import partial
 
 import torch
 
-from dam_vllm.bench import peers
+from dam_vllm.bench import peers, serving
 from dam_vllm.bench.fa3 import Flash
 from dam_vllm.bench.gpu_case import Case, Inputs, copies, draw, geometry
-from dam_vllm.bench.gpu_timing import Call, Run, Timer
+from dam_vllm.bench.gpu_timing import Call, EagerTimer, Run, Timer
 from dam_vllm.bench.reference import expected, relative_error, sample
 from dam_vllm.bench.report import Row
 from dam_vllm.bench.roof import Roof
-from dam_vllm.bench.scattered import Selection, every_page, scattered, work
+from dam_vllm.bench.scattered import Selection, Spread, every_page, scattered, work
 from dam_vllm.bench.timing import Advance, alternate, ratio
 
 TARGETS = (
-    "targets on an H200 against FA3: speed-up x density >= 0.90 for prefill of 32768 and more "
-    "from density 0.1 on, >= 0.80 for decoding 32 x 32768; speed-up >= 0.95 at density 1\n"
-    "dam's times include the plan; all times without launches; roof: share of the longer of "
-    "bytes / copy bandwidth and operations / bf16 rate\n"
-    "each KV head reads page 0, its query block's own, and pages at random distances of its own"
+    "targets on an H200 against paged FA3: speed-up x density >= 0.85 for chunks of 4096 at 32768 "
+    "and more from density 0.1 on, >= 0.80 for decoding 32 x 32768; speed-up >= 0.95 at density "
+    "1; contiguous: FA3 on a whole prompt's keys as they are computed\n"
+    "dam's times are a layer's, with its share of the plan of all layers (plan: one layer by "
+    "itself); eager: with launches, the others without; roof: share of the longer of bytes / copy "
+    "bandwidth and operations / bf16 rate\n"
+    "each KV head reads page 0, its query block's own, and pages at random distances of its own; "
+    "heads: even, mixed as in fitted masks, dynamic: a quarter chooses, reuse: it does so in one "
+    "layer of four (those two are not compared with an oracle here)"
 )
 SECONDS, LEAST_ROUNDS = 5.0, 5
-DENSE, SPARSE = ("fa3", "sdpa"), ("flex", "triton", "flash")
+DENSE, SPARSE = ("fa3", "contiguous", "sdpa"), ("flex", "triton", "flash")
+EAGER, EAGER_ROUNDS = ("fa3", "triton", "flash"), 5
 Key = tuple[str, int | None]  # a peer, and which selection it reads
 
 
 def measure(
     cases: Sequence[Case],
     densities: Sequence[float],
+    spreads: Sequence[Spread],
     flash: Flash | None,
     flex_up_to: int,
     rounds: int,
@@ -45,6 +51,7 @@ def measure(
     Args:
         cases: geometries.
         densities: wanted ones; the nearest that the page size allows is taken.
+        spreads: how they are spread over heads.
         flash: FlashAttention, or None where there is none.
         flex_up_to: most tokens of all requests that flex_attention is timed at; some versions
             address less than 2**31 numbers.
@@ -59,13 +66,14 @@ def measure(
         is named under "failed".
     """
     for case in cases:
-        selections = _distinct([scattered(case, density, device) for density in densities])
+        found = [scattered(case, density, spread) for density in densities for spread in spreads]
+        selections = _distinct(found)
         bench = _Bench(case, selections, device, timer)
         seconds = bench.run(flash, case.batch * case.tokens <= flex_up_to, rounds)
         _free(device)
         for index in range(len(selections)):
             yield bench.row(index, seconds, roof)
-        for _ in densities:
+        for _ in found:
             advance()
 
 
@@ -81,6 +89,7 @@ class _Bench:
         self._wanted: dict[int | None, torch.Tensor] = {}
         self._errors: dict[Key, float] = {}
         self._failures: dict[Key, str] = {}
+        self._eager: dict[Key, float] = {}
 
     def run(self, flash: Flash | None, with_flex: bool, rounds: int) -> dict[Key, list[float]]:
         """Seconds of one call in each round, by peer."""
@@ -88,7 +97,7 @@ class _Bench:
             torch.compiler.reset()  # each shape is compiled by itself, and only a few are kept
         least = min(each.density for each in self._selections)
         count = copies(self._case, least, self._device)
-        inputs = [draw(self._case, self._device) for _ in range(count)]
+        inputs = draw(self._case, self._device, count)
         runs: dict[Key, Run] = {}
         for key, make in self._peers(inputs, flash, with_flex).items():
             try:
@@ -109,15 +118,19 @@ class _Bench:
         case, where = self._case, geometry(self._case, self._device)
         made: dict[Key, Callable[[], list[Call]]] = {}
         if flash is not None:
-            made["fa3", None] = partial(peers.flash_calls, case, where, inputs, flash)
-        made["sdpa", None] = partial(peers.sdpa_calls, case, inputs)
+            dense = partial(peers.flash_calls, case, where, inputs, flash)
+            made["fa3", None] = partial(dense, True)
+            if case.phase == "prefill":
+                made["contiguous", None] = partial(dense, False)
+        if case.phase != "chunk":  # its causal mask begins at the first key
+            made["sdpa", None] = partial(peers.sdpa_calls, case, inputs)
         for index, selection in enumerate(self._selections):
             made["plan", index] = partial(peers.plan_calls, case, where, inputs, selection)
-            dam = partial(peers.dam_calls, case, where, inputs, selection)
+            dam = partial(serving.dam_calls, case, where, inputs, selection)
             made["triton", index] = partial(dam, None)
             if flash is not None:
-                made["flash", index] = partial(dam, flash)
-            if with_flex:
+                made["flash", index] = partial(dam, flash.varlen)
+            if with_flex and not selection.choosing:
                 made["flex", index] = partial(peers.flex_calls, case, inputs, selection)
         return made
 
@@ -125,13 +138,17 @@ class _Bench:
         """Compiles a peer, checks what it computes, and records its calls."""
         output = calls[0]()
         name, index = key
-        if name != "plan":
+        if name != "plan" and not (index is not None and self._selections[index].choosing):
             if index not in self._wanted:
                 pages = None if index is None else self._selections[index].pages
                 self._wanted[index] = expected(self._case, first, pages, self._sampled)
             self._errors[key] = relative_error(output, self._sampled, self._wanted[index])
         for call in calls[1:]:
             call()
+        if name in EAGER and self._device.type == "cuda":
+            timer = EagerTimer()
+            times = [timer.seconds(timer.bind(calls)) for _ in range(EAGER_ROUNDS)]
+            self._eager[key] = statistics.median(times) / len(calls)
         return self._timer.bind(calls)
 
     def row(self, index: int, seconds: Mapping[Key, Sequence[float]], roof: Roof) -> Row:
@@ -148,13 +165,20 @@ class _Bench:
         row: Row = {
             "bench": "kernel",
             "phase": case.phase,
-            "gqa": case.group,
+            "gqa": case.heads_per_kv,
             "tokens": case.tokens,
             "batch": case.batch,
+            "queries": case.queries,
             "page": case.page,
+            "heads": str(selection.spread),
             "density": selection.density,
         }
         row |= {f"{name}_ms": 1e3 * times[name] if name in times else None for name in keys}
+        eager = {name: self._eager.get(keys[name]) for name in EAGER}
+        row |= {
+            f"{name}_eager_ms": None if found is None else 1e3 * found
+            for name, found in eager.items()
+        }
         for name in ("triton", "flash"):
             speedup = None
             if baseline is not None and name in times:
@@ -162,7 +186,7 @@ class _Bench:
             row[f"{name}_speedup"] = speedup
             row[f"{name}_x_density"] = None if speedup is None else speedup * selection.density
         row["baseline"], row["bound"] = baseline, roof.bound(selection.work)
-        for name in ("fa3", "triton", "flash"):
+        for name in ("fa3", "contiguous", "triton", "flash"):
             share = roof.seconds(works[name]) / times[name] if name in times else None
             row[f"{name}_roof"] = share
         row |= {f"{name}_error": self._errors.get(keys[name]) for name in (*DENSE, *SPARSE)}
@@ -183,8 +207,12 @@ def failures(rows: Sequence[Row]) -> str:
 
 
 def _distinct(selections: Sequence[Selection]) -> list[Selection]:
-    """One selection for each density that there is."""
-    return list({each.density: each for each in selections}.values())
+    """Those that read other pages than all before them."""
+    found: dict[tuple[Spread | None, bytes], Selection] = {}
+    for each in selections:
+        kind = each.spread if each.choosing else None
+        found.setdefault((kind, each.pages.numpy().tobytes()), each)
+    return list(found.values())
 
 
 def _free(device: torch.device) -> None:

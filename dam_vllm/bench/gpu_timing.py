@@ -1,9 +1,10 @@
 """Time on a GPU: steps are recorded as a CUDA graph and its replays timed by CUDA events.
 
 Replays leave out what a step's launches cost the host, which in serving runs ahead of the GPU or
-replays graphs itself.
+replays graphs itself; the same calls by the host's clock show them.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -47,3 +48,17 @@ class CudaTimer:
         end.record()
         end.synchronize()
         return float(start.elapsed_time(end)) / 1e3
+
+
+class EagerTimer:
+    """Times calls by the host's clock, launches included, until the device is done."""
+
+    def bind(self, calls: Sequence[Call]) -> Run:
+        return lambda: [call() for call in calls]
+
+    def seconds(self, run: Run) -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        return time.perf_counter() - start

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dam_vllm.bench.model import Llama, write_model
+from dam_vllm.bench.model import Model, write_model
 from dam_vllm.bench.on_vllm.memory_run import RESULT
 from dam_vllm.bench.report import Row
 from dam_vllm.bench.timing import Advance
@@ -25,7 +25,7 @@ TARGETS = (
     "target: capacity ratio >= 1.4 with half of the heads bounded; rates are requests a second "
     "over those of the stock backend, and of dam with kv_free off"
 )
-SHAPE = Llama(layers=16, hidden=128, heads=4, kv_heads=4, head_size=32)
+SHAPE = Model(layers=16, hidden=128, intermediate=256, heads=4, kv_heads=4, head_size=32)
 LIMITS, BOUNDED = (32768, 131072), (0.25, 0.5, 0.75, 1.0)
 PAGE, CHUNK, SINKS, WINDOW = 128, 1024, 4, 512
 WATCHED = 16384

@@ -1,4 +1,4 @@
-"""What is timed side by side: calls of each peer, one for each set of inputs.
+"""What DAM is timed beside: calls of each peer, one for each set of inputs.
 
 Each function makes beforehand what serving holds or makes once a step for all layers; the calls
 do the rest. Calls return [rows, heads, head_size].
@@ -10,23 +10,25 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from dam_vllm.attention.cuda.flash import attend_flash
-from dam_vllm.attention.cuda.paged import Softmax, attend_paged
 from dam_vllm.attention.cuda.plan import DevicePlan, plan_heads
 from dam_vllm.bench.fa3 import Flash
 from dam_vllm.bench.gpu_case import DTYPE, Case, Geometry, Inputs
 from dam_vllm.bench.gpu_timing import Call
 from dam_vllm.bench.scattered import Selection
+from dam_vllm.masks.page_tables import PageSelector
 
 
-def flash_calls(case: Case, where: Geometry, inputs: Sequence[Inputs], flash: Flash) -> list[Call]:
-    """Dense FlashAttention: of a prompt's keys as they are computed, in decoding of a paged cache.
+def flash_calls(
+    case: Case, where: Geometry, inputs: Sequence[Inputs], flash: Flash, paged: bool
+) -> list[Call]:
+    """Dense FlashAttention: of a paged cache, as stock vLLM calls it, or of contiguous keys.
 
     Args:
         case: the geometry.
         where: the same on the device.
         inputs: sets to rotate.
         flash: the build.
+        paged: whether keys lie in pages; contiguous ones are a whole prompt's.
     """
     output = torch.full_like(inputs[0].query, torch.nan)
     shared: dict[str, Any] = {
@@ -37,13 +39,13 @@ def flash_calls(case: Case, where: Geometry, inputs: Sequence[Inputs], flash: Fl
         "softmax_scale": case.scale,
         "causal": True,
     }
-    if case.phase == "prefill":
+    if not paged:
         shared["cu_seqlens_k"] = where.starts
     else:
         shared |= {"seqused_k": where.lens, "scheduler_metadata": _schedule(case, where, flash)}
 
     def call_of(each: Inputs) -> Call:
-        if case.phase == "prefill":
+        if not paged:
             keys = {
                 name: part[0].transpose(0, 1).contiguous()
                 for name, part in (("k", each.key), ("v", each.value))
@@ -106,7 +108,7 @@ def flex_calls(case: Case, inputs: Sequence[Inputs], selection: Selection) -> li
     """Torch's flex_attention over the selected pages."""
     from dam_vllm.bench.flex import block_mask, flex_step
 
-    pages = selection.pages.to(inputs[0].query.device).repeat_interleave(case.group, dim=0)
+    pages = selection.pages.to(inputs[0].query.device).repeat_interleave(case.heads_per_kv, dim=0)
     mask = block_mask(pages, case.queries, case.tokens, case.page)
 
     def call_of(each: Inputs) -> Call:
@@ -117,57 +119,25 @@ def flex_calls(case: Case, inputs: Sequence[Inputs], selection: Selection) -> li
     return [call_of(each) for each in inputs]
 
 
-def plan_call(case: Case, where: Geometry, each: Inputs, selection: Selection) -> DevicePlan:
-    """Plans a layer, as serving does in every step."""
-    plan = DevicePlan.empty(where.query_blocks, case.kv_heads, case.pages)
-    plan_heads(plan, where.every, selection.selector, where.query_blocks, each.block_table)
+def plan_call(case: Case, where: Geometry, inputs: Inputs, selector: PageSelector) -> DevicePlan:
+    """Plans a layer by itself."""
+    plan = DevicePlan.empty(where.query_blocks, where.places, case.pages)
+    plan_heads(
+        plan, where.every, selector, where.query_blocks, inputs.block_table, case.rows,
+        case.kv_heads,
+    )  # fmt: skip
     return plan
 
 
 def plan_calls(
     case: Case, where: Geometry, inputs: Sequence[Inputs], selection: Selection
 ) -> list[Call]:
-    """The plan alone; these calls return its block table."""
+    """The plan of a layer by itself; these calls return its block table."""
+    selector = selection.selector(where.starts.device)
     return [
-        lambda each=each: plan_call(case, where, each, selection).table  # type: ignore[misc]
+        lambda each=each: plan_call(case, where, each, selector).table  # type: ignore[misc]
         for each in inputs
     ]
-
-
-def dam_calls(
-    case: Case,
-    where: Geometry,
-    inputs: Sequence[Inputs],
-    selection: Selection,
-    flash: Flash | None,
-) -> list[Call]:
-    """A layer as served, its plan included.
-
-    Args:
-        case: the geometry.
-        where: the same on the device.
-        inputs: sets to rotate.
-        selection: pages to read.
-        flash: runs on virtual pages; the Triton kernel does where it is None.
-    """
-    output = torch.full_like(inputs[0].query, torch.nan)
-    softmax = Softmax(case.scale)
-
-    def call_of(each: Inputs) -> Call:
-        paged = (each.query, *virtual_pages(case, each), output)
-
-        def call() -> torch.Tensor:
-            plan = plan_call(case, where, each, selection)
-            if flash is None:
-                attend_paged(*paged, plan, where.query_blocks, where.every, softmax)
-            else:
-                heads = range(case.kv_heads)
-                attend_flash(flash.varlen, *paged, plan, where.query_blocks, heads, softmax)
-            return output
-
-        return call
-
-    return [call_of(each) for each in inputs]
 
 
 def virtual_pages(case: Case, each: Inputs) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,9 +3,8 @@
 import statistics
 from collections.abc import Sequence
 
-from dam_vllm.bench.client import arrivals, decode_step, random_prompt, together
-from dam_vllm.bench.e2e import VOCABULARY
-from dam_vllm.bench.model import DEMO, LONG, Llama
+from dam_vllm.bench.client import Load, ask
+from dam_vllm.bench.model import DEMO, LONG, Model
 from dam_vllm.bench.report import Row
 from dam_vllm.bench.servers import Setup, serve
 from dam_vllm.bench.timing import Advance, alternate
@@ -35,14 +34,15 @@ def measure(
     for name, shape, prefill in (("long", LONG, True), ("demo", DEMO, False)):
         length = PREFILL + 128
         whole = (*arguments, f"--max-num-batched-tokens={PREFILL}")
-        setup = Setup(shape, length, page, window, whole)
+        setup = Setup(shape, length, page, window, arguments=whole)
         with serve(setup, {"dam": {"dense_below": 0}}) as (servers, masks):
-            url, model = servers["dam"].url, servers["dam"].model
             cases = [(f"{name}: decode {REQUESTS} x {CONTEXT}", REQUESTS, CONTEXT, 1)]
-            steps = [_decode_seconds(url, model, rounds)]
+            # Most gaps between two tokens are a step in which all requests decode.
+            decode = Load(CONTEXT, DECODED, rounds * REQUESTS, REQUESTS)
+            steps = [ask(servers["dam"], decode, 0).gap / 1e3]
             if prefill:
                 cases.append((f"{name}: prefill {PREFILL}", 1, PREFILL, PREFILL))
-                steps.append(_prefill_seconds(url, model, rounds))
+                steps.append(ask(servers["dam"], Load(PREFILL, 1, rounds), 0).ttft / 1e3)
             rest()
             for (label, requests, tokens, new), step in zip(cases, steps, strict=True):
                 plan = plan_seconds(shape, masks, page, requests, tokens, new, 10 * rounds)
@@ -52,7 +52,7 @@ def measure(
 
 
 def plan_seconds(
-    shape: Llama, masks: MaskSet, page: int, requests: int, tokens: int, new: int, rounds: int
+    shape: Model, masks: MaskSet, page: int, requests: int, tokens: int, new: int, rounds: int
 ) -> float:
     """Median time of the backend's own planning for all layers of a step.
 
@@ -75,23 +75,6 @@ def plan_seconds(
     attention = Shape(shape.heads, shape.kv_heads, shape.head_size, page).attention(selector)
     step = random_step(requests, tokens, new, page)
     return statistics.median(alternate({"plan": lambda: attention.plan(step)}, rounds)["plan"])
-
-
-def _decode_seconds(url: str, model: str, rounds: int) -> float:
-    steps = []
-    for _ in range(rounds):
-        prompts = [random_prompt(CONTEXT, VOCABULARY) for _ in range(REQUESTS)]
-        steps.append(decode_step(together(url, model, prompts, DECODED)))
-    return statistics.median(steps)
-
-
-def _prefill_seconds(url: str, model: str, rounds: int) -> float:
-    steps = []
-    for _ in range(rounds):
-        rest()
-        sent, first = arrivals(url, model, random_prompt(PREFILL, VOCABULARY), 1)[:2]
-        steps.append(first - sent)
-    return statistics.median(steps)
 
 
 def _share(plan: float, step: float) -> Row:

@@ -45,7 +45,7 @@ def expected(
     found = []
     for row, head in zip(sampled.rows.tolist(), sampled.heads.tolist(), strict=True):
         request, position = row // case.queries, case.tokens - case.queries + row % case.queries
-        kv_head = head // case.group
+        kv_head = head // case.heads_per_kv
         keys, values = (
             part[request, kv_head, : position + 1].float() for part in (inputs.key, inputs.value)
         )

@@ -9,8 +9,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 Row = dict[str, Any]
-# The table's title says the benchmark; its footnotes say what failed.
-NO_COLUMNS = ("bench", "failed")
+# The table's title says the benchmark; its footnotes say what failed; rounds are for files.
+NO_COLUMNS = ("bench", "failed", "each_round")
 
 
 def table(rows: Sequence[Row], title: str, caption: str) -> Table:

@@ -1,15 +1,25 @@
-"""What it costs to choose pages: scoring against the dense attention that it replaces."""
+"""What it costs to choose pages, step by step: against the dense attention that it replaces."""
 
-import statistics
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
 
 from dam_vllm.bench.masks import dynamic_masks
 from dam_vllm.bench.report import Row
-from dam_vllm.bench.timing import Advance, alternate, ratio
+from dam_vllm.bench.timing import Advance, alternate
+from dam_vllm.masks.budget import BudgetKind
+from dam_vllm.masks.mask_set import MaskSet
 
-TARGETS = "target: select / dense <= 0.15 at 16384 with head size 128"
+TARGETS = (
+    "target at 16384: all steps / dense <= 0.08 with head size 128, 0.15 with 64, 0.25 with 32"
+)
 CHOSEN = 256
+# Random keys spread the mass evenly, so that top-p adds up pages until its cap, the fit's.
+TOP_P, CAP_PAGES = 0.9, 64
 KV_HEADS = 2
+TIMES = {"dense": "dense", "dam": "whole"}
 
 
 def measure(
@@ -17,7 +27,7 @@ def measure(
     lengths: Sequence[int],
     pages: Sequence[int],
     channels: Sequence[int],
-    group: int,
+    heads_per_kv: int,
     rounds: int,
     advance: Advance,
 ) -> list[Row]:
@@ -28,15 +38,25 @@ def measure(
         lengths: prompt lengths in tokens.
         pages: page sizes in tokens.
         channels: leading channels that score.
-        group: query heads a KV head.
+        heads_per_kv: query heads a KV head.
         rounds: measurements of each peer.
         advance: called once a case.
 
     Returns:
-        A row a case; times in milliseconds, medians. "select" is scoring and choosing, "rotate"
-        turns queries and keys, "dam" is everything, attention over the pages included.
+        Two rows a case, for a budget of top-k and of top-p: processor time in milliseconds
+        (medians), which other work on the machine does not add to, and shares of the dense
+        attention's. "rotate" turns queries and keys, "gather" takes the keys' leading channels from
+        the cache, "product" is the largest score of each page, "choose" the rest of the selection
+        (own pages, mass and budget), "all" their sum. "speedup" is that of everything, attention
+        over the pages included.
     """
-    from dam_vllm.bench.on_vllm.cpu_kernels import Shape, dense_step, dynamic_steps, random_prompt
+    from dam_vllm.bench.on_vllm.cpu_kernels import (
+        Call,
+        Shape,
+        dense_step,
+        dynamic_steps,
+        random_prompt,
+    )
 
     rows = []
     cases = [
@@ -48,26 +68,58 @@ def measure(
         if count <= size
     ]
     for size, page, length, count in cases:
-        prompt = random_prompt(Shape(group * KV_HEADS, KV_HEADS, size, page), length)
-        steps = dynamic_steps(prompt, dynamic_masks(KV_HEADS, group, size, count, CHOSEN))
-        peers = {"dense": dense_step(prompt), "dam": steps.whole}
-        peers |= {"select": steps.select, "rotate": steps.rotate}
-        seconds = alternate(peers, rounds)
-        times = {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
-        rows.append(
-            {
-                "bench": "scoring",
-                "head_size": size,
-                "page": page,
-                "tokens": length,
-                "channels": count,
-            }
-            | {f"{name}_ms": value for name, value in times.items()}
-            | {
-                "select_over_dense": ratio(seconds["select"], seconds["dense"]),
-                "rotate_over_dense": ratio(seconds["rotate"], seconds["dense"]),
-                "speedup": ratio(seconds["dense"], seconds["dam"]),
-            }
-        )
+        prompt = random_prompt(Shape(heads_per_kv * KV_HEADS, KV_HEADS, size, page), length)
+        top_k = dynamic_masks(KV_HEADS, heads_per_kv, size, count, CHOSEN)
+        budgets = {"top-k": top_k, "top-p": with_top_p(top_k, page)}
+        steps = {name: dynamic_steps(prompt, masks) for name, masks in budgets.items()}
+        peers: dict[tuple[str, str], Call] = {("", "dense"): dense_step(prompt)}
+        for budget, each in steps.items():
+            names = ("rotate", "gather", "product", "select", "whole")
+            peers |= {(budget, name): getattr(each, name) for name in names}
+        seconds = alternate(peers, rounds, clock=processor_time)
+        for budget in steps:
+            mine = {name: values for (of, name), values in seconds.items() if of in ("", budget)}
+            case = {"head_size": size, "page": page, "tokens": length, "channels": count}
+            rows.append({"bench": "scoring"} | case | {"budget": budget} | shares(mine))
         advance()
     return rows
+
+
+def processor_time(call: Callable[[], object]) -> float:
+    """Seconds that a call takes of all processors together."""
+    start = time.process_time()
+    call()
+    return time.process_time() - start
+
+
+def shares(seconds: Mapping[str, Sequence[float]]) -> Row:
+    """A row's figures.
+
+    Args:
+        seconds: of each round, for "dense", "rotate", "gather", "product", "select", "whole".
+
+    Returns:
+        Medians in milliseconds, and ratios.
+    """
+    each = {name: np.array(values) for name, values in seconds.items()}
+    each["choose"] = each["select"] - each["gather"] - each["product"]
+    each["all"] = each["select"] + each["rotate"]
+    parts = ("rotate", "gather", "product", "choose", "all")
+    return (
+        {f"{name}_ms": 1e3 * float(np.median(each[of])) for name, of in TIMES.items()}
+        | {f"{name}_over_dense": float(np.median(each[name] / each["dense"])) for name in parts}
+        | {"speedup": float(np.median(each["dense"] / each["whole"]))}
+    )
+
+
+def with_top_p(masks: MaskSet, page: int) -> MaskSet:
+    """The same heads with a budget of mass; the cap is what the fit allows."""
+    assert masks.dynamic is not None
+    shape = masks.modes.shape
+    dynamic = replace(
+        masks.dynamic,
+        kinds=np.full(shape, BudgetKind.TOP_P, dtype=np.uint8),
+        budgets=np.full(shape, TOP_P, dtype=np.float32),
+        caps=np.full(shape, CAP_PAGES * page, dtype=np.int32),
+    )
+    return replace(masks, dynamic=dynamic)

@@ -23,7 +23,7 @@ from dam_vllm.bench.report import Row
 from dam_vllm.bench.scattered import scattered
 from dam_vllm.bench.timing import Advance
 
-KV_HEADS, GROUP, DENSITY = 8, 4, 0.2
+KV_HEADS, HEADS_PER_KV, DENSITY = 8, 4, 0.2
 GAIN, AGREEMENT = 0.99, 2e-2  # what is less faster is noise; what differs more is wrong
 LEAST_BLOCK, MOST_BLOCK, MOST_WARPS, MOST_STAGES = 16, 256, 8, 9
 BLOCKS = ("block_m", "block_n", "warps", "stages")
@@ -59,7 +59,7 @@ def entries(head_sizes: Sequence[int], page: int, tokens: int, batch: int) -> li
         phase = ("decode", batch) if few else ("prefill", 1)
         for wide in (False, True):
             cases = tuple(
-                Case(phase[0], GROUP * KV_HEADS, KV_HEADS, size, page, tokens, phase[1])
+                Case(phase[0], HEADS_PER_KV * KV_HEADS, KV_HEADS, size, page, tokens, phase[1])
                 for size in head_sizes
                 if (size > NARROW_HEAD) == wide
             )
@@ -167,9 +167,9 @@ class _Trial:
     def __init__(self, case: Case, rounds: int, device: torch.device, timer: Timer) -> None:
         self._case, self._rounds, self._timer = case, rounds, timer
         self._where = geometry(case, device)
-        selection = scattered(case, DENSITY, device)
-        self._inputs = [draw(case, device) for _ in range(copies(case, DENSITY, device))]
-        self._plans = [plan_call(case, self._where, each, selection) for each in self._inputs]
+        selector = scattered(case, DENSITY).selector(device)
+        self._inputs = draw(case, device, copies(case, DENSITY, device))
+        self._plans = [plan_call(case, self._where, each, selector) for each in self._inputs]
         self._wanted: torch.Tensor | None = None
         self._seconds: float | None = None
 
@@ -208,7 +208,7 @@ class _Trial:
         )
 
         def call() -> torch.Tensor:
-            attend_paged(*paged, self._where.every, softmax, tuned=candidate)
+            attend_paged(*paged, self._where.every, self._case.kv_heads, softmax, tuned=candidate)
             return output
 
         return call

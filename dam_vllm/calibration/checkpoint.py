@@ -15,20 +15,20 @@ from dam_vllm.calibration.errors import CalibrationError
 from dam_vllm.calibration.static.maps import MapSums
 
 STATE = "state.json"
-GROUP = "group.safetensors"
+PASS = "pass.safetensors"
 MAP = "maps"
 
 MapKind = Literal["tokens", "pages"]
 
 
 class Checkpoint:
-    """Folder with the mean maps of finished layers and the sums of the group in work.
+    """Folder with the mean maps of finished layers and the sums of the pass in work.
 
     Every file is written beside itself and renamed, so that a crash leaves the former one.
 
     Attributes:
         folder: where it lies.
-        chosen: what the first run chose (PCL, groups of each kind of maps), reused by the next.
+        chosen: what the first run chose (PCL, passes of each kind of maps), reused by the next.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
@@ -91,17 +91,18 @@ class Checkpoint:
         """Reads a finished layer's mean map."""
         return self._read(self._layer(kind, layer))[0]
 
-    def save_group(self, kind: MapKind, sums: MapSums, batches: int) -> None:
-        """Stores the sums of the group in work after some batches."""
-        group = json.dumps([kind, sums.layers])
-        self._write(self.folder / GROUP, sums.sums, {"group": group, "batches": str(batches)})
+    def save_pass(self, kind: MapKind, sums: MapSums, batches: int) -> None:
+        """Stores the sums of the pass in work after some batches."""
+        captured = json.dumps([kind, sums.layers])
+        metadata = {"captured": captured, "batches": str(batches)}
+        self._write(self.folder / PASS, sums.sums, metadata)
 
-    def load_group(self, kind: MapKind, layers: list[int]) -> tuple[torch.Tensor, int] | None:
-        """Reads the sums of a group and the batches they hold, if it is the one in work."""
-        if not (self.folder / GROUP).exists():
+    def load_pass(self, kind: MapKind, layers: list[int]) -> tuple[torch.Tensor, int] | None:
+        """Reads the sums of a pass and the batches they hold, if it is the one in work."""
+        if not (self.folder / PASS).exists():
             return None
-        sums, metadata = self._read(self.folder / GROUP)
-        if json.loads(metadata["group"]) != [kind, layers]:
+        sums, metadata = self._read(self.folder / PASS)
+        if json.loads(metadata["captured"]) != [kind, layers]:
             return None
         return sums, int(metadata["batches"])
 

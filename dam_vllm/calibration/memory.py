@@ -122,24 +122,24 @@ def _bounds(texts: TokenisedTexts, heads: int, page: int, memory: int) -> dict[s
     }
 
 
-def layer_groups(layers: list[int], heads: int, size: int, memory: int) -> list[list[int]]:
-    """Cuts the layers to capture into groups whose maps of `size` cells a side fit in memory."""
-    group = max(1, memory // (heads * size * size * MAP_BYTES) - SCRATCH)
-    return [layers[start : start + group] for start in range(0, len(layers), group)]
+def layer_passes(layers: list[int], heads: int, size: int, memory: int) -> list[list[int]]:
+    """Cuts the layers to capture into passes whose maps of `size` cells a side fit in memory."""
+    most = max(1, memory // (heads * size * size * MAP_BYTES) - SCRATCH)
+    return [layers[start : start + most] for start in range(0, len(layers), most)]
 
 
-def check_disk(folder: Path, heads: int, groups: list[tuple[int, list[list[int]]]]) -> None:
+def check_disk(folder: Path, heads: int, passes: list[tuple[int, list[list[int]]]]) -> None:
     """Refuses to start where the checkpoint would not fit on disk.
 
     Args:
         folder: where the checkpoint will lie.
         heads: query heads of a layer.
-        groups: cells a side of each kind of maps, and the groups of layers.
+        passes: cells a side of each kind of maps, and the layers of each pass.
 
     Raises:
         CalibrationError: naming what is needed and what is free.
     """
-    cells = sum((sum(map(len, layers)) + len(layers[0])) * size * size for size, layers in groups)
+    cells = sum((sum(map(len, layers)) + len(layers[0])) * size * size for size, layers in passes)
     needed = cells * heads * MAP_BYTES
     free = shutil.disk_usage(folder).free
     if needed > free:
@@ -185,7 +185,7 @@ def choose_lengths(
     memory: int,
     folder: Path,
 ) -> dict[str, Any]:
-    """Chooses lengths and groups of layers.
+    """Chooses lengths and the layers of each pass.
 
     Args:
         config: the settings.
@@ -195,8 +195,8 @@ def choose_lengths(
         folder: where the checkpoint will lie.
 
     Returns:
-        JSON values: "pcl", the "reason" why it is not longer, "groups" of layers whose maps of
-        tokens are captured together, and "page_groups" for maps of pages where there is a reach.
+        JSON values: "pcl", the "reason" why it is not longer, "passes", the layers whose maps of
+        tokens are captured together, and "page_passes" for maps of pages where there is a reach.
 
     Raises:
         CalibrationError: for a length that the model, the texts, memory or disk do not allow.
@@ -207,15 +207,15 @@ def choose_lengths(
     )
     _check(config, length.pcl, shape)
     layers = full_layers(shape)
-    groups = layer_groups(layers, shape.heads, length.pcl, memory)
-    kinds = [(length.pcl, groups)]
-    chosen = {"pcl": length.pcl, "reason": length.reason, "groups": groups}
+    passes = layer_passes(layers, shape.heads, length.pcl, memory)
+    kinds = [(length.pcl, passes)]
+    chosen = {"pcl": length.pcl, "reason": length.reason, "passes": passes}
     if config.reach is not None:
         page = config.map_page
         check_reach(config.reach, page, length.pcl, texts, shape.heads, shape.max_length, memory)
-        page_groups = layer_groups(layers, shape.heads, config.reach // page, memory)
-        kinds.append((config.reach // page, page_groups))
-        chosen["page_groups"] = page_groups
+        page_passes = layer_passes(layers, shape.heads, config.reach // page, memory)
+        kinds.append((config.reach // page, page_passes))
+        chosen["page_passes"] = page_passes
     folder.mkdir(parents=True, exist_ok=True)
     check_disk(folder, shape.heads, kinds)
     return chosen

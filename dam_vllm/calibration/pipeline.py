@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dam_vllm.calibration.capture import IMPLEMENTATION, observe_forward
+from dam_vllm.calibration.capture import observe_forward
 from dam_vllm.calibration.checkpoint import Checkpoint
 from dam_vllm.calibration.errors import CalibrationError, CalibrationStopped
 from dam_vllm.calibration.fit.candidates import Pattern
@@ -108,7 +108,7 @@ class _Run:
         windows = make_windows(texts, self.config, pcl)
         self.reporter.say(
             f"PCL {pcl} tokens ({chosen['reason']}); {windows.report()}; {len(layers)} layers in "
-            f"{len(chosen['groups'])} group(s)"
+            f"{len(chosen['passes'])} pass(es)"
         )
         plans = self._plans(windows, chosen, shape.heads)
         measured = batches(windows.held_out, self.config.batch_size)
@@ -133,7 +133,6 @@ class _Run:
             masks = build(self.config, device)
         else:
             masks = self._fit(model, shape, prompts, build, checkpoint, work)
-            model.set_attn_implementation(IMPLEMENTATION)
         coverage = self._measure(model, measured, masks, layers, work)
         masks = with_measures(masks, *coverage.result())
         save_mask_set(masks, self.job.output)
@@ -178,7 +177,9 @@ class _Run:
             )
             for tau, mu in grid
         ]
-        inputs = FitInputs(model, shape, config, patterns, FitStore(checkpoint.folder), work)
+        memory = map_memory(self.job.memory_gib, self.job.source.device)
+        store = FitStore(checkpoint.folder)
+        inputs = FitInputs(model, shape, config, patterns, store, work, memory)
         return fit_modes(inputs, prompts)
 
     def _texts(self) -> TokenisedTexts:
@@ -210,15 +211,15 @@ class _Run:
         epsilon = self.config.amplification.epsilon
         plans = [
             MapPlan(
-                "tokens", batches(windows.short, size), chosen["groups"], heads, pcl, 1, epsilon
+                "tokens", batches(windows.short, size), chosen["passes"], heads, pcl, 1, epsilon
             )
         ]
         if reach is not None:
             page = self.config.map_page
             # About as many tokens a pass as the token maps' batches have.
             long = batches(windows.long, max(1, size * pcl // reach))
-            groups = chosen["page_groups"]
-            plans.append(MapPlan("pages", long, groups, heads, reach // page, page, epsilon))
+            passes = chosen["page_passes"]
+            plans.append(MapPlan("pages", long, passes, heads, reach // page, page, epsilon))
         return plans
 
     def _measure(

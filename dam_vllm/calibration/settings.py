@@ -11,14 +11,11 @@ from dam_vllm.calibration.errors import CalibrationError
 # How far the predictions of the loss trust probes of whole layers over those of single heads.
 TRUSTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 PROOFS_A_CURVE = 3  # choices measured at most for an error; for a density one is enough
-
-
-SCORING_COST = {
-    # Measured: `dam-vllm bench scoring`, docs/benchmarks.md.
-    "cpu": 2.4,
-    # The share of the products alone: nothing was measured on a GPU yet.
-    "cuda": 1.0,
-}
+# Assignments of anchors beside the free one: none, one a layer, and few anchors of two numbers.
+ASSIGNMENTS = 4
+TRUSTS_KEPT = 1  # they are measured for as many trusts, the free one's best
+# Density of the frontier's other points over that of the one taken.
+FRONTIER_STEPS = (0.5, 0.7, 1.5, 2.5)
 
 
 class FitConfig(BaseModel):
@@ -38,10 +35,12 @@ class FitConfig(BaseModel):
         query_blocks: static query blocks of context that are measured in each text.
         taus: thresholds of the true mask that are tried for static heads.
         mus: shares of a pattern's cells that are tried for static heads.
-        channels: channels that score a token, or None for an eighth, a quarter, a half and all of a
+        channels: channels that score a token, or None for an eighth, a quarter and a half of a
             head's.
-        scoring_cost: time that scoring takes a token and channel over that of attention, or None
-            for the platform's own, see `SCORING_COST`.
+        ranks: tensor-parallel ranks that the masks are for: heads read what heads of their own rank
+            chose, since serving refuses others.
+        choosing_cost: what choosing pages costs, over what was measured on the platform
+            (`fit.costs`): 1 counts it as it is, 0 not at all.
         seed: of questions and query blocks.
     """
 
@@ -59,12 +58,9 @@ class FitConfig(BaseModel):
     taus: list[float] = Field(default=[0.05, 0.1, 0.2, 0.3], min_length=1)
     mus: list[float] = Field(default=[0.6, 0.8], min_length=1)
     channels: list[int] | None = None
-    scoring_cost: float | None = Field(default=None, ge=0)
+    ranks: int = Field(default=1, ge=1)
+    choosing_cost: float = Field(default=1.0, ge=0)
     seed: int = Field(default=0, ge=0)
-
-    def scoring_cost_on(self, device: str) -> float:
-        """The setting, or the cost on the kind of device that the model runs on."""
-        return SCORING_COST[device] if self.scoring_cost is None else self.scoring_cost
 
     @model_validator(mode="after")
     def _one_target(self) -> Self:
@@ -78,7 +74,9 @@ class FitConfig(BaseModel):
     @property
     def proofs(self) -> int:
         """Choices that are measured at most."""
-        return len(TRUSTS) * (1 if self.target_error is None else PROOFS_A_CURVE)
+        curves = len(TRUSTS) + ASSIGNMENTS * TRUSTS_KEPT
+        a_curve = 1 if self.target_error is None else PROOFS_A_CURVE
+        return curves * a_curve + len(FRONTIER_STEPS)
 
 
 AmplificationName = Literal[

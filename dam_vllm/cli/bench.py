@@ -5,14 +5,24 @@ from typing import Annotated
 
 import typer
 
+from dam_vllm.bench.model import MODELS
 from dam_vllm.cli import benchmarks, kernel_benchmarks
-from dam_vllm.cli.kernel_benchmarks import BATCHES, CPU, GPU, KernelOptions, Phase
+from dam_vllm.cli.e2e_benchmark import (
+    CPU_CONCURRENCY,
+    GPU_CONCURRENCY,
+    LENGTHS,
+    MODEL,
+    PAGE,
+    ROUNDS,
+    WINDOW,
+    E2eOptions,
+)
+from dam_vllm.cli.e2e_benchmark import e2e as e2e_benchmark
+from dam_vllm.cli.kernel_benchmarks import BATCHES, CHUNKS, CPU, GPU, SPREADS, KernelOptions, Phase
 
 app = typer.Typer(help="Measure speed beside a peer in the same run.", no_args_is_help=True)
 
-LENGTHS = "1024,2048,4096,8192,16384"
 PAGES, HEAD_SIZES, SCORING_LENGTHS, CHANNELS = "32,128", "32,64,128", "16384", "16,32"
-PAGE, WINDOW, HEAD_SIZE, ROUNDS = 128, 513, 64, 3
 TUNED_SIZES, TUNED_TOKENS, TUNED_BATCH = "64,128,256", 32768, 32
 
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the rows to this file.")]
@@ -61,9 +71,16 @@ def kernel(
             f"where they take long.{_defaults('rounds')}",
         ),
     ] = None,
-    phase: Annotated[Phase | None, typer.Option(help="GPU: what is timed. [both]")] = None,
+    phase: Annotated[Phase | None, typer.Option(help="GPU: what is timed. [all]")] = None,
     batches: Annotated[
         str | None, typer.Option(help=f"GPU: requests that decode together. [{BATCHES}]")
+    ] = None,
+    chunks: Annotated[
+        str | None, typer.Option(help=f"GPU: new tokens of a prompt's last chunk. [{CHUNKS}]")
+    ] = None,
+    spreads: Annotated[
+        str | None,
+        typer.Option(help=f"GPU: how a density is spread over heads. [{SPREADS}]"),
     ] = None,
     fa3: Annotated[
         Path | None,
@@ -81,7 +98,7 @@ def kernel(
     """
     options = KernelOptions(
         lengths, pages, densities, heads, kv_heads, head_size, flex_up_to, rounds, phase, batches,
-        fa3,
+        chunks, spreads, fa3,
     )  # fmt: skip
     benchmarks.finish([kernel_benchmarks.kernel(options)], json)
 
@@ -105,13 +122,13 @@ def scoring(
     lengths: Lengths = SCORING_LENGTHS,
     pages: Annotated[str, typer.Option(help="Page sizes, comma-separated.")] = PAGES,
     channels: Annotated[str, typer.Option(help="Leading channels that score.")] = CHANNELS,
-    group: Annotated[int, typer.Option(min=1, help="Query heads a KV head.")] = 4,
+    heads_per_kv: Annotated[int, typer.Option(min=1, help="Query heads a KV head.")] = 4,
     rounds: Rounds = 5,
     json: Json = None,
 ) -> None:
     """Choosing pages by token scores, against the dense attention that it replaces."""
     benchmarks.finish(
-        [benchmarks.scoring(head_sizes, lengths, pages, channels, group, rounds)], json
+        [benchmarks.scoring(head_sizes, lengths, pages, channels, heads_per_kv, rounds)], json
     )
 
 
@@ -129,23 +146,55 @@ def plan(
 
 @app.command()
 def e2e(
+    model: Annotated[
+        str,
+        typer.Option(help=f"Shape, served with random weights: {', '.join(MODELS)}."),
+    ] = MODEL,
     lengths: Lengths = LENGTHS,
+    concurrency: Annotated[
+        str | None,
+        typer.Option(
+            help="Requests under way at a time, comma-separated. "
+            f"[CPU: {CPU_CONCURRENCY}; GPU: {GPU_CONCURRENCY}]"
+        ),
+    ] = None,
     page: Page = PAGE,
     window: Window = WINDOW,
+    density: Annotated[
+        float | None,
+        typer.Option(help="In place of the window: pages at random distances, to this density."),
+    ] = None,
+    masks: Annotated[
+        Path | None, typer.Option(help="Mask file for such a model, in place of both.")
+    ] = None,
     rounds: Rounds = ROUNDS,
-    head_size: Annotated[int, typer.Option(min=32, help="Channels a head.")] = HEAD_SIZE,
+    head_size: Annotated[
+        int | None, typer.Option(min=32, help="Channels a head, in place of the shape's own.")
+    ] = None,
+    layers: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Layers, in place of the shape's own: for TTFT a few tell of all of them."
+        ),
+    ] = None,
     dynamic: Annotated[
-        int, typer.Option(min=0, help="KV heads of 8 that choose as many tokens more.")
+        int,
+        typer.Option(
+            min=0,
+            help="KV heads of each layer that choose pages: as many tokens as the window beside "
+            "it, or to --density.",
+        ),
     ] = 0,
     crossover: Crossover = False,
     enforce_eager: Eager = False,
     json: Json = None,
 ) -> None:
-    """Time to the first and to each later token over HTTP, stock `vllm serve` and dam in turn."""
-    heads = (head_size, dynamic)
-    benchmarks.finish(
-        [benchmarks.e2e(lengths, page, window, heads, rounds, crossover, enforce_eager)], json
-    )
+    """`vllm serve`, stock and dam, asked in turn by `vllm bench serve`: TTFT, TPOT, requests/s."""
+    options = E2eOptions(
+        model, lengths, concurrency, page, window, density, masks, head_size, layers,
+        dynamic, rounds, crossover, enforce_eager,
+    )  # fmt: skip
+    benchmarks.finish([e2e_benchmark(options)], json)
 
 
 @app.command()
@@ -167,7 +216,7 @@ def every(json: Json = None) -> None:
         kernel_benchmarks.kernel(KernelOptions()),
         benchmarks.scoring(HEAD_SIZES, SCORING_LENGTHS, PAGES, CHANNELS, 4, 5),
         benchmarks.plan(PAGE, WINDOW, ROUNDS, False),
-        benchmarks.e2e(LENGTHS, PAGE, WINDOW, (HEAD_SIZE, 0), ROUNDS, True, False),
+        e2e_benchmark(E2eOptions(crossover=True)),
         benchmarks.memory(None, None),
     ]
     benchmarks.finish(chosen, json)

@@ -1,7 +1,7 @@
 """The benchmarks behind `dam-vllm bench`, their options checked, and how they are run."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ def finish(benchmarks: Sequence[Benchmark], json: Path | None) -> None:
 
 
 def scoring(
-    head_sizes: str, lengths: str, pages: str, channel_counts: str, group: int, rounds: int
+    head_sizes: str, lengths: str, pages: str, channel_counts: str, heads_per_kv: int, rounds: int
 ) -> Benchmark:
     """Choosing pages."""
     from dam_vllm.bench import scoring
@@ -75,12 +75,12 @@ def scoring(
     tokens, page_sizes = lengths_option(lengths, 128, 65536), pages_option(pages)
     cases = [(size, count) for size in sizes for count in channels if count <= size]
     return Benchmark(
-        f"choosing pages in a prefill, one layer, bf16, {group} query heads a KV head, "
-        f"{scoring.CHOSEN} tokens chosen",
+        f"choosing pages in a prefill, one layer, bf16, {heads_per_kv} query heads a KV head, "
+        f"top-k of {scoring.CHOSEN} tokens, top-p up to {scoring.CAP_PAGES} pages",
         scoring.TARGETS,
         len(cases) * len(tokens) * len(page_sizes),
         lambda advance: scoring.measure(
-            sizes, tokens, page_sizes, channels, group, rounds, advance
+            sizes, tokens, page_sizes, channels, heads_per_kv, rounds, advance
         ),
     )
 
@@ -98,55 +98,6 @@ def plan(page: int, window: int, rounds: int, eager: bool) -> Benchmark:
         2,
         lambda advance: plan_time.measure(page, window, rounds, EAGER if eager else (), advance),
     )
-
-
-def e2e(
-    lengths: str,
-    page: int,
-    window: int,
-    heads: tuple[int, int],
-    rounds: int,
-    crossover: bool,
-    eager: bool,
-) -> Benchmark:
-    """Requests over HTTP; `heads` are the head size and the KV heads that choose."""
-    from dam_vllm.bench import e2e
-    from dam_vllm.bench.checks import (
-        dynamic_option,
-        heads_option,
-        lengths_option,
-        pages_option,
-        window_option,
-    )
-    from dam_vllm.bench.model import LONG
-    from dam_vllm.bench.servers import Setup
-
-    tokens = lengths_option(lengths, 128, 32768)
-    pages_option(str(page), "--page")
-    window_option(window)
-    head_size, dynamic = heads
-    heads_option(LONG.heads, LONG.kv_heads, head_size)
-    dynamic_option(dynamic, LONG.kv_heads)
-    shape = replace(LONG, head_size=head_size)
-    arguments = EAGER if eager else ()
-    setup = Setup(shape, max(tokens) + 128, page, window, arguments, dynamic)
-    choosing = f", {dynamic} KV heads choose" if dynamic else ""
-    return Benchmark(
-        f"over HTTP, {shape.describe()}, page {page}, first token and window of {window}{choosing}",
-        e2e.TARGETS,
-        1 + len(tokens),
-        lambda advance: e2e.measure(setup, tokens, rounds, crossover, advance),
-        _crossover,
-    )
-
-
-def _crossover(rows: Rows) -> str:
-    from dam_vllm.bench.e2e import crossover_length
-
-    if not any(row.get("dense_below") == 0 for row in rows):
-        return ""
-    length = crossover_length(rows)
-    return f"crossover: {'not reached' if length is None else f'{length} tokens'}"
 
 
 def memory(masks: Path | None, plot: Path | None) -> Benchmark:

@@ -14,9 +14,11 @@ if TYPE_CHECKING:
     from dam_vllm.calibration.pipeline import Job
 
 
-ModelArgument = Annotated[str, typer.Argument(help="Folder or Hugging Face Hub id of the model.")]
+ModelArgument = Annotated[
+    str | None, typer.Argument(help="Folder or Hugging Face Hub id of the model.")
+]
 DataOption = Annotated[
-    str,
+    str | None,
     typer.Option(
         help="Texts: a text file, a folder of .txt, .md and .py files, a .jsonl file, or the "
         "name of a data set on the Hub."
@@ -59,6 +61,13 @@ TargetKvMemoryOption = Annotated[
         "pages while serving; those of the others are freed."
     ),
 ]
+RetargetOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Choose anew from what this fitted mask file's frontier holds, for the target given "
+        "beside; takes seconds, and neither MODEL nor --data."
+    ),
+]
 TextsOption = Annotated[int | None, typer.Option(help="Largest number of windows.")]
 BatchSizeOption = Annotated[int | None, typer.Option(help="Windows a forward pass.")]
 SeedOption = Annotated[int | None, typer.Option(help="Of the choice and split of texts.")]
@@ -77,9 +86,9 @@ RevisionOption = Annotated[str | None, typer.Option(help="Hub revision of the mo
 
 
 def calibrate(
-    model: ModelArgument,
-    data: DataOption,
     output: OutputOption,
+    model: ModelArgument = None,
+    data: DataOption = None,
     config: ConfigOption = None,
     field: FieldOption = "text",
     pcl: PclOption = None,
@@ -87,6 +96,7 @@ def calibrate(
     target_error: TargetErrorOption = None,
     target_density: TargetDensityOption = None,
     target_kv_memory: TargetKvMemoryOption = None,
+    retarget: RetargetOption = None,
     texts: TextsOption = None,
     batch_size: BatchSizeOption = None,
     seed: SeedOption = None,
@@ -116,6 +126,14 @@ def calibrate(
     }
     try:
         _check(memory_gib, dtype, output)
+        if retarget is not None:
+            _retarget(retarget, output, target_density, target_error, (model, data))
+            return
+        if model is None or data is None:
+            raise ValueError(
+                f"MODEL is {model!r} and --data is {data!r}: both must be given, unless "
+                f"--retarget is"
+            )
         job = Job(
             source=ModelSource(model, revision, _device(device), dtype),
             data=data,
@@ -134,6 +152,26 @@ def calibrate(
     except (ValueError, OSError) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from None
+
+
+def _retarget(
+    file: Path,
+    output: Path,
+    target_density: float | None,
+    target_error: float | None,
+    unused: tuple[str | None, str | None],
+) -> None:
+    from dam_vllm.calibration.retarget import retarget
+
+    for name, value in zip(("MODEL", "--data"), unused, strict=True):
+        if value is not None:
+            raise ValueError(f"{name} is {value!r}, must be left away with --retarget")
+    masks = retarget(file, output, target_density, target_error)
+    chosen = masks.header.parameters["fit"]["chosen"]
+    typer.echo(
+        f"Wrote {output}: density {chosen['density']:.4f}, KL {chosen['loss']:.4f}, "
+        f"cost {chosen['cost']:.4f}"
+    )
 
 
 def _check(memory_gib: float | None, dtype: str, output: Path) -> None:
@@ -155,6 +193,8 @@ def _device(name: str | None) -> "torch.device":
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError(f"{device.type} is not served")
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(

@@ -27,8 +27,8 @@ def inspect(
     plot: Annotated[
         Path | None,
         typer.Option(
-            help="Draw the heads' masks to this image (.png), and what the fit could choose from "
-            "to NAME-curve beside it."
+            help="Draw the heads' masks to this image (.png), and beside it what the fit could "
+            "choose from to NAME-curve, which heads reuse whose pages to NAME-reuse."
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
@@ -52,15 +52,18 @@ def inspect(
 
 
 def _plot(masks: "MaskSet", path: Path) -> None:
-    from dam_vllm.masks.plots import plot_curve, plot_masks
+    from dam_vllm.masks.plots import plot_curve, plot_masks, plot_reuse
 
     plot_masks(masks, path)
+    if masks.anchors is not None:
+        plot_reuse(masks, path.with_stem(f"{path.stem}-reuse"))
     if "fit" in masks.header.parameters:
         plot_curve(masks.header.parameters["fit"], path.with_stem(f"{path.stem}-curve"))
 
 
 def _report(masks: "MaskSet", length: int, page: int) -> dict[str, Any]:
     """All that is shown, as JSON values; what was not measured is None."""
+    from dam_vllm.cli.frontier import frontier_rows
     from dam_vllm.masks.density import density
 
     heads, kv_heads = density(masks, [length], page)
@@ -71,6 +74,7 @@ def _report(masks: "MaskSet", length: int, page: int) -> dict[str, Any]:
             entry |= {
                 "modes": [_mode(value) for value in masks.modes[layer]],
                 "dynamic": _dynamic(masks, layer),
+                "reuse": _reuse(masks, layer),
                 "columns": masks.columns[layer].sum(axis=1).tolist(),
                 "diagonals": masks.diagonals[layer].sum(axis=1).tolist(),
                 "density_heads": _numbers(heads[0, layer]),
@@ -79,7 +83,8 @@ def _report(masks: "MaskSet", length: int, page: int) -> dict[str, Any]:
                 "coverage_extended": _row(masks.coverage_extended, layer),
             }
         layers.append(entry)
-    return {**masks.header.model_dump(), "length": length, "page": page, "layers": layers}
+    report = {**masks.header.model_dump(), "length": length, "page": page, "layers": layers}
+    return report | {"frontier": frontier_rows(masks)}
 
 
 def _dynamic(masks: "MaskSet", layer: int) -> list[dict[str, Any]]:
@@ -97,6 +102,18 @@ def _dynamic(masks: "MaskSet", layer: int) -> list[dict[str, Any]]:
         entry |= {"budget": round(float(dynamic.budgets[at]), 4)}
         found.append(entry | {"floor": int(dynamic.floors[at]), "cap": int(dynamic.caps[at])})
     return found
+
+
+def _reuse(masks: "MaskSet", layer: int) -> list[dict[str, int]]:
+    """Which heads a layer's reusing heads follow."""
+    from dam_vllm.masks.mask_set import HeadMode
+
+    heads = (masks.modes[layer] == HeadMode.REUSE).nonzero()[0].tolist()
+    anchors = [masks.anchor(layer, head) for head in heads]
+    return [
+        {"head": head, "anchor_layer": of_layer, "anchor_head": of_head}
+        for head, (of_layer, of_head) in zip(heads, anchors, strict=True)
+    ]
 
 
 def _mode(value: int) -> str:
@@ -117,6 +134,8 @@ def _print(report: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from dam_vllm.cli.frontier import print_frontier
+
     console = Console()
     table = Table(title=f"{report['kind']} masks of {report['model']}, PCL {report['pcl']}")
     table.add_column("layer", justify="right")
@@ -130,6 +149,7 @@ def _print(report: dict[str, Any]) -> None:
         table.add_row(str(entry["layer"]), entry["type"], *_cells(entry))
     console.print(table)
     _print_dynamic(console, report["layers"])
+    _print_reuse(console, report["layers"])
     settings = Table(show_header=False, title="parameters")
     for name, value in report["parameters"].items():
         if name != "fit":
@@ -137,6 +157,7 @@ def _print(report: dict[str, Any]) -> None:
     console.print(settings)
     if "fit" in report["parameters"]:
         _print_fit(console, report["parameters"]["fit"])
+    print_frontier(console, report["frontier"])
     console.print(f"fingerprint: {json.dumps(report['fingerprint'])}")
     if report["quality"] is not None:
         console.print("quality:", json.dumps(report["quality"], indent=2))
@@ -158,6 +179,25 @@ def _print_dynamic(console: "Console", layers: list[dict[str, Any]]) -> None:
         console.print(table)
 
 
+def _print_reuse(console: "Console", layers: list[dict[str, Any]]) -> None:
+    """A line for each anchor and each layer with heads that follow it, if there are any."""
+    from rich.table import Table
+
+    followers: dict[tuple[int, int, int], list[int]] = {}
+    for entry in layers:
+        for each in entry.get("reuse", []):
+            key = (each["anchor_layer"], each["anchor_head"], entry["layer"])
+            followers.setdefault(key, []).append(each["head"])
+    table = Table(title="heads that reuse the pages another chose")
+    for name in ("anchor's\nlayer", "anchor's\nKV head", "layer"):
+        table.add_column(name, justify="right")
+    table.add_column("KV heads")
+    for key, heads in sorted(followers.items()):
+        table.add_row(*(str(number) for number in key), ", ".join(str(head) for head in heads))
+    if table.row_count:
+        console.print(table)
+
+
 def _print_fit(console: "Console", fit: dict[str, Any]) -> None:
     """Target, what was reached, and the check; the curve is drawn instead."""
     from rich.table import Table
@@ -174,12 +214,14 @@ def _print_fit(console: "Console", fit: dict[str, Any]) -> None:
     for name in sorted(fit.keys() - FIT_SHOWN - FIT_HIDDEN):
         table.add_row(name, json.dumps(fit[name]))
     console.print(table)
+    if "check" not in fit:  # the choice was made later, without a model
+        return
     check = Table(title="check on other texts")
     check.add_column("text / rows")
     for name in ("KL", "same best token"):
         check.add_column(name, justify="right")
-    for group, values in fit["check"].items():
-        check.add_row(group, f"{values['kl']:.5f}", f"{values['top1']:.4f}")
+    for kind, values in fit["check"].items():
+        check.add_row(kind, f"{values['kl']:.5f}", f"{values['top1']:.4f}")
     console.print(check)
 
 

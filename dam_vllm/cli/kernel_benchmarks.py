@@ -3,9 +3,13 @@
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dam_vllm.cli.benchmarks import Benchmark
 from dam_vllm.options import OptionError
+
+if TYPE_CHECKING:
+    from dam_vllm.bench.gpu_case import Case
 
 LONGEST_CPU, LONGEST_GPU, GPU_WIDTH = 65536, 2**20, 260
 
@@ -14,8 +18,9 @@ class Phase(StrEnum):
     """What is timed on a GPU."""
 
     PREFILL = "prefill"
+    CHUNK = "chunk"
     DECODE = "decode"
-    BOTH = "both"
+    ALL = "all"
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class Defaults:
 
 CPU = Defaults("4096,8192,16384", "32,128", "0.05,0.1,0.2", "8", 64, 8192, 5)
 GPU = Defaults("8192,32768,131072", "128", "0.05,0.1,0.2,0.5,1.0", "8,4", 128, 2**20, 50)
-BATCHES = "1,8,32"
+BATCHES, CHUNKS, SPREADS = "1,8,32", "4096,8192", "even,mixed,dynamic,reuse"
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,8 @@ class KernelOptions:
     rounds: int | None = None
     phase: Phase | None = None
     batches: str | None = None
+    chunks: str | None = None
+    spreads: str | None = None
     fa3: Path | None = None
 
 
@@ -70,7 +77,7 @@ def _on_cpu(options: KernelOptions) -> Benchmark:
         pages_option,
     )
 
-    for name in ("phase", "batches", "fa3"):
+    for name in ("phase", "batches", "chunks", "spreads", "fa3"):
         if getattr(options, name) is not None:
             raise OptionError(f"--{name} is for GPUs: torch finds no CUDA here")
     tokens = lengths_option(options.lengths or CPU.lengths, 128, LONGEST_CPU)
@@ -94,60 +101,71 @@ def _on_cpu(options: KernelOptions) -> Benchmark:
     )
 
 
-def _steps(phase: Phase, batches: list[int]) -> list[tuple[str, int]]:
-    """What is measured, and for how many requests."""
-    steps = [("prefill", 1)] if phase != Phase.DECODE else []
-    return steps + ([("decode", batch) for batch in batches] if phase != Phase.PREFILL else [])
+def _steps(phase: Phase, batches: list[int], chunks: list[int]) -> list[tuple[str, int, int]]:
+    """What is measured, for how many requests, and new tokens of a chunk."""
+    steps = [("prefill", 1, 0), *(("chunk", 1, chunk) for chunk in chunks)]
+    steps += [("decode", batch, 0) for batch in batches]
+    return [step for step in steps if phase in (Phase.ALL, step[0])]
+
+
+def _gpu_cases(options: KernelOptions) -> "list[Case]":
+    """Geometries that the options ask for."""
+    from dam_vllm.bench.checks import (
+        counts_option,
+        gpu_pages_option,
+        heads_option,
+        lengths_option,
+    )
+    from dam_vllm.bench.gpu_case import Case
+    from dam_vllm.masks.page_tables import query_block_size
+
+    pages = gpu_pages_option(options.pages or GPU.pages)
+    least = max(query_block_size(page) for page in pages)
+    tokens = lengths_option(options.lengths or GPU.lengths, least, LONGEST_GPU)
+    batches = counts_option(options.batches or BATCHES, "--batches")
+    chunks = lengths_option(options.chunks or CHUNKS, least, LONGEST_GPU)
+    kv_heads = counts_option(options.kv_heads or GPU.kv_heads, "--kv-heads")
+    size = options.head_size or GPU.head_size
+    for number in kv_heads:
+        heads_option(options.heads, number, size)
+    return [
+        Case(name, options.heads, number, size, page, length, batch, chunk)
+        for page in pages
+        for number in kv_heads
+        for name, batch, chunk in _steps(options.phase or Phase.ALL, batches, chunks)
+        for length in tokens
+        if chunk < length
+    ]
 
 
 def _on_gpu(options: KernelOptions) -> Benchmark:
     import torch
 
     from dam_vllm.bench import gpu_kernel
-    from dam_vllm.bench.checks import (
-        counts_option,
-        densities_option,
-        fa3_option,
-        gpu_pages_option,
-        heads_option,
-        lengths_option,
-    )
+    from dam_vllm.bench.checks import densities_option, fa3_option, spreads_option
     from dam_vllm.bench.fa3 import load
-    from dam_vllm.bench.gpu_case import Case
     from dam_vllm.bench.gpu_timing import CudaTimer
     from dam_vllm.bench.roof import cuda_roof
-    from dam_vllm.masks.page_tables import query_block_size
 
-    pages = gpu_pages_option(options.pages or GPU.pages)
-    least = max(query_block_size(page) for page in pages)
-    tokens = lengths_option(options.lengths or GPU.lengths, least, LONGEST_GPU)
+    cases = _gpu_cases(options)
     densities = densities_option(options.densities or GPU.densities)
-    batches = counts_option(options.batches or BATCHES, "--batches")
-    kv_heads = counts_option(options.kv_heads or GPU.kv_heads, "--kv-heads")
-    size, phase = options.head_size or GPU.head_size, options.phase or Phase.BOTH
-    for number in kv_heads:
-        heads_option(options.heads, number, size)
+    spreads = spreads_option(options.spreads or SPREADS)
     fa3_option(options.fa3)
     flex_up_to = GPU.flex_up_to if options.flex_up_to is None else options.flex_up_to
-    cases = [
-        Case(name, options.heads, number, size, page, length, batch)
-        for page in pages
-        for number in kv_heads
-        for name, batch in _steps(phase, batches)
-        for length in tokens
-    ]
     try:
         flash = load(options.fa3)
         peer = flash.origin
     except ImportError as error:
         flash, peer = None, f"missing, SDPA is the baseline: {error}"
+    size = options.head_size or GPU.head_size
     return Benchmark(
         f"attention of one layer, bf16, {options.heads} heads, head size {size}",
         f"{gpu_kernel.TARGETS}\nfa3: {peer}",
-        len(cases) * len(densities),
+        len(cases) * len(densities) * len(spreads),
         lambda advance: gpu_kernel.measure(
             cases,
             densities,
+            spreads,
             flash,
             flex_up_to,
             options.rounds or GPU.rounds,

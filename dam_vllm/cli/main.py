@@ -1,16 +1,19 @@
 """Joins the commands of `dam-vllm`; each keeps its heavy imports to itself."""
 
+import signal
 import sys
 
 import typer
 
 from dam_vllm import __version__
+from dam_vllm.bench.client import ClientError
 from dam_vllm.cli import masks
 from dam_vllm.cli.bench import app as bench
 from dam_vllm.cli.calibrate import calibrate
 from dam_vllm.cli.demo import demo
 from dam_vllm.cli.eval import ManyMasks, evaluate
 from dam_vllm.cli.inspect import inspect
+from dam_vllm.server import ServerError
 
 app = typer.Typer(
     help="Calibrated sparse attention (DAM) for vLLM.",
@@ -40,9 +43,11 @@ def _root(
 
 
 def main() -> None:
-    """Entry point; a bad value ends with one line and exit code 2, not with a traceback."""
+    """Entry point; a bad value or a child that failed ends with one message, no traceback."""
+    # As an exception it stops the servers that a command has started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         app()
-    except ValueError as error:
+    except (ValueError, ServerError, ClientError) as error:
         typer.echo(f"Error: {error}", err=True)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, ValueError) else 1)

@@ -8,11 +8,13 @@ from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata
 
+from dam_vllm.attention.chosen_pages import ChosenPages
 from dam_vllm.attention.interface import SparseAttention, Step
 from dam_vllm.attention.layout import KVLayout
 from dam_vllm.attention.rotation import HeadRotation
 from dam_vllm.engine.checks import Serving, admit
 from dam_vllm.engine.kv_free.apply import free_kv_heads
+from dam_vllm.engine.private import cache_scales
 from dam_vllm.engine.shards import masked_layers, shard
 from dam_vllm.masks.mask_set import HeadMode
 from dam_vllm.options import OptionError
@@ -33,8 +35,34 @@ def step_of(common: CommonAttentionMetadata) -> Step:
     )
 
 
+def chosen_pages(serving: Serving, impl: Any, page: int) -> ChosenPages[Any]:
+    """What keeps the worker's chosen pages, for layers with pages of `page` tokens.
+
+    Args:
+        serving: what is served.
+        impl: of one of the layers.
+        page: tokens a page.
+
+    Raises:
+        OptionError: if heads reuse pages and other layers' are of another size.
+    """
+    chosen: ChosenPages[Any] = impl.chosen
+    if chosen.last and chosen.page not in (None, page):
+        raise OptionError(
+            f"mask file {serving.file} has heads that reuse pages which others choose, and the KV "
+            f"pages of this model's layers have {chosen.page} and {page} tokens; serve all layers "
+            f"with one cache dtype (leave --kv-cache-dtype-skip-layers away)"
+        )
+    chosen.page = page
+    return chosen
+
+
 def oracle_attention(
-    serving: Serving, layers: Mapping[str, int], attention: Mapping[str, Any], layout: KVLayout
+    serving: Serving,
+    layers: Mapping[str, int],
+    attention: Mapping[str, Any],
+    layout: KVLayout,
+    page: int,
 ) -> SparseAttention:
     """What serves layers with `kernel: naive`.
 
@@ -43,6 +71,7 @@ def oracle_attention(
         layers: global indices by name.
         attention: vLLM's attention layers by name.
         layout: of their caches.
+        page: tokens a page.
     """
     # The oracle is no part of what serves otherwise.
     from dam_vllm.attention.oracle_attention import OracleAttention, OracleLayer
@@ -54,16 +83,9 @@ def oracle_attention(
         served[name] = OracleLayer(
             index, impl.scale, impl.logits_soft_cap or 0.0, key_scale, value_scale
         )
-    exact = options.granularity == "token"
-    local = shard(masks.kv_heads)
-    return OracleAttention(served, masks, local, layout, exact, serving.dense_below)
-
-
-def cache_scales(layer: Any) -> tuple[float, float]:
-    """Factors of a layer's stored keys and values."""
-    if layer.impl.kv_cache_dtype.startswith("fp8"):
-        return layer._k_scale_float, layer._v_scale_float
-    return 1.0, 1.0
+    exact, local = options.granularity == "token", shard(masks.kv_heads)
+    chosen = chosen_pages(serving, attention[next(iter(layers))].impl, page)
+    return OracleAttention(served, masks, local, layout, exact, serving.dense_below, chosen)
 
 
 def set_up_layers(config: VllmConfig) -> None:
@@ -71,16 +93,20 @@ def set_up_layers(config: VllmConfig) -> None:
 
     Keys of dynamic heads are stored rotated into the calibrated basis, so that the leading channels
     of the cached keys are the keys that score a page: there is no second cache, and pages found by
-    prefix caching carry theirs along. Queries of these heads are rotated alike, on every path.
+    prefix caching carry theirs along. Queries of these heads are rotated alike, on every path. What
+    these heads chose is kept in one place of the worker, for heads of any layer that reuse it.
 
     Args:
         config: vLLM's configuration, all layers built.
     """
     serving, attention = admit(config), config.compilation_config.static_forward_context
     local, device = shard(serving.masks.kv_heads), torch.device(current_platform.device_type)
+    chosen: ChosenPages[Any] = ChosenPages.of_masks(serving.masks, local)
     ours = [name for name, layer in attention.items() if hasattr(layer, "impl")]
     for name, index in masked_layers(ours, attention, serving).items():
-        attention[name].impl.rotation = HeadRotation.of_layer(serving.masks, index, local, device)
+        impl = attention[name].impl
+        impl.rotation = impl.rotations.of_layer(serving.masks, index, local, device)
+        impl.chosen = chosen
     free_kv_heads(config)
 
 
@@ -88,11 +114,15 @@ class DamImpl:
     """Goes before vLLM's implementation of a platform among the bases of ours.
 
     Attributes:
+        rotations: how the platform rotates.
         config: vLLM's configuration.
         rotation: of the layer's dynamic heads, or None.
+        chosen: the worker's; what dynamic heads chose, for those that reuse it.
         groups: holds the layer where its KV heads lie in several of vLLM's cache groups
             (`dam_vllm.engine.kv_free.head_groups`), else None.
     """
+
+    rotations: type[HeadRotation] = HeadRotation
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -117,6 +147,7 @@ class DamImpl:
                 f"without dynamic heads"
             )
         self.rotation: HeadRotation | None = None
+        self.chosen: ChosenPages[Any] = ChosenPages()
         self.groups: Any = None
         self.loaded = False
 
@@ -134,6 +165,17 @@ class DamImpl:
             set_up_layers(self.config)
         self.loaded = True
 
+    def prepared(self, layer: Any, query: torch.Tensor) -> torch.Tensor:
+        """Queries as attention takes them."""
+        return self.rotated(query)
+
+    def rotated(self, query: torch.Tensor) -> torch.Tensor:
+        """Queries with those of dynamic heads rotated."""
+        if self.rotation is None:
+            return query
+        this: Any = self
+        return self.rotation.queries(query, this.num_kv_heads)
+
     def do_kv_cache_update(
         self,
         layer: Any,
@@ -145,7 +187,7 @@ class DamImpl:
         if self.rotation is not None:
             key = self.rotation.keys(key)
         if self.groups is not None:
-            self.groups.store(layer, key, value)
+            self.groups.store(layer, key, value, slot_mapping)
             return
         super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)  # type: ignore[misc]
 
@@ -162,9 +204,7 @@ class DamImpl:
         **kwargs: Any,
     ) -> torch.Tensor:
         if attn_metadata is not None:
-            if self.rotation is not None:
-                this: Any = self
-                query = self.rotation.queries(query, this.num_kv_heads)
+            query = self.prepared(layer, query)
             planned = attn_metadata.planned
             if planned is not None and planned.covers(layer.layer_name):
                 planned.run(layer.layer_name, query, kv_cache, output.view(query.shape))

@@ -8,13 +8,17 @@ import functools
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from vllm.config import VllmConfig
+from vllm.distributed.utils import get_pp_indices
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from dam_vllm.masks.file import load_mask_set
 from dam_vllm.masks.fingerprint import fingerprint
 from dam_vllm.masks.mask_set import HeadMode, MaskSet
+from dam_vllm.masks.sharding import shards
+from dam_vllm.masks.targets import TargetError, at_target
 from dam_vllm.options import DENSE_BELOW, DamOptions, OptionError, find_masks, parse_options
 
 logger = init_logger("vllm.dam")
@@ -77,6 +81,7 @@ def admit(config: VllmConfig) -> Serving:
         config.load_config.load_format == "dummy",
     )
     _refuse_connector(config, serving)
+    _refuse_far_anchors(config, serving)
     return serving
 
 
@@ -85,7 +90,10 @@ def _load(
     options: DamOptions, model: str, revision: str | None, cache_dir: str | None, dummy: bool
 ) -> Serving:
     file = find_masks(options, model, revision)
-    masks = load_mask_set(file)
+    try:
+        masks = at_target(load_mask_set(file), options.target_density, options.target_error)
+    except TargetError as error:
+        raise OptionError(f"--additional-config: dam.{error} (mask file {file})") from None
     strict = options.fingerprint == "strict" and masks.header.fingerprint.weights is not None
     served = fingerprint(model, revision, cache_dir, weights=strict and not dummy)
     difference = masks.header.fingerprint.mismatch(served)
@@ -112,7 +120,7 @@ def may_free_heads(options: DamOptions) -> bool:
 
 def _refuse_options(options: DamOptions) -> None:
     """Refuses values that this platform does not serve."""
-    option, platform = "--additional-config: dam", current_platform.device_name
+    option = "--additional-config: dam"
     if current_platform.is_cpu():
         if options.kernel in ("flash", "triton"):
             raise OptionError(
@@ -129,10 +137,6 @@ def _refuse_options(options: DamOptions) -> None:
             f"{option}.granularity is 'token': it needs kernel 'auto', 'triton' or 'naive', "
             f"not 'flash'"
         )
-    if options.kv_free == "head":
-        raise OptionError(
-            f"{option}.kv_free is 'head': on {platform} it must be 'auto', 'layer' or 'off'"
-        )
 
 
 def _refuse_connector(config: VllmConfig, serving: Serving) -> None:
@@ -145,6 +149,29 @@ def _refuse_connector(config: VllmConfig, serving: Serving) -> None:
         )
 
 
+def _refuse_far_anchors(config: VllmConfig, serving: Serving) -> None:
+    """Refuses heads that reuse pages of a head which another worker holds."""
+    masks, parallel = serving.masks, config.parallel_config
+    if masks.anchors is None:
+        return
+    ranks = shards(masks.kv_heads, parallel.tensor_parallel_size)
+    stages = parallel.pipeline_parallel_size
+    starts = [get_pp_indices(masks.layers, stage, stages)[0] for stage in range(1, stages)]
+    for layer, head in np.argwhere(masks.modes == HeadMode.REUSE).tolist():
+        of_layer, of_head = masks.anchor(layer, head)
+        far = {
+            "pipeline": any(of_layer < start <= layer for start in starts),
+            "tensor": any(rank.holds(head) and not rank.holds(of_head) for rank in ranks),
+        }
+        for kind in (kind for kind, found in far.items() if found):
+            raise OptionError(
+                f"--{kind}-parallel-size is {getattr(parallel, f'{kind}_parallel_size')}: in mask "
+                f"file {serving.file} layer {layer}, KV head {head} reuses the pages that layer "
+                f"{of_layer}, KV head {of_head} chooses, which another rank would hold; serve with "
+                f"fewer ranks, or masks fitted without such anchors"
+            )
+
+
 def _refuse_parallelism(config: VllmConfig) -> None:
     parallel = config.parallel_config
     for option in ("decode_context_parallel_size", "prefill_context_parallel_size"):
@@ -154,6 +181,11 @@ def _refuse_parallelism(config: VllmConfig) -> None:
                 f"--{option.replace('_', '-')} is {size}: --attention-backend dam serves "
                 f"without context parallelism, set it to 1"
             )
+    if parallel.use_ubatching:
+        raise OptionError(
+            "--enable-dbo (or --ubatch-size above 1): --attention-backend dam plans one batch at "
+            "a time, leave the option away"
+        )
 
 
 def _refuse_draft_model(config: VllmConfig) -> None:

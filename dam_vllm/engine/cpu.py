@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from vllm import _custom_ops as ops
 from vllm import envs
 from vllm.config import VllmConfig
 from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata
@@ -20,11 +19,13 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from dam_vllm.attention.cpu.attention import CPUAttention, CPULayer, VirtualBatch
-from dam_vllm.attention.dynamic_heads import DynamicHeads
+from dam_vllm.attention.dynamic_heads import DynamicHeads, ReusingHeads
 from dam_vllm.attention.interface import Planned, SparseAttention
 from dam_vllm.attention.layout import FP8_DTYPES, KVLayout
-from dam_vllm.engine.backend import DamImpl, cache_scales, oracle_attention, step_of
+from dam_vllm.engine.backend import DamImpl, chosen_pages, oracle_attention, step_of
 from dam_vllm.engine.checks import admit
+from dam_vllm.engine.kv_free.cpu_groups import CPUGroups
+from dam_vllm.engine.private import cache_scales, ops, set_isa
 from dam_vllm.engine.report import log_masks
 from dam_vllm.engine.shards import masked_layers, shard
 from dam_vllm.masks.mask_set import HeadMode
@@ -182,11 +183,13 @@ class DamCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         self.oracle: SparseAttention | None = None
         self.sparse: CPUAttention | None = None
         if masked and self.naive:
-            self.oracle = oracle_attention(self.serving, masked, attention, self.layout)
+            self.oracle = oracle_attention(
+                self.serving, masked, attention, self.layout, self.block_size
+            )
         elif masked and (self.groups is None or self.groups.home in layer_names):
             self.sparse = self._attention(masked, attention)
         if self.groups is not None:
-            self.groups.join(layer_names, self.sparse)
+            self.groups.join(layer_names, None if self.sparse is None else CPUGroups(self.sparse))
         if masked:
             log_masks(self.serving, self.block_size, vllm_config.model_config.max_model_len)
 
@@ -201,9 +204,12 @@ class DamCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             dynamic = DynamicHeads.of_layer(
                 masks, index, local, page, self.serving.dense_below, impl.scale * key_scale, softcap
             )
-            chosen = dynamic.ids if dynamic else []
+            reusing = ReusingHeads.of_layer(masks, index, local, page, self.serving.dense_below)
+            chosen = [head for heads in (dynamic, reusing) if heads for head in heads.ids]
             fixed = [head for head in range(local.heads) if head not in chosen]
-            served[name] = CPULayer(impl.scale, softcap, fixed, dynamic, key_scale, value_scale)
+            served[name] = CPULayer(
+                impl.scale, softcap, fixed, dynamic, key_scale, value_scale, reusing, index
+            )
         return CPUAttention(
             served=served,
             selector=PageSelector(tables, self.serving.dense_below),
@@ -215,13 +221,12 @@ class DamCPUMetadataBuilder(CPUAttentionMetadataBuilder):
                 cache_dtype=self.kv_cache_dtype,
             ),
             layout=self.layout,
-            computed=torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32,
+            chosen=chosen_pages(self.serving, attention[next(iter(layers))].impl, page),
         )
 
     def _read_plain_layout(self, layer_names: list[str]) -> None:
         """Keeps keys in the plain layout that we read ourselves, also where AMX is."""
-        self.isa = "vec" if self.block_size % 32 == 0 else "vec16"
-        self._set_isa_to_layers(layer_names)
+        set_isa(self, "vec" if self.block_size % 32 == 0 else "vec16", layer_names)
 
     def build(
         self,

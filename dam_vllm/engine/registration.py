@@ -11,6 +11,8 @@ from typing import Any
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends import registry
 
+from dam_vllm.engine.private import warn_untested
+
 NAME = "DAM"
 # A platform is served by a backend here and an implementation of `attention.interface`.
 BACKENDS = {
@@ -34,6 +36,8 @@ def member() -> registry.AttentionBackendEnum:
 
 def register_backend() -> None:
     """Registers the backend and lets the CPU platform honour it; idempotent."""
+    if NAME not in registry.AttentionBackendEnum.__members__:
+        warn_untested()
     member()
     if current_platform.is_cpu():
         _honour_choice(type(current_platform))

@@ -42,15 +42,20 @@ def describe(serving: Serving, page: int, length: int) -> list[str]:
 
 
 def _dynamic(masks: MaskSet, page: int) -> list[str]:
-    """What dynamic heads cost in memory, and whether budgets were fitted for this page size."""
+    """What dynamic heads cost in memory, who follows them, whether budgets fit the page size."""
     if masks.dynamic is None:
         return []
-    count = int((masks.modes == HeadMode.DYNAMIC).sum())
+    count, reusing = (
+        int((masks.modes == mode).sum()) for mode in (HeadMode.DYNAMIC, HeadMode.REUSE)
+    )
     size = masks.dynamic.rotations.shape[-1] ** 2 * 4 * count
     lines = [
         f"{count} dynamic KV heads: their keys are stored rotated, {size / 2**20:.2f} MiB of bases "
         "over all ranks, nothing beside the KV cache"
     ]
+    if masks.anchors is not None and reusing:
+        anchors = np.unique(masks.anchors[masks.modes == HeadMode.REUSE], axis=0)
+        lines.append(f"{reusing} KV heads reuse the pages that {len(anchors)} of them choose")
     fitted = masks.header.parameters.get("fit", {}).get("page", page)
     if fitted != page:
         lines.append(

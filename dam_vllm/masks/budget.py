@@ -16,6 +16,8 @@ import torch
 from torch.nn.functional import pad
 
 SUM_BLOCK = 64
+# Pages of the best that top-p adds up at a time: it ends where every row has enough.
+TOP_P_STEP = 64
 
 
 class BudgetKind(IntEnum):
@@ -60,12 +62,23 @@ class PageScores:
 
 
 def _total(weights: torch.Tensor) -> torch.Tensor:
-    """Sum over pages in blocks: zeros of longer requests in the batch change nothing."""
+    """Sum over pages, by halves of blocks: the same whatever and whoever else is in the batch.
+
+    `sum` adds up in an order that depends on the other dimensions.
+    """
     pages, *rest = weights.shape
-    padded = weights
-    if pages % SUM_BLOCK:
-        padded = pad(weights, (0, 0) * len(rest) + (0, -pages % SUM_BLOCK))
-    return padded.view(-1, SUM_BLOCK, *rest).sum(dim=1).cumsum(dim=0)[-1]
+    whole = pages // SUM_BLOCK * SUM_BLOCK
+    last = pad(weights[whole:], (0, 0) * len(rest) + (0, whole + SUM_BLOCK - pages))
+    sums = [_halved(part.view(-1, SUM_BLOCK, *rest)) for part in (weights[:whole], last)]
+    return torch.cat(sums).cumsum(dim=0)[-1]
+
+
+def _halved(blocks: torch.Tensor) -> torch.Tensor:
+    """Sum over the second dimension, a power of two."""
+    while blocks.shape[1] > 1:
+        half = blocks.shape[1] // 2
+        blocks = blocks[:, :half] + blocks[:, half:]
+    return blocks[:, 0]
 
 
 @dataclass(frozen=True)
@@ -87,11 +100,14 @@ class Budget(ABC):
     cap: int
 
     @abstractmethod
-    def wanted(self, mass: torch.Tensor, static: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-        """Pages wanted before floor and cap.
+    def wanted(
+        self, mass: torch.Tensor, largest: torch.Tensor, static: torch.Tensor, own: torch.Tensor
+    ) -> torch.Tensor:
+        """Pages wanted before floor and cap; beyond the cap, any number that is no smaller.
 
         Args:
             mass: float32 [pages, query blocks, rows], see `PageScores.mass`.
+            largest: float32 [query blocks, pages], the largest mass over rows.
             static: bool [query blocks, pages], pages that are read anyway.
             own: int64 [query blocks], the query block's own page.
 
@@ -135,7 +151,9 @@ class TopK(Budget):
 
     kind = BudgetKind.TOP_K
 
-    def wanted(self, mass: torch.Tensor, static: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    def wanted(
+        self, mass: torch.Tensor, largest: torch.Tensor, static: torch.Tensor, own: torch.Tensor
+    ) -> torch.Tensor:
         return torch.full_like(own, int(self.value))
 
     def expected_pages(self, causal: np.ndarray, share: float | np.ndarray) -> np.ndarray:
@@ -158,7 +176,9 @@ class Share(Budget):
 
     kind = BudgetKind.SHARE
 
-    def wanted(self, mass: torch.Tensor, static: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    def wanted(
+        self, mass: torch.Tensor, largest: torch.Tensor, static: torch.Tensor, own: torch.Tensor
+    ) -> torch.Tensor:
         return torch.ceil(self.value * (own + 1) - 1e-6).long()
 
     def expected_pages(self, causal: np.ndarray, share: float | np.ndarray) -> np.ndarray:
@@ -175,14 +195,25 @@ class TopP(Budget):
     kind = BudgetKind.TOP_P
     measured = True
 
-    def wanted(self, mass: torch.Tensor, static: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-        largest = mass.amax(dim=2).t()
-        order = largest.masked_fill(static, 2.0).argsort(dim=1, descending=True, stable=True)
-        ordered = mass.gather(0, order.t()[..., None].expand_as(mass))
-        reached = ordered.cumsum(dim=0)
-        # A row's shares add up to 1 but for rounding; absent rows have none and want nothing.
-        short = (reached - ordered < self.value - 1e-6) & (reached[-1] > 0.0)
-        return (short.any(dim=2).sum(dim=0) - static.sum(dim=1)).clamp_min(0)
+    def wanted(
+        self, mass: torch.Tensor, largest: torch.Tensor, static: torch.Tensor, own: torch.Tensor
+    ) -> torch.Tensor:
+        order = largest.masked_fill(static, 2.0).argsort(dim=1, descending=True, stable=True).t()
+        read, each = static.sum(dim=1), torch.arange(len(own), device=own.device)
+        # Absent rows have no mass and want nothing.
+        reached = torch.where(mass.amax(dim=0) > 0.0, 0.0, torch.inf)
+        count = torch.zeros_like(own)
+        # Where the cap ends it anyway, no further page needs to be added up.
+        for some in order[: int(read.max()) + self.cap].split(TOP_P_STEP):
+            added = mass[some, each]
+            before = added.cumsum(dim=0) - added + reached
+            # A row's shares add up to 1 but for rounding.
+            short = (before < self.value - 1e-6).any(dim=2)
+            count += short.sum(dim=0)
+            if not short[-1].any():
+                break
+            reached = before[-1] + added[-1]
+        return (count - read).clamp_min(0)
 
     def expected_pages(self, causal: np.ndarray, share: float | np.ndarray) -> np.ndarray:
         return np.asarray(np.ceil(share * causal - 1e-6))
@@ -207,8 +238,9 @@ def choose(scores: PageScores, static: torch.Tensor, budget: Budget) -> torch.Te
         bool [query_blocks, pages], disjoint from `static`.
     """
     mass = scores.mass()
-    count = budget.wanted(mass, static, scores.own).clamp(budget.floor, budget.cap)
-    largest = mass.amax(dim=2).t().masked_fill(static, 0.0)
+    largest = mass.amax(dim=2).t()
+    count = budget.wanted(mass, largest, static, scores.own).clamp(budget.floor, budget.cap)
+    largest = largest.masked_fill(static, 0.0)
     most = min(max(1, int(count.max())), largest.shape[1])
     ordered = largest.topk(most, dim=1).values
     last = ordered.gather(1, (count - 1).clamp(0, most - 1)[:, None])

@@ -39,20 +39,20 @@ def density(
             heads[:, layer], kv_heads[:, layer] = (
                 np.stack(part) for part in zip(*measured, strict=True)
             )
-            _add_dynamic(masks, layer, lengths, page, dense_below, heads, kv_heads)
+            _add_choosing(masks, layer, lengths, page, dense_below, heads, kv_heads)
     return heads, kv_heads
 
 
 def _static(
     masks: MaskSet, layer: int, length: int, page: int, dense_below: int
 ) -> tuple[FloatArray, FloatArray]:
-    """Density of a layer's heads, as if none were dynamic."""
+    """Density of a layer's heads, as if each read its static pages alone."""
     tables = head_tables(masks, layer, page, query_block_size(page))
     joined = tables.join(masks.heads // masks.kv_heads)
     return _density(tables, length, dense_below), _density(joined, length, dense_below)
 
 
-def _add_dynamic(
+def _add_choosing(
     masks: MaskSet,
     layer: int,
     lengths: list[int],
@@ -61,21 +61,30 @@ def _add_dynamic(
     heads: FloatArray,
     kv_heads: FloatArray,
 ) -> None:
-    """Overwrites a layer's dynamic heads; query heads read what their KV head reads."""
-    dynamic = np.flatnonzero(masks.modes[layer] == HeadMode.DYNAMIC)
-    if masks.dynamic is None or not len(dynamic):
+    """Overwrites a layer's dynamic and reusing heads.
+
+    Query heads read what their KV head reads, and a reusing head what its anchor is expected to
+    choose.
+    """
+    modes = masks.modes[layer]
+    choosing = np.flatnonzero((modes == HeadMode.DYNAMIC) | (modes == HeadMode.REUSE))
+    if masks.dynamic is None or not len(choosing):
         return
+    choosers: list[tuple[int, int]] = [
+        masks.anchor(layer, head) if modes[head] == HeadMode.REUSE else (layer, int(head))
+        for head in choosing
+    ]
     tables = page_tables(masks, layer, page, query_block=page)
     until = dense_until(dense_below, page)
     for row, length in enumerate(lengths):
         causal = np.arange(ceil_div(length, page)) + 1
-        read = tables.select(causal - 1).sum(axis=2)[dynamic]
-        chosen = [masks.dynamic.chosen(layer, head, page, causal) for head in dynamic]
+        read = tables.select(causal - 1).sum(axis=2)[choosing]
+        chosen = [masks.dynamic.chosen(*each, page, causal) for each in choosers]
         read = np.where((causal - 1) * page < until, causal, read + np.stack(chosen))
-        kv_heads[row, layer, dynamic] = np.minimum(read, causal).sum(axis=1) / causal.sum()
-    group = masks.heads // masks.kv_heads
-    joined = np.repeat(kv_heads[:, layer], group, axis=1)
-    own = np.isin(np.arange(masks.heads) // group, dynamic)
+        kv_heads[row, layer, choosing] = np.minimum(read, causal).sum(axis=1) / causal.sum()
+    heads_per_kv = masks.heads // masks.kv_heads
+    joined = np.repeat(kv_heads[:, layer], heads_per_kv, axis=1)
+    own = np.isin(np.arange(masks.heads) // heads_per_kv, choosing)
     heads[:, layer, own] = joined[:, own]
 
 

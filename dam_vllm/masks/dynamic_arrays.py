@@ -6,9 +6,14 @@ import numpy as np
 import numpy.typing as npt
 
 from dam_vllm.masks.budget import BUDGETS, Budget, BudgetKind
+from dam_vllm.masks.ranges import refuse_outside
 from dam_vllm.masks.rounding import ceil_div
 
 IntArray = npt.NDArray[np.int32]
+MAX_HEAD_SIZE = 1024
+MAX_TOKENS = 2**31 - 1
+# Of float32 bases, which eigenvectors in float64 and in float32 alike keep well within.
+ORTHOGONAL_WITHIN = 1e-4
 
 
 @dataclass(frozen=True)
@@ -37,31 +42,50 @@ class Dynamic:
     expected: npt.NDArray[np.float32]
 
     def check(self, layers: int, kv_heads: int) -> None:
-        """Checks shapes and ranges.
+        """Checks shapes, and every value but those of the rotations.
 
         Raises:
             ValueError: for an array of another shape, or a value that means nothing.
         """
-        size = self.rotations.shape[-1]
+        size = self.rotations.shape[-1] if self.rotations.ndim else 0
+        if not 1 <= size <= MAX_HEAD_SIZE:
+            raise ValueError(
+                f"dynamic.rotations has shape {self.rotations.shape}, must end in a head size "
+                f"from 1 to {MAX_HEAD_SIZE}"
+            )
         for name in vars(self):
             shape: tuple[int, ...] = (layers, kv_heads)
             if name == "rotations":
                 shape += (size, size)
             found = getattr(self, name).shape
             if found != shape:
-                raise ValueError(f"dynamic {name} has shape {found}, expected {shape}")
-        bounds = {
-            "channels": (1, size),
-            "kinds": (0, max(BudgetKind)),
-            "budgets": (0, np.inf),
-            "floors": (0, np.inf),
-            "caps": (0, np.inf),
-            "expected": (0, 1),
-        }
-        for name, (low, high) in bounds.items():
-            values = getattr(self, name)
-            if not ((values >= low) & (values <= high)).all():
-                raise ValueError(f"dynamic {name} must lie between {low} and {high}")
+                raise ValueError(f"dynamic.{name} has shape {found}, expected {shape}")
+        refuse_outside("dynamic.channels", self.channels, 1, size)
+        refuse_outside("dynamic.kinds", self.kinds, 0, max(BudgetKind))
+        most = np.where(self.kinds == BudgetKind.TOP_K, MAX_TOKENS, 1)
+        refuse_outside("dynamic.budgets", self.budgets, 0, most)
+        refuse_outside("dynamic.caps", self.caps, 0, MAX_TOKENS)
+        refuse_outside("dynamic.floors", self.floors, 0, self.caps)
+        refuse_outside("dynamic.expected", self.expected, 0, 1)
+
+    def check_rotations(self) -> None:
+        """Checks that every head's rotation is orthogonal within rounding.
+
+        Raises:
+            ValueError: for a value that is not finite or a matrix that is not orthogonal.
+        """
+        most = 1 + ORTHOGONAL_WITHIN
+        refuse_outside("dynamic.rotations", self.rotations, -most, most)
+        identity = np.eye(self.rotations.shape[-1], dtype=np.float32)
+        for layer, rotations in enumerate(self.rotations):
+            product = rotations.swapaxes(1, 2) @ rotations
+            off = np.abs(product - identity).max(axis=(1, 2))
+            head = int(off.argmax())
+            if off[head] > ORTHOGONAL_WITHIN:
+                raise ValueError(
+                    f"dynamic.rotations[{layer}, {head}] is not orthogonal: times its transpose it "
+                    f"is off the identity by {off[head]:.3g}, must be at most {ORTHOGONAL_WITHIN}"
+                )
 
     def budget(self, layer: int, head: int, page: int) -> Budget:
         """A KV head's budget, in pages of `page` tokens."""

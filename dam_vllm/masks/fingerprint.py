@@ -15,7 +15,7 @@ import struct
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 CONFIG_KEYS = (
     "model_type",
@@ -30,6 +30,7 @@ CONFIG_KEYS = (
     "layer_types",
     "attn_logit_softcapping",
 )
+PART = r"^[0-9A-Za-z]{1,64}$"
 SAMPLES = 4
 SAMPLE_BYTES = 64
 
@@ -44,8 +45,8 @@ class Fingerprint(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    config: str
-    weights: str | None = None
+    config: str = Field(pattern=PART)
+    weights: str | None = Field(default=None, pattern=PART)
 
     def mismatch(self, served: "Fingerprint") -> str | None:
         """Says how the masks' model (self) differs from the served one, or None."""

@@ -6,16 +6,25 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from dam_vllm.masks.dynamic_arrays import Dynamic
+from dam_vllm.masks.dynamic_arrays import MAX_TOKENS, Dynamic
 from dam_vllm.masks.fingerprint import Fingerprint
+from dam_vllm.masks.frontier_arrays import Frontier
+from dam_vllm.masks.ranges import refuse_outside, refuse_padding
 
 BoolArray = npt.NDArray[np.bool_]
 ByteArray = npt.NDArray[np.uint8]
 FloatArray = npt.NDArray[np.float32]
 
 LayerType = Literal["full", "sliding", "other"]
+MAX_LAYERS = 1024
+MAX_HEADS = 1024
+MAX_PCL = 2**16
+MAX_REACH = 2**22
+MAX_PAGE = 4096
+# Attention weights in bfloat16 add up to 1 within so much.
+COVERAGE_WITHIN = 0.01
 
 
 class HeadMode(IntEnum):
@@ -24,6 +33,8 @@ class HeadMode(IntEnum):
     STATIC = 0
     DYNAMIC = 1
     DENSE = 2
+    REUSE = 3
+    """Its static pages, and those that another, dynamic head chose: its *anchor*."""
 
 
 class Header(BaseModel):
@@ -45,13 +56,23 @@ class Header(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     kind: Literal["calibrated", "dense", "streaming"]
-    model: str
+    model: str = Field(max_length=4096, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")
     fingerprint: Fingerprint
-    layer_types: list[LayerType] = Field(min_length=1)
-    pcl: int = Field(ge=1)
-    reach: int | None = None
+    layer_types: list[LayerType] = Field(min_length=1, max_length=MAX_LAYERS)
+    pcl: int = Field(ge=1, le=MAX_PCL)
+    reach: int | None = Field(default=None, ge=1, le=MAX_REACH)
     parameters: dict[str, Any] = Field(default_factory=dict)
     quality: dict[str, Any] | None = None
+
+    @field_validator("parameters")
+    @classmethod
+    def _check_page_of_fit(cls, parameters: dict[str, Any]) -> dict[str, Any]:
+        """The one of the parameters that is used later."""
+        fit = parameters.get("fit", {"page": 1})
+        page = fit.get("page") if isinstance(fit, dict) else None
+        if type(page) is not int or not 1 <= page <= MAX_PAGE:
+            raise ValueError(f"fit.page must be tokens a page, from 1 to {MAX_PAGE}")
+        return parameters
 
 
 @dataclass(frozen=True)
@@ -76,6 +97,10 @@ class MaskSet:
         density_heads: float32 [n, layers, heads], density of each query head on its own.
         density_kv: float32 [n, layers, kv_heads], density of what is really read.
         dynamic: bases and budgets, where a head is dynamic.
+        anchors: int32 [layers, kv_heads, 2], layer and KV head of the anchor of each head that
+            reuses pages, of its own layer or an earlier one; -1 for heads of another mode. None
+            where no head does.
+        frontier: what else the fit could choose, see `dam_vllm.masks.targets`, or None.
     """
 
     columns: BoolArray
@@ -89,21 +114,68 @@ class MaskSet:
     density_heads: FloatArray | None = None
     density_kv: FloatArray | None = None
     dynamic: Dynamic | None = None
+    anchors: npt.NDArray[np.int32] | None = None
+    frontier: Frontier | None = None
 
     def __post_init__(self) -> None:
+        self._check_shapes()
+        self._check_modes()
+
+    def check_values(self) -> None:
+        """Checks what every value means, as it is done when a file is read or written.
+
+        What was checked when the set was made is checked again, for arrays that changed since.
+
+        Raises:
+            ValueError: naming the array, a value that it may not hold, and what is allowed.
+        """
+        self._check_modes()
+        self._check_layers_left_to_vllm()
+        spare = -(self.pcl * (self.pcl + 1) // 2) % 8
+        refuse_padding("true_bits", self.true_bits, spare)
+        for name in ("coverage", "coverage_extended"):
+            values = getattr(self, name)
+            if values is not None:
+                refuse_outside(name, values, 0, 1 + COVERAGE_WITHIN, nan=True)
+        if self.density_lengths is not None:
+            low = np.append(1, self.density_lengths[:-1].astype(np.int64) + 1)
+            refuse_outside("density_lengths", self.density_lengths, low, MAX_TOKENS)
+            for name in ("density_heads", "density_kv"):
+                values = getattr(self, name)
+                if values is not None:
+                    refuse_outside(name, values, 0, 1)
+        if self.dynamic is not None:
+            self.dynamic.check_rotations()
+
+    def _check_shapes(self) -> None:
+        for name, dimensions in (("columns", 3), ("modes", 2), ("density_lengths", 1)):
+            array = getattr(self, name)
+            if array is not None and (array.ndim != dimensions or 0 in array.shape):
+                raise ValueError(
+                    f"{name} has shape {array.shape}, must have {dimensions} sizes of at least 1"
+                )
         layers, heads, reach = self.columns.shape
-        pcl = self.header.pcl
+        pcl, kv_heads = self.header.pcl, self.kv_heads
+        if heads > MAX_HEADS or heads % kv_heads:
+            raise ValueError(
+                f"{heads} query heads: must be at most {MAX_HEADS} and a multiple of the "
+                f"{kv_heads} KV heads"
+            )
+        lengths = 0 if self.density_lengths is None else len(self.density_lengths)
         expected = {
             "diagonals": (layers, heads, reach),
             "true_bits": (layers, heads, lower_bytes(pcl)),
-            "modes": (layers, self.modes.shape[-1]),
+            "modes": (layers, kv_heads),
+            "coverage": (layers, heads),
+            "coverage_extended": (layers, heads),
+            "density_heads": (lengths, layers, heads),
+            "density_kv": (lengths, layers, kv_heads),
+            "anchors": (layers, kv_heads, 2),
         }
         for name, shape in expected.items():
-            found = getattr(self, name).shape
-            if found != shape:
-                raise ValueError(f"{name} has shape {found}, expected {shape}")
-        if heads % self.kv_heads:
-            raise ValueError(f"{heads} query heads are no multiple of {self.kv_heads} KV heads")
+            array = getattr(self, name)
+            if array is not None and array.shape != shape:
+                raise ValueError(f"{name} has shape {array.shape}, expected {shape}")
         if len(self.header.layer_types) != layers:
             raise ValueError(
                 f"layer_types names {len(self.header.layer_types)} layers, the masks hold {layers}"
@@ -112,10 +184,56 @@ class MaskSet:
             raise ValueError(
                 f"header says pcl {pcl} and reach {self.header.reach}, the masks hold {reach}"
             )
+
+    def _check_modes(self) -> None:
+        refuse_outside("modes", self.modes, 0, max(HeadMode))
         if self.dynamic is not None:
-            self.dynamic.check(layers, self.kv_heads)
+            self.dynamic.check(self.layers, self.kv_heads)
         elif (self.modes == HeadMode.DYNAMIC).any():
             raise ValueError("a head is dynamic, but there are no bases and budgets")
+        self._check_anchors()
+        if self.frontier is not None:
+            self.frontier.check(self.layers, self.kv_heads)
+
+    def _check_layers_left_to_vllm(self) -> None:
+        for layer, kind in enumerate(self.header.layer_types):
+            for name in ("columns", "diagonals", "true_bits"):
+                if kind != "full" and getattr(self, name)[layer].any():
+                    raise ValueError(
+                        f"{name}[{layer}] has bits, must be zeros in a layer of type {kind!r}"
+                    )
+
+    def _check_anchors(self) -> None:
+        reuses = self.modes == HeadMode.REUSE
+        if self.anchors is None:
+            if reuses.any():
+                raise ValueError("a head reuses pages, but there are no anchors")
+            return
+        if (self.anchors[~reuses] != -1).any():
+            raise ValueError("a head that reuses no pages has an anchor")
+        for layer, head in np.argwhere(reuses):
+            of_layer, of_head = self.anchors[layer, head]
+            if not (0 <= of_layer <= layer and 0 <= of_head < self.kv_heads):
+                raise ValueError(
+                    f"layer {layer}, KV head {head} reuses pages of layer {of_layer}, KV head "
+                    f"{of_head}: must be a head of its own layer or an earlier one"
+                )
+            if self.modes[of_layer, of_head] != HeadMode.DYNAMIC:
+                raise ValueError(
+                    f"layer {layer}, KV head {head} reuses pages of layer {of_layer}, KV head "
+                    f"{of_head}, which is not dynamic"
+                )
+            if self.header.layer_types[of_layer] != "full":
+                raise ValueError(
+                    f"layer {layer}, KV head {head} reuses pages of layer {of_layer}, which is "
+                    f"left to vLLM"
+                )
+
+    def anchor(self, layer: int, head: int) -> tuple[int, int]:
+        """Layer and KV head whose choice a reusing KV head follows."""
+        assert self.anchors is not None
+        of_layer, of_head = self.anchors[layer, head]
+        return int(of_layer), int(of_head)
 
     @property
     def layers(self) -> int:

@@ -3,7 +3,7 @@
 A query block is `query_block` consecutive query positions, cut at multiples of `query_block` of
 the absolute position; `query_block` is a multiple of the page size. Dynamic heads take one page
 for a query block, since a prefix found in the cache ends at a page. A page of keys before the
-query block is read if any query of the query block, for any query head of the KV head's group, may
+query block is read if any query of the query block, for any of the KV head's query heads, may
 see any key in it. The first page and the query block's own pages are always read, so no row is
 empty.
 
@@ -13,6 +13,7 @@ page) holds the true mask.
 """
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -73,6 +74,21 @@ class PageTables:
             columns=self.columns[heads],
             distances=self.distances[heads],
             dense=self.dense[heads],
+        )
+
+    @classmethod
+    def joined(cls, tables: Sequence["PageTables"]) -> "PageTables":
+        """The tables of several layers' heads, as if of one layer."""
+
+        def both(name: str) -> BoolArray:
+            return np.concatenate([getattr(each, name) for each in tables])
+
+        return replace(
+            tables[0],
+            near=both("near"),
+            columns=both("columns"),
+            distances=both("distances"),
+            dense=both("dense"),
         )
 
     def join(self, heads_per_kv: int) -> "PageTables":
@@ -153,9 +169,13 @@ def _page_distances(diagonals: BoolArray, page: int, query_block: int) -> BoolAr
     """
     heads, pcl = diagonals.shape
     result = np.zeros((heads, ceil_div(pcl, page) + 2), dtype=bool)
-    for head, kept in zip(*np.nonzero(diagonals), strict=True):
-        first = max(1, ceil_div(kept - query_block + 1, page))
-        result[head, first : ceil_div(kept, page) + 1] = True
+    for head, bits in enumerate(diagonals):
+        kept = np.flatnonzero(bits)
+        first = np.maximum(1, ceil_div(kept - query_block + 1, page))
+        starts, stops = (
+            np.bincount(at, minlength=result.shape[1]) for at in (first, ceil_div(kept, page) + 1)
+        )
+        result[head] = np.cumsum(starts - stops) > 0
     return result
 
 
@@ -201,6 +221,15 @@ class PageSelector:
         self.near = torch.from_numpy(near).to(device)
         self.columns = torch.from_numpy(columns).to(device)
         self.distances = torch.from_numpy(distances).to(device)
+
+    @classmethod
+    def joined(cls, selectors: Sequence["PageSelector"]) -> "PageSelector":
+        """Heads of several selectors as if of one; they differ in nothing else."""
+        made = copy(selectors[0])
+        for name in ("near", "columns", "distances"):
+            setattr(made, name, torch.cat([getattr(each, name) for each in selectors], dim=1))
+        made.heads = made.near.shape[1]
+        return made
 
     @property
     def own(self) -> int:

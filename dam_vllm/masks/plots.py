@@ -1,4 +1,4 @@
-"""Draws the masks of all heads: layers down, query heads across."""
+"""Draws the masks of all heads, what a fit could choose from, and which heads reuse whose pages."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from dam_vllm.masks.mask_set import FloatArray, MaskSet
+from dam_vllm.masks.mask_set import FloatArray, HeadMode, MaskSet
 from dam_vllm.masks.rounding import ceil_div
 from dam_vllm.masks.rule import token_mask
 
@@ -16,6 +16,13 @@ MAX_CELLS = 128
 MAX_ROWS = 16
 """Rows of a cell that are looked at; they lie evenly in a cell that has more."""
 INCHES = 1.5
+Place = tuple[int, int]
+MODE_COLORS = {
+    HeadMode.STATIC: "gainsboro",
+    HeadMode.DYNAMIC: "tab:blue",
+    HeadMode.REUSE: "lightskyblue",
+    HeadMode.DENSE: "dimgrey",
+}
 
 
 def plot_masks(masks: MaskSet, path: Path) -> None:
@@ -88,6 +95,54 @@ def _draw(axes: Axes, image: FloatArray, pcl: int, end: int) -> None:
     axes.set_xticks([0, pcl])
     axes.set_yticks([0, pcl])
     axes.tick_params(labelsize=6)
+
+
+def plot_reuse(masks: MaskSet, path: Path) -> None:
+    """Draws which heads reuse the pages of which: an arrow from each anchor to each follower.
+
+    Args:
+        masks: what to draw, layers down and KV heads across; a follower's square names its
+            anchor's layer and KV head.
+        path: image file; its suffix chooses the format.
+
+    Raises:
+        ValueError: for a suffix that matplotlib cannot write.
+    """
+    figure = Figure((0.9 * masks.kv_heads + 2.5, 0.5 * masks.layers + 1.5), layout="constrained")
+    axes = figure.subplots()
+    full = np.array([kind == "full" for kind in masks.header.layer_types])[:, None]
+    for mode, color in MODE_COLORS.items():
+        layers, heads = np.nonzero((masks.modes == mode) & full)
+        if len(layers):
+            axes.scatter(heads, layers, s=300, marker="s", c=color, label=mode.name.lower())
+    followers = [
+        (int(layer), int(head)) for layer, head in np.argwhere(masks.modes == HeadMode.REUSE)
+    ]
+    anchors = sorted({masks.anchor(*follower) for follower in followers})
+    for follower in followers:
+        anchor = masks.anchor(*follower)
+        _draw_arrow(axes, anchor, follower, f"C{anchors.index(anchor) % 10}")
+    axes.set_xticks(range(masks.kv_heads))
+    axes.set_yticks(range(masks.layers))
+    axes.set_xlim(-0.6, masks.kv_heads - 0.4)
+    axes.set_ylim(masks.layers - 0.4, -0.8)
+    axes.set_xlabel("KV head")
+    axes.set_ylabel("layer")
+    axes.set_title("Arrows: from who chooses pages to who reuses them", fontsize=9)
+    figure.legend(loc="outside right upper", fontsize=8, markerscale=0.5)
+    figure.savefig(path, dpi=110)
+
+
+def _draw_arrow(axes: Axes, anchor: Place, follower: Place, color: str) -> None:
+    """An arrow between two (layer, KV head), and the anchor's name at its end."""
+    arrow = {
+        "arrowstyle": "-|>", "color": color, "linewidth": 0.8, "shrinkA": 8, "shrinkB": 8,
+        # Curved, so that arrows over the same heads do not hide each other.
+        "connectionstyle": "arc3,rad=0.15",
+    }  # fmt: skip
+    axes.annotate("", follower[::-1], anchor[::-1], arrowprops=arrow)
+    name = f"{anchor[0]}.{anchor[1]}"
+    axes.text(follower[1], follower[0], name, size=6, ha="center", va="center")
 
 
 def plot_curve(fit: dict[str, Any], path: Path) -> None:

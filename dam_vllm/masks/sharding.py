@@ -26,8 +26,24 @@ class Shard:
 
     def dynamic_heads(self, masks: MaskSet, layer: int) -> list[int]:
         """This rank's dynamic KV heads, as local ids."""
+        return self._heads(masks, layer, HeadMode.DYNAMIC)
+
+    def reusing_heads(self, masks: MaskSet, layer: int) -> list[int]:
+        """This rank's reusing KV heads, as local ids."""
+        return self._heads(masks, layer, HeadMode.REUSE)
+
+    def anchor(self, masks: MaskSet, layer: int, head: int) -> tuple[int, int]:
+        """Layer and local id of a reusing head's anchor, which this rank holds too."""
+        of_layer, of_head = masks.anchor(layer, self.start + head)
+        return of_layer, of_head - self.start
+
+    def holds(self, head: int) -> bool:
+        """Whether the rank holds a KV head, told by its global id."""
+        return self.start <= head < self.stop
+
+    def _heads(self, masks: MaskSet, layer: int, wanted: HeadMode) -> list[int]:
         modes = masks.modes[layer, self.start : self.stop]
-        return [head for head, mode in enumerate(modes) if mode == HeadMode.DYNAMIC]
+        return [head for head, mode in enumerate(modes) if mode == wanted]
 
 
 def shards(kv_heads: int, ranks: int) -> list[Shard]:

@@ -1,40 +1,36 @@
-"""Real servers: one at a time, each asked once a session and stopped."""
+"""Engines by their setup: each is built and asked once a session."""
 
 import functools
 import json
 import os
 import random
+import subprocess
+import sys
 from dataclasses import dataclass
 
-import httpx
 import numpy as np
-import openai
 import pytest
 
 from dam_vllm.demo import model_dir
 from dam_vllm.masks.baselines import dense
 from dam_vllm.masks.file import save_mask_set
 from dam_vllm.masks.fingerprint import fingerprint
-from dam_vllm.server import Server
 from tests.conftest import fresh_seed, random_mask_set
+from tests.e2e.engine_run import RESULT
+from tests.e2e.engines import DONE
+from tests.interpreted_triton import V2
 
 PAGE = 32
 LENGTHS = (3001, 1537, 777, 150, 1999)
-NEW_TOKENS = 80
-COMMON = (
-    f"--block-size={PAGE}",
-    "--max-model-len=4096",
-    "--max-num-seqs=8",
-    "--no-enable-log-requests",
-)
+NEW_TOKENS = 48
 
 
 @dataclass(frozen=True)
 class Setup:
-    """A server's configuration; hashable, so that each is started once.
+    """An engine's configuration; hashable, so that each is built once.
 
     Attributes:
-        masks: "random", "dynamic", "dense", or None for the stock backend.
+        masks: "random", "dynamic", "reuse", "dense", or None for the stock backend.
         options: further options of the backend, as JSON.
         chunk: most tokens of a step.
         prefix_caching: whether prompts found in the cache are reused.
@@ -44,6 +40,7 @@ class Setup:
         dtype: of weights and activations.
         cache_dtype: of the KV cache.
         new: tokens that each prompt is answered with.
+        v2: whether vLLM takes its Model Runner V2.
     """
 
     masks: str | None = "random"
@@ -56,21 +53,26 @@ class Setup:
     dtype: str = "bfloat16"
     cache_dtype: str = "auto"
     new: int = NEW_TOKENS
+    v2: bool = False
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What a server answered: token ids and log-probabilities, alone, then all at once."""
+    """What an engine answered: token ids and log-probabilities, alone, then all at once.
 
-    alone: list[tuple[list[str], list[float]]]
-    together: list[tuple[list[str], list[float]]]
-    metrics: str
+    Attributes:
+        alone: of each prompt asked alone.
+        together: of each prompt, all asked at once.
+        preempted: requests that were preempted.
+        hits: tokens that were found in the prefix cache.
+        log: what the engine printed.
+    """
+
+    alone: list[tuple[list[int], list[float]]]
+    together: list[tuple[list[int], list[float]]]
+    preempted: int
+    hits: int
     log: str
-
-    def metric(self, name: str) -> float:
-        """Sum of a Prometheus metric."""
-        lines = (line for line in self.metrics.splitlines() if line.startswith(name))
-        return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
 
 
 @pytest.fixture(scope="session")
@@ -81,15 +83,16 @@ def seed():
 
 @pytest.fixture(scope="session")
 def mask_files(tmp_path_factory, seed):
-    """Random masks, the same with dynamic heads, and dense ones for the demo model."""
+    """Random masks, others with dynamic heads and with reusing ones, and dense ones."""
     folder = tmp_path_factory.mktemp("masks")
     model = str(model_dir())
     rng = np.random.default_rng(seed)
-    files = {name: folder / f"{name}.safetensors" for name in ("random", "dynamic", "dense")}
-    for name in ("random", "dynamic"):
+    kinds = ("random", "dynamic", "reuse")
+    files = {name: folder / f"{name}.safetensors" for name in (*kinds, "dense")}
+    for name in kinds:
         masks = random_mask_set(
-            rng, 4, 8, 4, pcl=333, share=0.006, dense=True, dynamic=name == "dynamic",
-            head_size=32, fingerprint=fingerprint(model),
+            rng, 4, 8, 4, pcl=333, share=0.006, dense=True, dynamic=name != "random",
+            reuse=name == "reuse", head_size=32, fingerprint=fingerprint(model),
         )  # fmt: skip
         save_mask_set(masks, files[name])
     save_mask_set(dense(model), files["dense"])
@@ -103,38 +106,79 @@ def prompts(seed):
 
 
 @pytest.fixture(scope="session")
-def answers(mask_files, prompts, seed):
+def engines(tmp_path_factory):
+    """Function from variables to a process that has them and builds engines; all end at last."""
+    folder = tmp_path_factory.mktemp("engines")
+    started = []
+
+    @functools.cache
+    def start(variables):
+        log = folder / f"{len(started)}.log"
+        with log.open("w") as errors:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "tests.e2e.engines"],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
+                env=os.environ | dict(variables), text=True,
+            )  # fmt: skip
+        started.append(process)
+        return process, log
+
+    yield start
+    for process in started:
+        process.communicate(timeout=60)
+
+
+@pytest.fixture(scope="session")
+def answers(mask_files, prompts, seed, engines):
     """Function from a Setup to its Answers."""
     print(f"seed {seed}")
 
     @functools.cache
     def ask(setup):
-        with Server(model_dir(), arguments(setup, mask_files), environment(setup)) as server:
-            client = openai.OpenAI(base_url=server.url, api_key="-", timeout=300)
-            alone = [complete(client, [prompt], setup.new)[0] for prompt in prompts]
-            together = complete(client, prompts, setup.new)
-            metrics = httpx.get(server.url.removesuffix("/v1") + "/metrics").text
-            return Answers(alone, together, metrics, server.output())
+        process, log = engines(tuple(environment(setup).items()))
+        asked = {"arguments": arguments(setup, mask_files), "prompts": prompts, "new": setup.new}
+        told = log.stat().st_size
+        process.stdin.write(json.dumps(asked) + "\n")
+        process.stdin.flush()
+        lines = []
+        for line in process.stdout:
+            if line.strip() == DONE:
+                break
+            lines.append(line)
+        printed = "".join(lines) + log.read_bytes()[told:].decode(errors="replace")
+        found = [line for line in lines if line.startswith(RESULT)]
+        assert len(found) == 1, printed[-6000:]
+        result = json.loads(found[0].removeprefix(RESULT))
+        alone, together = ([chosen(each) for each in result[key]] for key in ("alone", "together"))
+        return Answers(alone, together, result["preempted"], result["hits"], printed)
 
     return ask
 
 
+def chosen(answer):
+    """Tokens of an answer, and the log-probability of each."""
+    pairs = zip(answer["tokens"], answer["logprobs"], strict=True)
+    return answer["tokens"], [logprobs[str(token)] for token, logprobs in pairs]
+
+
 def arguments(setup, mask_files):
-    """Command line of `vllm serve`."""
-    result = [
-        *COMMON,
-        f"--max-num-batched-tokens={setup.chunk}",
-        f"--kv-cache-memory-bytes={setup.pages * page_bytes(setup)}",
-        f"--tensor-parallel-size={setup.tensor_parallel}",
-        f"--dtype={setup.dtype}",
-        f"--kv-cache-dtype={setup.cache_dtype}",
-        "--enable-prefix-caching" if setup.prefix_caching else "--no-enable-prefix-caching",
-    ]
-    if setup.eager:
-        result.append("--enforce-eager")
+    """Keyword arguments of `LLM`."""
+    result = {
+        "model": str(model_dir()),
+        "block_size": PAGE,
+        "max_model_len": 4096,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": setup.chunk,
+        "kv_cache_memory_bytes": setup.pages * page_bytes(setup),
+        "tensor_parallel_size": setup.tensor_parallel,
+        "dtype": setup.dtype,
+        "kv_cache_dtype": setup.cache_dtype,
+        "enable_prefix_caching": setup.prefix_caching,
+        "enforce_eager": setup.eager,
+    }
     if setup.masks:
         options = {"masks": str(mask_files[setup.masks])} | json.loads(setup.options)
-        result += ["--attention-backend=dam", "--additional-config", json.dumps({"dam": options})]
+        result |= {"attention_backend": "dam", "additional_config": {"dam": options}}
     return result
 
 
@@ -145,13 +189,13 @@ def page_bytes(setup):
 
 
 def environment(setup):
-    """Variables of the server.
+    """Variables of the engine's process.
 
     By default vLLM's CPU kernel splits a sequence over its threads, where it has several, by what
     else a step holds, so that a request rounds differently in a batch. Answers are compared bit for
     bit in bfloat16, which therefore runs without; float32 keeps the default.
     """
-    result = {}
+    result = dict(V2) if setup.v2 else {}
     if setup.dtype == "bfloat16":
         result["VLLM_CPU_ATTN_SPLIT_KV"] = "0"
     if setup.tensor_parallel > 1:
@@ -159,17 +203,3 @@ def environment(setup):
         ranks = [str(cores[rank % len(cores)]) for rank in range(setup.tensor_parallel)]
         result["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(ranks)
     return result
-
-
-def complete(client, prompts, new):
-    """Greedy completions of token ids, in one request: tokens and log-probabilities of each."""
-    reply = client.completions.create(
-        model=str(model_dir()),
-        prompt=prompts,
-        max_tokens=new,
-        temperature=0,
-        logprobs=1,
-        extra_body={"ignore_eos": True, "return_tokens_as_token_ids": True},
-    )
-    choices = sorted(reply.choices, key=lambda choice: choice.index)
-    return [(choice.logprobs.tokens, choice.logprobs.token_logprobs) for choice in choices]

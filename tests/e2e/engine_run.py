@@ -10,6 +10,8 @@ import sys
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+from tests.interpreted_triton import assert_runner, stand_in
+
 PAGE = 32
 RESULT = "RESULT "
 CANCELLED = "cancelled"
@@ -17,6 +19,7 @@ CANCELLED = "cancelled"
 
 def main(setup):
     """Answers each prompt alone or all at once, as `setup` (a dict) says."""
+    stand_in()
     from vllm import LLM
 
     if setup.get("sliding_window"):
@@ -27,6 +30,8 @@ def main(setup):
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(ranks)
     llm = LLM(**arguments(setup))
     engine = llm.llm_engine.engine_core.engine_core
+    if not setup.get("ranks"):
+        assert_runner(engine)
     pool = engine.scheduler.kv_cache_manager.block_pool
     watch = Watch(engine, pool, poison=setup.get("poison", False))
     if setup.get("cancel"):

@@ -1,8 +1,9 @@
-"""What serving must not depend on, and what it must be equal to, over HTTP."""
+"""What serving must not depend on, and what it must be equal to."""
 
 import numpy as np
 import pytest
 
+from tests.conftest import differs_without_avx512, needs_fp8_on_cpu
 from tests.e2e.conftest import LENGTHS, NEW_TOKENS, PAGE, Setup
 
 pytestmark = pytest.mark.e2e
@@ -10,7 +11,15 @@ pytestmark = pytest.mark.e2e
 # Random prompts leave the model unsure, so that bf16 rounding moves its log-probabilities far.
 BF16_ROUNDING, FP32_ROUNDING = 0.25, 2e-3
 # The oracle takes long a token, whatever its place; the first ones are computed as the others.
-NAIVE = {"options": '{"dense_below": 0, "kernel": "naive"}', "new": 24}
+NAIVE = {"options": '{"dense_below": 0, "kernel": "naive"}', "new": 8}
+
+
+# Pages that hold all prompts, but not what is generated.
+FULL = sum(-(-length // PAGE) for length in LENGTHS) + 1
+
+
+# Masks whose heads choose pages.
+CHOOSING = [pytest.param(name, marks=differs_without_avx512) for name in ("dynamic", "reuse")]
 
 
 def assert_same(first, second):
@@ -64,12 +73,13 @@ def test_chunked_prefill(answers, chunk):
     assert_same(answers(Setup(chunk=chunk)).alone, answers(Setup()).alone)
 
 
-def test_chunked_prefill_of_dynamic_heads(answers):
+@pytest.mark.parametrize("masks", CHOOSING)
+def test_chunked_prefill_of_dynamic_heads(answers, masks):
     """Where chunks end at pages; a page of queries that a chunk splits is chosen for in parts."""
-    assert_same(answers(Setup("dynamic", chunk=512)).alone, answers(Setup("dynamic")).alone)
+    assert_same(answers(Setup(masks, chunk=512)).alone, answers(Setup(masks)).alone)
 
 
-@pytest.mark.parametrize("masks", ["random", "dynamic"])
+@pytest.mark.parametrize("masks", ["random", *CHOOSING])
 def test_mixed_batch(answers, masks):
     assert_same(answers(Setup(masks)).together, answers(Setup(masks)).alone)
 
@@ -78,22 +88,32 @@ def test_mixed_batch_in_chunks(answers):
     assert_same(answers(Setup(chunk=500)).together, answers(Setup()).alone)
 
 
-@pytest.mark.parametrize("masks", ["random", "dynamic"])
+@pytest.mark.parametrize("masks", ["random", *CHOOSING])
 def test_prefix_cache(answers, masks):
     cached = answers(Setup(masks, prefix_caching=True))
-    assert cached.metric("vllm:prefix_cache_hits_total") > sum(LENGTHS) * 0.8
+    assert cached.hits > sum(LENGTHS) * 0.8
     assert_same(cached.alone, answers(Setup(masks)).alone)
     assert_same(cached.together, answers(Setup(masks)).alone)
 
 
 def test_preemption(answers):
-    """All prompts fit into the cache, what is generated does not."""
-    preempted = answers(Setup(pages=sum(-(-length // PAGE) for length in LENGTHS) + 1))
-    assert preempted.metric("vllm:num_preemptions_total") > 0
+    preempted = answers(Setup(pages=FULL))
+    assert preempted.preempted > 0
     assert_same(preempted.together, answers(Setup()).alone)
 
 
-@pytest.mark.parametrize("masks", ["random", "dynamic"])
+def test_preemption_of_reusing_heads(answers):
+    """Against the naive kernel: computed again, generated tokens choose a page at a time."""
+    change = {"pages": FULL, "dtype": "float32", "new": 12}
+    fast, naive = (
+        answers(Setup("reuse", **change)),
+        answers(Setup("reuse", **NAIVE | change)),
+    )
+    assert fast.preempted == naive.preempted > 0
+    assert_close(fast.together, naive.together, FP32_ROUNDING)
+
+
+@pytest.mark.parametrize("masks", ["random", "dynamic", "reuse"])
 def test_naive_kernel(answers, masks):
     fast = answers(Setup(masks, dtype="float32"))
     naive = answers(Setup(masks, dtype="float32", **NAIVE))
@@ -101,6 +121,27 @@ def test_naive_kernel(answers, masks):
     assert_close(fast.together, naive.together, FP32_ROUNDING)
 
 
+# What V2 runs under the interpreter takes long a token.
+V2 = {"v2": True, "dtype": "float32", "new": 12}
+
+
+@pytest.mark.parametrize("masks", ["random", "dynamic"])
+def test_model_runner_v2(answers, masks):
+    """In chunks, with prefixes found in the cache."""
+    first = answers(Setup(masks, dtype="float32"))
+    second = answers(Setup(masks, chunk=512, prefix_caching=True, **V2))
+    assert second.hits > sum(LENGTHS) * 0.8
+    assert_close(first.alone, second.alone, FP32_ROUNDING)
+    assert_close(first.together, second.together, FP32_ROUNDING)
+
+
+def test_model_runner_v2_preempts(answers):
+    second = answers(Setup(pages=FULL, **{**V2, "new": 40}))
+    assert second.preempted > 0
+    assert_close(answers(Setup(dtype="float32")).together, second.together, FP32_ROUNDING)
+
+
+@needs_fp8_on_cpu
 def test_fp8_cache(answers):
     fast, naive = (
         answers(Setup(cache_dtype="fp8")),
@@ -136,10 +177,12 @@ def test_short_requests_run_dense(answers):
 
 
 def test_start_up_table(answers):
-    log = answers(Setup()).log
+    """With an option of its own, since a process tells the same table once."""
+    own = {"options": '{"dense_below": 64}', "new": 1}
+    log = answers(Setup(**own)).log
     assert "DAM masks" in log
-    assert "PCL 333, page 32, dense below 0, kernel auto; density at 4096 tokens" in log
+    assert "PCL 333, page 32, dense below 64, kernel auto; density at 4096 tokens" in log
     assert "1 dense" in log
     assert "DAM masks" not in answers(Setup(masks=None)).log
-    dynamic = answers(Setup("dynamic")).log
+    dynamic = answers(Setup("dynamic", **own)).log
     assert "8 dynamic KV heads: their keys are stored rotated, 0.03 MiB of bases" in dynamic

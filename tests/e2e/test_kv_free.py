@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,9 @@ from dam_vllm.masks.file import load_mask_set, save_mask_set
 from dam_vllm.masks.fingerprint import fingerprint
 from dam_vllm.masks.mask_set import HeadMode
 from dam_vllm.options import MASKS_IN_MODEL
-from tests.conftest import random_mask_set
+from tests.conftest import needs_fp8_on_cpu, random_mask_set
 from tests.e2e.engine_run import PAGE, RESULT
+from tests.interpreted_triton import V2
 
 pytestmark = pytest.mark.e2e
 
@@ -42,13 +44,14 @@ def masks(tmp_path_factory, seed):
     static = random_mask_set(rng, 4, 8, 4, pcl=333, share=0.006, fingerprint=identity)
     modes = static.modes.copy()
     modes[0] = [HeadMode.DYNAMIC, HeadMode.STATIC, HeadMode.DENSE, HeadMode.DYNAMIC]
-    modes[2] = [HeadMode.DYNAMIC, HeadMode.DYNAMIC, HeadMode.STATIC, HeadMode.DYNAMIC]
+    modes[2] = [HeadMode.REUSE, HeadMode.DYNAMIC, HeadMode.STATIC, HeadMode.REUSE]
+    anchors = np.full((4, 4, 2), -1, np.int32)
+    anchors[2, 0], anchors[2, 3] = (0, 0), (0, 3)
     mixed = random_mask_set(
         rng, 4, 8, 4, pcl=333, share=0.006, dynamic=True, head_size=32, fingerprint=identity
     )
-    mixed.modes[:] = modes
     save_mask_set(static, folder / "static")
-    save_mask_set(mixed, folder / "mixed")
+    save_mask_set(replace(mixed, modes=modes, anchors=anchors), folder / "mixed")
     static.modes[::2] = HeadMode.DENSE
     save_mask_set(static, folder / "halves")
     made = {name: str(folder / name) for name in ("static", "mixed", "halves")}
@@ -71,7 +74,9 @@ def run(masks, seed, tmp_path_factory):
         try:
             return subprocess.run(
                 [sys.executable, "-m", "tests.e2e.engine_run", str(file)],
-                env=os.environ | {"VLLM_CPU_OMP_THREADS_BIND": str(core)},
+                env=os.environ
+                | {"VLLM_CPU_OMP_THREADS_BIND": str(core)}
+                | (V2 if json.loads(text).get("v2") else {}),
                 capture_output=True, text=True, timeout=300,
             )  # fmt: skip
         finally:
@@ -196,6 +201,7 @@ def pages_held(masks, lengths):
     return held
 
 
+@needs_fp8_on_cpu
 def test_fp8_cache_and_dense_requests(run):
     """Requests below `dense_below` read everything, longer ones beyond it what masks say."""
     setup = {
@@ -207,6 +213,19 @@ def test_fp8_cache_and_dense_requests(run):
     )
     assert "units of 1 KV heads" in log
     assert_close(expected, found, BF16_ROUNDING)
+    assert_whole(found)
+
+
+def test_model_runner_v2(run, masks):
+    """Pages freed by head and filled with NaN; preempted, with prefixes found in the cache."""
+    setup = {"kind": "mixed", "new": 12}
+    (expected, _), (found, log) = together(
+        lambda: run(LENGTHS[1:], "off", max_len=4096, **setup),
+        lambda: run(LENGTHS[1:], "head", max_len=4096, poison=True, v2=True, **setup),
+    )
+    assert "DAM frees KV pages" in log
+    assert found["poisoned"] > 0
+    assert_close(expected, found)
     assert_whole(found)
 
 

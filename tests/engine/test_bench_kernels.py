@@ -45,6 +45,24 @@ def test_virtual_step_equals_oracle(prompt):
     torch.testing.assert_close(found, oracle(prompt, masks), rtol=2e-2, atol=2e-2)
 
 
+def test_dynamic_steps_are_what_they_are_called(prompt):
+    from dam_vllm.bench.masks import dynamic_masks
+    from dam_vllm.bench.on_vllm.cpu_kernels import dynamic_steps
+
+    channels, page = 16, prompt.shape.page
+    steps = dynamic_steps(prompt, dynamic_masks(KV_HEADS, GROUP, 64, channels, 64))
+    gathered, pages = steps.gather(), 777 // page
+    key = prompt.key[: pages * page, :, :channels].float().view(pages, page, KV_HEADS, channels)
+    assert torch.equal(gathered[:, :pages], key.permute(2, 0, 3, 1))
+    first = 777 // (1024 // GROUP) * (1024 // GROUP)
+    query = prompt.query[first:].float().unflatten(1, (KV_HEADS, GROUP))[:, -1, :, :channels]
+    expected = torch.matmul(query.flatten(0, 1), gathered[-1]).amax(-1)
+    torch.testing.assert_close(steps.product(), expected, rtol=1e-4, atol=1e-4)
+    selected = steps.select()
+    assert selected.shape == (KV_HEADS, pages + 1, pages + 1)
+    assert torch.equal(selected, selected.tril())
+
+
 @pytest.mark.parametrize("page", [32, 128])
 def test_flex_sees_the_same_mask(rng, page):
     """Blocks only change which pairs are computed, so the eager function tells enough."""

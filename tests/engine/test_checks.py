@@ -1,18 +1,23 @@
 """Configurations that are refused before anything is loaded."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from dam_vllm.demo import model_dir
 from dam_vllm.masks.baselines import streaming
 from dam_vllm.masks.file import save_mask_set
 from dam_vllm.masks.fingerprint import fingerprint
+from dam_vllm.masks.mask_set import HeadMode
+from dam_vllm.masks.sharding import Shard
 from dam_vllm.options import DamOptions, OptionError
 from tests.conftest import random_mask_set
+from tests.frontiers import with_frontier
 
 pytestmark = pytest.mark.engine
 
@@ -22,7 +27,13 @@ MODEL = str(model_dir())
 def config(masks, **changed):
     """What admit reads of vLLM's configuration."""
     values = {
-        "parallel_config": {"decode_context_parallel_size": 1, "prefill_context_parallel_size": 1},
+        "parallel_config": {
+            "tensor_parallel_size": 1,
+            "pipeline_parallel_size": 1,
+            "decode_context_parallel_size": 1,
+            "prefill_context_parallel_size": 1,
+            "use_ubatching": False,
+        },
         "cache_config": {"block_size": 32, "cache_dtype": "auto"},
         "speculative_config": None,
         "kv_transfer_config": None,
@@ -60,6 +71,7 @@ def test_what_fits_is_served(masks):
     [
         ({"parallel_config": {"decode_context_parallel_size": 2}}, "--decode-context-parallel-s"),
         ({"parallel_config": {"prefill_context_parallel_size": 4}}, "-parallel-size is 4"),
+        ({"parallel_config": {"use_ubatching": True}}, "--enable-dbo .*plans one batch at a time"),
         ({"cache_config": {"block_size": 24}}, "--block-size is 24"),
         ({"cache_config": {"cache_dtype": "nvfp4"}}, "--kv-cache-dtype is nvfp4"),
         ({"model_config": {"use_mla": True}}, "multi-head latent attention"),
@@ -82,6 +94,116 @@ def test_rotated_pages_stay_in_the_process(tmp_path, rng):
     assert admit(config(file)).masks.dynamic is not None
     with pytest.raises(OptionError, match="--kv-transfer-config names Some"):
         admit(config(file, kv_transfer_config={"kv_connector": "Some"}))
+
+
+def test_a_target_chooses_from_the_frontier(tmp_path, rng):
+    from dam_vllm.engine.checks import admit
+
+    file, identity = tmp_path / "masks.safetensors", fingerprint(MODEL)
+    each = [random_mask_set(rng, 4, 8, 4, dynamic=True, fingerprint=identity) for _ in range(4)]
+    each = [dataclasses.replace(masks, dynamic=each[0].dynamic) for masks in each]
+    save_mask_set(with_frontier(each), file)
+    for target, point in (({}, 0), ({"target_density": 0.2}, 2), ({"target_error": 0.02}, 3)):
+        served = admit(config(file, additional_config={"dam": {"masks": str(file)} | target}))
+        np.testing.assert_array_equal(served.masks.columns, each[point].columns)
+    with pytest.raises(OptionError, match=r"dam\.target_density is 0\.01: must be at least 0\.05"):
+        admit(config(file, additional_config={"dam": {"masks": str(file), "target_density": 0.01}}))
+
+
+@pytest.fixture(scope="module")
+def following(tmp_path_factory):
+    """Function from pairs of a follower and its anchor, (layer, KV head) each, to a mask file."""
+    folder, identity = tmp_path_factory.mktemp("following"), fingerprint(MODEL)
+
+    def make(pairs):
+        masks = random_mask_set(
+            np.random.default_rng(0), 4, 8, 4, dynamic=True, fingerprint=identity
+        )
+        anchors = np.full((4, 4, 2), -1, np.int32)
+        for follower, anchor in pairs.items():
+            masks.modes[follower], anchors[follower] = HeadMode.REUSE, anchor
+        file = folder / f"{len(list(folder.iterdir()))}.safetensors"
+        save_mask_set(dataclasses.replace(masks, anchors=anchors), file)
+        return file
+
+    return make
+
+
+# The first pair stays within its halves of heads and layers.
+FOLLOWERS = {(1, 2): (0, 3), (2, 0): (0, 1), (3, 0): (3, 3)}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "stages", "message"),
+    [
+        (1, 1, None),
+        (
+            2,
+            1,
+            "tensor-parallel-size is 2: in mask file .* layer 3, KV head 0 reuses .* layer 3, KV",
+        ),
+        (
+            1,
+            2,
+            "pipeline-parallel-size is 2: in mask file .* layer 2, KV head 0 reuses .* layer 0, K",
+        ),
+        (
+            4,
+            1,
+            "tensor-parallel-size is 4: in mask file .* layer 1, KV head 2 .* KV head 3 chooses",
+        ),
+        (1, 4, "pipeline-parallel-size is 4: in mask file .* layer 1, KV head 2 .*fewer ranks, or"),
+    ],
+)
+def test_anchors_on_other_ranks_are_refused(following, ranks, stages, message):
+    from dam_vllm.engine.checks import admit
+
+    parallel = {"tensor_parallel_size": ranks, "pipeline_parallel_size": stages}
+    asked = config(following(FOLLOWERS), parallel_config=parallel)
+    if message is None:
+        assert admit(asked).masks.anchor(1, 2) == (0, 3)
+    else:
+        with pytest.raises(OptionError, match=message):
+            admit(asked)
+
+
+def test_anchors_on_the_same_rank_are_followed(following):
+    """Ranks that share a KV head hold its anchor of an earlier layer; stages hold whole layers."""
+    from dam_vllm.engine.checks import admit
+
+    for pairs, parallel in (
+        ({(1, 2): (0, 3), (3, 0): (0, 1)}, {"tensor_parallel_size": 2}),
+        ({(1, 1): (0, 1), (3, 3): (2, 3)}, {"tensor_parallel_size": 8}),
+        ({(1, 2): (0, 3), (3, 0): (2, 3)}, {"pipeline_parallel_size": 2}),
+    ):
+        asked = config(following(pairs), parallel_config=parallel)
+        assert (admit(asked).masks.modes == HeadMode.REUSE).sum() == 2
+
+
+def test_followers_need_pages_of_one_size(following):
+    from dam_vllm.attention.chosen_pages import ChosenPages
+    from dam_vllm.engine.backend import chosen_pages
+    from dam_vllm.engine.checks import admit
+
+    serving = admit(config(following(FOLLOWERS)))
+    kept = ChosenPages.of_masks(serving.masks, Shard(0, 4))
+    impl = SimpleNamespace(chosen=kept)
+    for _ in range(2):
+        assert chosen_pages(serving, impl, 32) is kept
+    with pytest.raises(OptionError, match="layers have 32 and 64 tokens"):
+        chosen_pages(serving, impl, 64)
+    nobody = SimpleNamespace(chosen=ChosenPages())
+    assert chosen_pages(serving, nobody, 32) is chosen_pages(serving, nobody, 64)
+
+
+def test_start_up_table_tells_who_reuses(following):
+    from dam_vllm.engine import checks
+    from dam_vllm.engine.report import describe
+
+    serving = checks.admit(config(following({**FOLLOWERS, (3, 2): (3, 1), (1, 0): (0, 1)})))
+    lines = describe(serving, 32, 4096)
+    assert "5 KV heads reuse the pages that 4 of them choose" in lines
+    assert lines[-3].endswith("2 dynamic, 2 reuse")
 
 
 @pytest.mark.parametrize(("mode", "accepted"), [("strict", False), ("config", True)])
@@ -112,7 +234,7 @@ def test_other_weights(tmp_path, mode, accepted):
         (False, {}, None),
         (False, {"granularity": "token", "kv_free": "layer"}, None),
         (False, {"kernel": "flash", "granularity": "token"}, "dam.granularity is 'token': it"),
-        (False, {"kv_free": "head"}, "dam.kv_free is 'head': on GPU it must be 'auto'"),
+        (False, {"kv_free": "head"}, None),
     ],
 )
 def test_options_of_other_platforms_are_refused(masks, monkeypatch, cpu, options, message):
@@ -123,7 +245,8 @@ def test_options_of_other_platforms_are_refused(masks, monkeypatch, cpu, options
     asked = config(masks, additional_config={"dam": {"masks": str(masks), **options}})
     if message is None:
         served = checks.admit(asked).options
-        assert checks.may_free_heads(served) == (cpu and served.kv_free in ("auto", "head"))
+        wanted = served.kv_free == "head" or (cpu and served.kv_free == "auto")
+        assert checks.may_free_heads(served) == wanted
     else:
         with pytest.raises(OptionError, match=message):
             checks.admit(asked)

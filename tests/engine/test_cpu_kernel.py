@@ -12,6 +12,7 @@ from dam_vllm.attention.oracle import dynamic_mask, masked_attention, page_mask
 from dam_vllm.attention.rotation import HeadRotation
 from dam_vllm.masks.page_tables import PageSelector, page_tables
 from dam_vllm.masks.sharding import Shard
+from tests.conftest import needs_fp8_on_cpu
 
 pytestmark = pytest.mark.engine
 
@@ -57,8 +58,8 @@ def fill_cache(keys, values, page, kv_heads, dtype, cache_dtype, isa, rng):
         (torch.float16, "auto", 64, 0.0, 4e-3),
         (torch.bfloat16, "auto", 32, 0.0, 3e-2),
         (torch.bfloat16, "auto", 128, 5.0, 3e-2),
-        (torch.bfloat16, "fp8", 32, 0.0, 3e-2),
-        (torch.bfloat16, "fp8_e5m2", 32, 0.0, 3e-2),
+        pytest.param(torch.bfloat16, "fp8", 32, 0.0, 3e-2, marks=needs_fp8_on_cpu),
+        pytest.param(torch.bfloat16, "fp8_e5m2", 32, 0.0, 3e-2, marks=needs_fp8_on_cpu),
     ],
 )
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -93,7 +94,6 @@ def test_kernel_equals_oracle(
         selector=PageSelector([page_tables(masks, 0, page)]),
         kernel=kernel,
         layout=KVLayout(True, FP8_DTYPES.get(cache_dtype)),
-        computed=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32,
     )
     output = torch.full((int(starts[-1]), 6, SIZE), torch.nan, dtype=dtype)
     query = torch.cat(new)
@@ -120,12 +120,12 @@ def test_kernel_equals_oracle(
             )  # fmt: skip
             own = mine[:, :stop] & torch.ones(count, stop, dtype=bool).tril(stop - count)
             agreed.append(float((own.numpy() == oracle).mean()))
-            # Random pages are nearly equal, and scores in bfloat16 may order them otherwise.
-            mask[2:4] = own if dtype == torch.bfloat16 else torch.from_numpy(oracle)
+            # Random pages are nearly equal, and rounding may order them otherwise.
+            mask[2:4] = own
             key[:, 1] = key[:, 1] @ rotation.rotations[0].T
         expected = masked_attention(new[row], key, value, mask, SCALE, softcap)
         torch.testing.assert_close(found[rows], expected, rtol=tolerance, atol=tolerance)
-    assert not heads or min(agreed) > (0.7 if dtype == torch.bfloat16 else 0.9999)
+    assert not heads or min(agreed) > 0.99
 
 
 def read_pages(pages, cache_dtype):

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 import torch
 
+from dam_vllm.attention.layout import KVLayout
 from dam_vllm.attention.oracle import dynamic_mask, exact_mask, masked_attention, page_mask
-from dam_vllm.attention.rotation import HeadRotation
 from dam_vllm.demo import model_dir
 from dam_vllm.options import DamOptions, OptionError
+from tests.unit.attention.cuda.launches import Launches
 from tests.unit.attention.cuda.no_sync import no_sync
 from tests.unit.attention.cuda.varlen_oracle import varlen
 
@@ -26,7 +27,8 @@ pytestmark = pytest.mark.engine
 SIZE, PAGE, HEADS, KV_HEADS, LONGEST = 64, 32, 6, 3, 1024
 NAME = "model.layers.0.self_attn.attn"
 GROUP = HEADS // KV_HEADS
-KEY_SCALE, VALUE_SCALE = 0.5, 0.25
+QUERY_SCALE, KEY_SCALE, VALUE_SCALE = 0.03, 0.5, 0.25
+FP8 = torch.float8_e4m3fn
 # Tokens up to the last query, and queries; vLLM puts requests with one query first.
 MIXED = ((300, 1), (65, 1), (411, 250), (129, 129), (5, 5), (271, 2))
 DECODE = ((391, 1), (1, 1), (640, 1), (64, 1))
@@ -41,13 +43,13 @@ def backend(monkeypatch, random_masks, rng, device):
     from vllm.v1.kv_cache_interface import FullAttentionSpec, KVQuantMode
 
     from dam_vllm.engine import backend as shared
-    from dam_vllm.engine import cuda
+    from dam_vllm.engine import cuda, cuda_builder, cuda_layers
     from dam_vllm.engine.checks import Serving
     from dam_vllm.masks.sharding import Shard
 
     def make(
         dtype=torch.float32, stored=None, softcap=0.0, mode="static", padded=None, masks=None,
-        local=(0, KV_HEADS), shares=None, **options,
+        local=(0, KV_HEADS), shares=None, version=None, **options,
     ):  # fmt: skip
         masks = masks or random_masks(
             layers=1, heads=HEADS, kv_heads=KV_HEADS, pcl=150, share=0.01,
@@ -55,11 +57,15 @@ def backend(monkeypatch, random_masks, rng, device):
         )  # fmt: skip
         kv_heads = local[1] - local[0]
         serving = Serving(DamOptions(**options), Path("masks"), masks)
-        for module in (cuda, shared):
+        for module in (cuda, cuda_builder, cuda_layers, shared):
             monkeypatch.setattr(module, "admit", lambda config: serving)
-        for module in (cuda, shared):
+        for module in (cuda_layers, shared):
             monkeypatch.setattr(module, "shard", lambda count: Shard(*local))
-        monkeypatch.setattr(cuda, "log_masks", lambda *args: None)
+        if version is not None:
+            monkeypatch.setattr(flash_attn, "get_flash_attn_version", lambda *a, **given: version)
+            schedule = {"get_scheduler_metadata": lambda **given: torch.zeros(5)}
+            monkeypatch.setattr(flash_attn, *schedule.popitem(), raising=False)
+        monkeypatch.setattr(cuda_builder, "log_masks", lambda *args: None)
         if not hasattr(flash_attn, "flash_attn_varlen_func"):
             monkeypatch.setattr(flash_attn, "flash_attn_varlen_func", varlen, raising=False)
         monkeypatch.setattr(
@@ -67,24 +73,35 @@ def backend(monkeypatch, random_masks, rng, device):
         )
         name = "fp8_e4m3" if stored else "auto"
         config = EngineArgs(
-            model=str(model_dir()), max_model_len=LONGEST, block_size=PAGE, kv_cache_dtype=name
+            model=str(model_dir()),
+            max_model_len=LONGEST,
+            block_size=PAGE,
+            max_num_seqs=6,
+            kv_cache_dtype=name,
+            dtype=str(dtype).removeprefix("torch."),
         ).create_engine_config()
         with set_current_vllm_config(config):
             made = cuda.DamCUDAImpl(
                 kv_heads * GROUP, SIZE, 0.17, kv_heads, None, None, name, logits_soft_cap=softcap,
                 kv_sharing_target_layer_name=shares,
             )  # fmt: skip
-        layer = SimpleNamespace(
-            impl=made, layer_name=NAME, _k_scale_float=KEY_SCALE, _v_scale_float=VALUE_SCALE
-        )
+        scales = {"q": QUERY_SCALE, "k": KEY_SCALE, "v": VALUE_SCALE}
+        floats = {f"_{part}_scale_float": scale for part, scale in scales.items()}
+        tensors = {
+            f"_{part}_scale": torch.tensor(scale, device=device) for part, scale in scales.items()
+        }
+        layer = SimpleNamespace(impl=made, layer_name=NAME, **floats, **tensors)
         config.compilation_config.static_forward_context[NAME] = layer
         spec = FullAttentionSpec(
             block_size=PAGE, num_kv_heads=kv_heads, head_size=SIZE, dtype=stored or dtype,
             kv_quant_mode=KVQuantMode.FP8_PER_TENSOR if stored else KVQuantMode.NONE,
             page_size_padded=padded,
         )  # fmt: skip
-        made.rotation = HeadRotation.of_layer(masks, 0, Shard(*local), device)
-        builder = cuda.DamCUDAMetadataBuilder(spec, [NAME], config, device)
+        made.rotation = made.rotations.of_layer(masks, 0, Shard(*local), device)
+        monkeypatch.setattr(shared, "set_up_layers", lambda config: None)
+        made.asks = made.supports_quant_query_input
+        made.process_weights_after_loading(dtype)
+        builder = cuda_builder.DamCUDAMetadataBuilder(spec, [NAME], config, device)
         return SimpleNamespace(builder=builder, impl=made, layer=layer, masks=masks)
 
     return make
@@ -133,8 +150,10 @@ class Steps:
 
     def run(self, served, metadata):
         cache = self.cache.view(torch.uint8) if self.stored else self.cache
-        output = torch.full_like(self.query, torch.nan)
-        served.impl.forward(served.layer, self.query, None, None, cache, metadata, output)
+        output, query = torch.full_like(self.query, torch.nan), self.query
+        if self.stored and served.impl.asks:
+            query = (query / QUERY_SCALE).to(FP8)  # by vLLM's layer
+        served.impl.forward(served.layer, query, None, None, cache, metadata, output)
         return output.float().cpu()
 
     def expected(self, served, granularity="page", dense_below=0, softcap=0.0):
@@ -142,8 +161,12 @@ class Steps:
         rows, first = [], 0
         rotation = served.impl.rotation
         query = self.query
-        if rotation is not None:
+        if served.impl.quantises:
+            query = served.impl.prepared(served.layer, query).float() * QUERY_SCALE
+        elif rotation is not None:
             query = rotation.queries(query, KV_HEADS)
+        if self.stored and served.impl.asks:
+            query = (query / QUERY_SCALE).to(FP8).float() * QUERY_SCALE
         query = query.cpu()
         scales = (KEY_SCALE, VALUE_SCALE) if self.stored else (1.0, 1.0)
         for (stop, count), key, value in zip(self.requests, self.keys, self.values, strict=True):
@@ -191,6 +214,77 @@ def test_step_equals_oracle(backend, rng, device, requests, options, dtype, stor
     )
     error = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
     torch.testing.assert_close(found, wanted, rtol=error, atol=error)
+
+
+@pytest.mark.parametrize("requests", [MIXED, DECODE], ids=["mixed", "decode"])
+@pytest.mark.parametrize("mode", ["static", "dynamic"])
+def test_flash_attention_3_serves_an_fp8_cache(backend, rng, device, monkeypatch, requests, mode):
+    """With descales, over queries that vLLM quantises, or we where some are rotated first."""
+    from vllm.v1.attention.backends import flash_attn
+
+    given = []
+
+    def record(**each):
+        given.append(each)
+        varlen(**each)
+
+    monkeypatch.setattr(flash_attn, "flash_attn_varlen_func", record, raising=False)
+    torch.manual_seed(int(rng.integers(2**31)))
+    served = backend(torch.bfloat16, FP8, 0.0, mode, version=3, kernel="flash", dense_below=0)
+    assert served.impl.asks == (mode == "static")
+    assert served.impl.supports_quant_query_input  # of FlashAttention's own path
+    steps = Steps(rng, device, torch.bfloat16, FP8)
+    metadata = served.builder.build(0, steps.step(served, requests))
+    given.clear()
+    found = steps.run(served, metadata)
+    assert given
+    for each in given:
+        assert each["q"].dtype == each["k"].dtype == each["v"].dtype == FP8
+        assert each["softmax_scale"] == pytest.approx(0.17)
+        sequences = len(each["seqused_k"])
+        for name, scale in (("q", QUERY_SCALE), ("k", KEY_SCALE), ("v", VALUE_SCALE)):
+            assert each[f"{name}_descale"].shape == (sequences, 1)
+            assert (each[f"{name}_descale"] == torch.tensor(scale)).all()
+    torch.testing.assert_close(found, steps.expected(served), rtol=3e-2, atol=3e-2)
+
+
+@pytest.mark.parametrize("mode", ["static", "dynamic"])
+def test_dense_steps_of_an_fp8_cache_are_flash_attentions_own(
+    backend, rng, device, monkeypatch, mode
+):
+    """Also layers without masks beside dynamic ones; their queries come quantised there too."""
+    from vllm.v1.attention.backends import flash_attn
+
+    given = []
+    monkeypatch.setattr(
+        flash_attn, "flash_attn_varlen_func", lambda *_, **each: given.append(each), raising=False
+    )
+    served = backend(torch.bfloat16, FP8, 0.0, mode, version=3, dense_below=512)
+    steps = Steps(rng, device, torch.bfloat16, FP8)
+    metadata = served.builder.build(0, steps.step(served, MIXED))
+    assert metadata.planned is None
+    for rotation in (served.impl.rotation, None):
+        served.impl.rotation, given[:] = rotation, []
+        steps.run(served, metadata)
+        (each,) = given
+        assert each["q"].dtype == each["k"].dtype == FP8
+        assert (each["q_descale"] == torch.tensor(QUERY_SCALE)).all()
+
+
+@pytest.mark.parametrize(
+    ("version", "dtype", "granularity"),
+    [(4, torch.bfloat16, "page"), (3, torch.float16, "page"), (3, torch.bfloat16, "token")],
+)
+def test_triton_serves_an_fp8_cache_elsewhere(backend, rng, device, version, dtype, granularity):
+    served = backend(dtype, FP8, version=version, dense_below=512, granularity=granularity)
+    assert not served.impl.asks
+    assert not served.impl.supports_quant_query_input
+    steps = Steps(rng, device, dtype, FP8)
+    # Even where every page is read: FlashAttention would take quantised queries alone.
+    found = steps.run(served, served.builder.build(0, steps.step(served, MIXED)))
+    torch.testing.assert_close(
+        found, steps.expected(served, granularity, 512), rtol=3e-2, atol=3e-2
+    )
 
 
 @pytest.mark.parametrize("mode", ["static", "dynamic"])
@@ -256,6 +350,48 @@ def test_short_steps_are_flash_attentions_own(backend, rng, device):
     assert served.builder.build(0, steps.step(served, DECODE)).planned is not None
 
 
+@pytest.mark.parametrize(
+    ("mode", "stored", "more"),
+    [("static", None, 1), ("static", FP8, 0), ("dynamic", None, 6), ("dynamic", FP8, 6)],
+)
+def test_short_requests_in_a_graph_take_few_launches(
+    backend, rng, device, monkeypatch, mode, stored, more
+):
+    """Queries that are a slice of the projection, as in serving; besides the plan, one a step."""
+    from vllm.v1.attention.backends import flash_attn
+
+    launches = Launches()
+
+    def attend(*args, **given):
+        launches.all.append("FlashAttention")
+
+    monkeypatch.setattr(flash_attn, "flash_attn_varlen_func", attend, raising=False)
+    served = backend(torch.bfloat16, stored, mode=mode, version=3, kernel="flash", dense_below=512)
+    steps = Steps(rng, device, torch.bfloat16, stored)
+    common = steps.step(served, DECODE)
+    stock = served.builder.build(0, replace(common, max_seq_len=300))
+    assert stock.planned is None
+    captured = served.builder.build_for_cudagraph_capture(replace(common, max_seq_len=LONGEST))
+    fused = torch.randn(len(DECODE), HEADS + 2 * KV_HEADS, SIZE).to(torch.bfloat16).to(device)
+    query = fused[:, :HEADS]
+    if served.impl.quantised and served.impl.asks:
+        query = (query / QUERY_SCALE).to(FP8)  # by vLLM, contiguous
+    counts = []
+    for metadata in (stock, captured):
+        output = torch.empty(query.shape, dtype=torch.bfloat16, device=device)
+        cache = steps.cache.view(torch.uint8) if stored else steps.cache
+        launches.all.clear()
+        with launches:
+            served.impl.forward(served.layer, query, None, None, cache, metadata, output)
+        # `flash` is our call of FlashAttention, which tells of itself.
+        counts.append([name for name in launches.all if name != "flash"])
+    assert counts[0][-1] == "FlashAttention"
+    assert len(counts[0]) == (1 if mode == "static" else 2)  # queries are rotated there too
+    counts[1].remove("_plan_kernel")
+    assert counts[1].count("FlashAttention") == 1
+    assert len(counts[1]) <= 1 + more
+
+
 def test_token_masks_do_not_depend_on_the_step(backend, rng, device, monkeypatch):
     """Pages of 48 make query blocks of 144: up to there queries are dense, in any step."""
     monkeypatch.setattr(sys.modules[__name__], "PAGE", 48)
@@ -283,7 +419,11 @@ def test_whole_layers_are_refused_beside_a_quantised_cache(backend, random_masks
 @pytest.mark.parametrize(
     ("options", "stored", "message"),
     [
-        ({"kernel": "flash"}, torch.float8_e4m3fn, "dam.kernel is 'flash'.*an fp8 KV cache"),
+        (
+            {"kernel": "flash"},
+            torch.float8_e4m3fn,
+            "dam.kernel is 'flash'.*an fp8 KV cache without FlashAttention 3",
+        ),
         ({"kernel": "flash", "granularity": "token"}, None, 'does not serve granularity "token"'),
     ],
 )
@@ -294,10 +434,10 @@ def test_flash_is_refused_where_it_cannot_serve(backend, options, stored, messag
 
 def test_pages_are_counted_as_they_are_read(backend, rng, device, monkeypatch):
     from dam_vllm.attention.page_counts import COUNTS
-    from dam_vllm.engine import cuda
+    from dam_vllm.engine import cuda_builder
     from dam_vllm.engine.counters import PageCounters
 
-    monkeypatch.setattr(cuda, "counting", lambda config: True)
+    monkeypatch.setattr(cuda_builder, "counting", lambda config: True)
     served = backend(dense_below=0)
     steps = Steps(rng, device, torch.float32, None)
     COUNTS.read = COUNTS.dense = 0
@@ -326,7 +466,7 @@ def test_padded_pages_are_refused(backend):
 @pytest.mark.parametrize("mode", ["static", "dynamic"])
 def test_kernels_are_compiled_before_the_first_request(backend, rng, device, monkeypatch, mode):
     """What the layer launches is launched once, for prefill and for decoding."""
-    from dam_vllm.attention.cuda import paged, plan, score, select, shares
+    from dam_vllm.attention.cuda import merge, paged, plan, rotation, score, select, shares
 
     launched, watched = set(), set()
 
@@ -338,7 +478,7 @@ def test_kernels_are_compiled_before_the_first_request(backend, rng, device, mon
             launched.add(self.name)
             return self.kernel[grid]
 
-    for module in (paged, plan, score, select, shares):
+    for module in (merge, paged, plan, rotation, score, select, shares):
         source = Path(module.__file__).read_text()
         for name in vars(module).copy():
             if re.search(rf"(?<!\w){name}\[\(", source):
@@ -346,17 +486,68 @@ def test_kernels_are_compiled_before_the_first_request(backend, rng, device, mon
                 monkeypatch.setattr(module, name, Watched(name, getattr(module, name)))
     assert watched == {
         "_attend_kernel", "_merge_kernel", "_plan_kernel", "_score_pages", "_sum_chunks",
-        "_share_pages", "_choose_pages",
+        "_share_pages", "_choose_pages", "_rotate",
     }  # fmt: skip
     served = backend(kernel="triton", mode=mode, dense_below=0)
     warmed = launched.copy()
     steps = Steps(rng, device, torch.float32, None)
     for requests in (MIXED, DECODE):
         steps.run(served, served.builder.build(0, steps.step(served, requests)))
-    # Splits, and so their merge, are taken only where few programs would leave a GPU idle.
-    assert launched - {"_merge_kernel"} == warmed - {"_merge_kernel"}
-    chosen = {"_score_pages", "_sum_chunks", "_share_pages", "_choose_pages"}
+    assert launched == warmed
+    chosen = {"_score_pages", "_sum_chunks", "_share_pages", "_choose_pages", "_rotate"}
     assert (warmed >= chosen) == (mode == "dynamic")
+
+
+def test_a_page_holds_a_block_of_keys_unless_told():
+    from dam_vllm.engine.cuda import DamCUDABackend
+
+    assert DamCUDABackend.get_preferred_block_size(16) == 128
+    assert DamCUDABackend.get_preferred_block_size(256) == 256
+    assert DamCUDABackend.supports_block_size(16)
+
+
+@pytest.mark.parametrize(("kernel", "rows"), [("flash", 2048), ("triton", 0)])
+def test_memory_is_taken_before_the_cache_is(backend, monkeypatch, kernel, rows):
+    """While weights are loaded; the builder, which comes after vLLM has measured, takes none."""
+    from dam_vllm.attention.cuda import scratch as module
+    from dam_vllm.engine import cuda_layers
+
+    served = backend(kernel=kernel, dense_below=0)
+    impl, config = served.impl, served.impl.config
+    impl.scratch = None
+    impl.process_weights_after_loading(torch.float32)
+    scratch = impl.scratch
+    tokens = config.scheduler_config.max_num_batched_tokens
+    assert tokens == 2048
+    assert len(scratch.query) == len(scratch.output) == rows * HEADS * SIZE
+    monkeypatch.setattr(cuda_layers, "Scratch", None)
+    free = scratch.left()
+    builder = served.builder._sparse({NAME: served.layer}, KVLayout(False))
+    assert builder.scratch is scratch
+    taken = free - scratch.left()
+    assert 0 < taken * 4 < module.PLAN_BYTES
+    width, slots = LONGEST // PAGE, tokens // 128 + 2 * config.scheduler_config.max_num_seqs
+    assert taken == pytest.approx(KV_HEADS * slots * (width + 2), rel=0.01)
+
+
+def test_decoding_bounds_the_splits_of_flash_attention_3(backend, rng, device, monkeypatch):
+    """As stock does under CUDA graphs; version 2 takes none, and prefill is never split."""
+    from vllm.v1.attention.backends import flash_attn
+
+    given = []
+    monkeypatch.setattr(
+        flash_attn, "flash_attn_varlen_func", lambda **each: given.append(each), raising=False
+    )
+    for aot, most, expected in ((True, 32, 32), (True, 0, 0), (False, 32, 0)):
+        served = backend(kernel="flash", dense_below=0)
+        builder = served.builder
+        builder.aot_schedule, builder.max_num_splits = aot, most
+        builder.sparse = builder._sparse({NAME: served.layer}, KVLayout(False))
+        steps, given[:] = Steps(rng, device, torch.float32, None), []
+        steps.run(served, builder.build(0, steps.step(served, MIXED)))
+        assert [(each["max_seqlen_q"], each["num_splits"]) for each in given] == [
+            (1, expected), (128, 1)
+        ]  # fmt: skip
 
 
 def test_shared_caches_hold_no_rotated_keys(backend):

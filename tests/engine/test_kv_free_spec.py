@@ -1,5 +1,6 @@
 """Our KV-cache spec and manager inside vLLM's own pool, coordinator and grouping."""
 
+import importlib.util
 from types import SimpleNamespace
 
 import pytest
@@ -216,15 +217,19 @@ def test_no_page_is_lost_whatever_requests_do(rng):
     assert cache.is_whole()
 
 
+def grouping():
+    """vLLM's rule, which 0.33 moved."""
+    found = importlib.util.find_spec("vllm.v1.core.kv_cache_planning")
+    name = "kv_cache_utils" if found is None else "kv_cache_planning"
+    return importlib.import_module(f"vllm.v1.core.{name}").get_kv_cache_groups
+
+
 @pytest.mark.parametrize(
     ("kept", "freed"), [(4, 4), (6, 10), (12, 4), (5, 4), (1, 7), (0, 6), (7, 2), (13, 12)]
 )
 def test_vllm_groups_as_we_foresee(kept, freed):
     """Groups and "maximum concurrency", so that the enumeration chooses by what comes true."""
-    from vllm.v1.core.kv_cache_utils import (
-        get_kv_cache_groups,
-        get_max_concurrency_for_kv_cache_config,
-    )
+    from vllm.v1.core.kv_cache_utils import get_max_concurrency_for_kv_cache_config
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.kv_cache_layout import KVCacheLayout
 
@@ -238,7 +243,7 @@ def test_vllm_groups_as_we_foresee(kept, freed):
         cache_config=SimpleNamespace(get_resolved_kv_cache_layout=lambda: KVCacheLayout.LBHNC),
         speculative_config=None,
     )
-    groups = get_kv_cache_groups(config, specs(kept, freed))
+    groups = grouping()(config, specs(kept, freed))
     foreseen = group_units(kept, freed)
     assert len(groups) == foreseen.groups
     assert max(len(group.layer_names) for group in groups) == foreseen.size

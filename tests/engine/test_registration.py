@@ -69,3 +69,18 @@ def test_model_native_sparse_attention_is_refused():
     config = AttentionSelectorConfig(64, torch.bfloat16, "auto", 32, use_sparse=True)
     with pytest.raises(ValueError, match="sparse attention of its own, which DAM does not serve"):
         current_platform.get_attn_backend_cls(member(), config)
+
+
+@pytest.mark.parametrize(
+    ("version", "warned"), [("0.32.1", False), ("0.33.0+cu130", False), ("0.34.0", True)]
+)
+def test_an_untested_release_is_named(monkeypatch, version, warned):
+    import vllm
+
+    from dam_vllm.engine import private
+
+    monkeypatch.setattr(vllm, "__version__", version)
+    messages = []
+    monkeypatch.setattr(private.logger, "warning", lambda *told: messages.append(told))
+    private.warn_untested()
+    assert [told[-1] for told in messages] == [version] * warned

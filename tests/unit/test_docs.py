@@ -59,7 +59,8 @@ def test_commands_exist(page):
     targets = re.findall(r"(?m)^([\w-]+):", (ROOT / "Makefile").read_text())
     for target in re.findall(r"(?m)(?:^    |`)make ([\w-]+)", text):
         assert target in targets
-    for line in re.findall(r"(?m)(?:^    |`)dam-vllm ([^`\n]+)", text):
+    blocks = re.findall(r"(?m)^    dam-vllm (.+)$", text)
+    for line in [*blocks, *re.findall(r"`dam-vllm ([^`]+)`", text)]:
         command, words = get_command(app), line.split("#")[0].split()
         while words and hasattr(command, "commands"):
             assert words[0].split("|")[0] in command.commands, line
@@ -79,6 +80,15 @@ def test_the_code_map_is_the_code():
             assert (package / name).exists(), name
         for file in files:
             assert (package / room / file).is_file(), f"{room}{file}"
-    for room in ("masks/", "attention/", "attention/cpu/", "attention/cuda/", "engine/"):
+    for room in (
+        "masks/",
+        "attention/",
+        "attention/cpu/",
+        "attention/cuda/",
+        "engine/",
+        "engine/kv_free/",
+        "calibration/fit/",
+        "calibration/static/",
+    ):
         present = {file.name for file in (package / room).glob("*.py")} - {"__init__.py"}
         assert present == set(rooms[room]), room

@@ -11,10 +11,15 @@ def test_defaults_where_nothing_is_said():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"mask": "x"}, r"unknown option 'dam.mask'; allowed are masks, dense_below"),
+        ({"mask": "x"}, r"unknown option 'dam.mask'; allowed are masks, target_density"),
         ({"dense_below": -1}, r"dam.dense_below is -1"),
         ({"kernel": "fast"}, r"dam.kernel is 'fast': .*'auto', 'flash', 'triton' or 'naive'"),
         ({"kv_free": "heads"}, r"dam.kv_free is 'heads': .*'auto', 'off', 'layer' or 'head'"),
+        ({"target_density": 0}, r"dam.target_density is 0: .*greater than 0"),
+        (
+            {"target_density": 0.1, "target_error": 0.2},
+            r"dam: target_density is 0\.1 and target_error is 0\.2: at most one",
+        ),
         ("masks", r'"dam" is \'masks\', must be an object'),
     ],
 )

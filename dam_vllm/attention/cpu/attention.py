@@ -10,15 +10,17 @@ from typing import Protocol
 
 import torch
 
+from dam_vllm.attention.chosen_pages import ChosenPages
 from dam_vllm.attention.cpu.plan import Plan, VirtualPages, build_plan, plan_pages
-from dam_vllm.attention.cpu.select import CachedKeys, select_dynamic
+from dam_vllm.attention.cpu.select import CachedKeys, choose_dynamic
 from dam_vllm.attention.cpu.workspace import WORKSPACE
-from dam_vllm.attention.dynamic_heads import DynamicHeads
+from dam_vllm.attention.dynamic_heads import DynamicHeads, ReusingHeads
 from dam_vllm.attention.interface import Step
 from dam_vllm.attention.layout import KVLayout
 from dam_vllm.attention.page_counts import COUNTS
 from dam_vllm.attention.query_blocks import QueryBlocks, cut_query_blocks
 from dam_vllm.masks.page_tables import PageSelector
+from dam_vllm.masks.rounding import ceil_div
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,11 @@ class CPULayer:
         scale: factor of the scores.
         softcap: soft-capping of the scores, 0 for none.
         fixed: KV heads whose pages are known without queries, ascending.
-        dynamic: how the others choose, or None without any.
+        dynamic: how dynamic heads choose, or None without any.
         key_scale: factor of the stored keys.
         value_scale: factor of the stored values.
+        reusing: what reusing heads follow, or None without any.
+        index: global layer index, by which followers name it.
     """
 
     scale: float
@@ -59,6 +63,14 @@ class CPULayer:
     dynamic: DynamicHeads | None = None
     key_scale: float = 1.0
     value_scale: float = 1.0
+    reusing: ReusingHeads | None = None
+    index: int = 0
+
+    @property
+    def choosing(self) -> list[int]:
+        """KV heads whose pages depend on queries: dynamic ones, then reusing ones."""
+        kinds = (self.dynamic, self.reusing)
+        return [head for heads in kinds if heads is not None for head in heads.ids]
 
 
 class PagedKernel(Protocol):
@@ -106,7 +118,8 @@ class CPUPlan:
     Attributes:
         fixed: by layer name, virtual sequences of the heads whose pages are known, or None without
             such heads.
-        chosen: the queries cut at pages, for dynamic heads; None where these read everything too.
+        chosen: the queries cut at pages, for dynamic and reusing heads; None where these read
+            everything too.
         new: int64 [requests], queries of each request.
         where: virtual pages of all layers and heads.
         tokens: query rows of the step, without padding.
@@ -128,14 +141,14 @@ class CPUAttention:
         selector: page tables of these layers, in this order.
         kernel: computes attention over selected pages.
         layout: of the cache.
-        computed: dtype in which keys are scored; bfloat16 where they have no more digits.
+        chosen: bool [query blocks, pages] of what anchors chose in this step.
     """
 
     served: Mapping[str, CPULayer]
     selector: PageSelector
     kernel: PagedKernel
     layout: KVLayout
-    computed: torch.dtype
+    chosen: ChosenPages[torch.Tensor] = field(default_factory=ChosenPages)
     _rows: Mapping[str, int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -153,7 +166,7 @@ class CPUAttention:
 
     def plan(self, step: Step) -> CPUPlan:
         """The step's plan, over block tables that the layers share."""
-        pages = (int(step.seq_lens.max()) + self.selector.page - 1) // self.selector.page
+        pages = ceil_div(int(step.seq_lens.max()), self.selector.page)
         table = step.block_table[:, :pages]
         where = VirtualPages.of_layers(table, self.selector.layers, self.selector.heads)
         return self.plan_over(step, where)
@@ -166,7 +179,7 @@ class CPUAttention:
         for row, (name, layer) in enumerate(self.served.items()):
             fixed[name] = self._fixed(plan, row, layer.fixed)
             if step.max_query_len > 1:
-                pages = (plan.seq_lens[row] + self.selector.page - 1) // self.selector.page
+                pages = ceil_div(plan.seq_lens[row], self.selector.page)
                 read = pages.view(self.selector.heads, -1)[layer.fixed]
                 COUNTS.add_prefill(read, blocks, new, self.selector.page)
         chosen = cut_query_blocks(step.query_start_loc, step.seq_lens, self.selector.page)
@@ -206,9 +219,9 @@ class CPUAttention:
         shape = (tokens, self.selector.heads, heads // self.selector.heads, size)
         asked, result = query[:tokens].view(shape), output[:tokens].view(shape)
         batches, served = [plan.fixed[layer]], self.served[layer]
-        if served.dynamic is not None and plan.chosen is not None:
+        if served.choosing and plan.chosen is not None:
             selected = self.select(plan, layer, asked, cache)
-            batches.append(self._chosen(plan, layer, served.dynamic, selected))
+            batches.append(self._chosen(plan, layer, selected))
         for batch in batches:
             if batch is not None:
                 self._attend(served, asked, cache, batch, result)
@@ -216,7 +229,7 @@ class CPUAttention:
     def select(
         self, plan: CPUPlan, layer: str, query: torch.Tensor, cache: torch.Tensor
     ) -> torch.Tensor:
-        """Selects the pages of a layer's dynamic heads for the queries at hand.
+        """Selects the pages of a layer's dynamic and reusing heads for the queries at hand.
 
         Args:
             plan: the step's.
@@ -225,24 +238,30 @@ class CPUAttention:
             cache: [blocks, kv_heads, page, 2 * head_size], which holds these queries' keys.
 
         Returns:
-            bool [dynamic heads, query blocks, pages], static ones included.
+            bool [heads, query blocks, pages] of the layer's `choosing` heads, static ones included.
         """
-        dynamic = self.served[layer].dynamic
-        assert dynamic is not None
         assert plan.chosen is not None
-        heads = torch.tensor(dynamic.ids)
-        scoring = query.transpose(0, 1)[..., : max(dynamic.channels)]
-        tables = plan.where.take(self._rows[layer], heads).tables()[0]
-        keys = CachedKeys(self.layout.channels(cache), self.computed, self.layout.stored)
-        return select_dynamic(dynamic, scoring[heads], keys, plan.chosen, tables)
+        served, selected = self.served[layer], []
+        if served.dynamic is not None:
+            dynamic, heads = served.dynamic, torch.tensor(served.dynamic.ids)
+            scoring = query.transpose(0, 1)[..., : max(dynamic.channels)]
+            tables = plan.where.take(self._rows[layer], heads).tables()[0]
+            keys = CachedKeys(self.layout.channels(cache), self.layout.stored)
+            static, chosen = choose_dynamic(dynamic, scoring[heads], keys, plan.chosen, tables)
+            self.chosen.keep(served.index, dict(zip(dynamic.ids, chosen, strict=True)))
+            selected.append(static | chosen)
+        if served.reusing is not None:
+            reused = torch.stack(self.chosen.of(served.reusing.anchors))
+            static = served.reusing.static.select(plan.chosen.index, reused.shape[2])[0]
+            selected.append(static | reused)
+        self.chosen.drop(served.index)
+        return torch.cat(selected)
 
-    def _chosen(
-        self, plan: CPUPlan, layer: str, dynamic: DynamicHeads, selected: torch.Tensor
-    ) -> VirtualBatch:
-        """Virtual sequences of a layer's dynamic heads."""
+    def _chosen(self, plan: CPUPlan, layer: str, selected: torch.Tensor) -> VirtualBatch:
+        """Virtual sequences of a layer's dynamic and reusing heads."""
         assert plan.chosen is not None
         COUNTS.add_prefill(selected.sum(-1), plan.chosen, plan.new, self.selector.page)
-        heads = torch.tensor(dynamic.ids)
+        heads = torch.tensor(self.served[layer].choosing)
         where = plan.where.take(self._rows[layer], heads)
         made = plan_pages(selected[None], where, plan.chosen, self.selector.page)
         table, lens, starts = made.block_table[0], made.seq_lens[0], made.query_start_loc

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 
 from dam_vllm.attention.cpu.score import (
-    KEY_BLOCK,
     max_scores_of_own_page,
     max_scores_of_rows,
     max_scores_of_span,
@@ -26,16 +25,14 @@ SPAN_ROWS = 1024
 
 @dataclass(frozen=True)
 class CachedKeys:
-    """Rotated keys in the cache, and what they are scored in.
+    """Rotated keys in the cache.
 
     Attributes:
         pages: [virtual pages, head_size, page]; bytes where the cache is fp8.
-        computed: dtype of the scores; bfloat16 where keys have no more digits.
         stored: dtype of an fp8 cache, else None.
     """
 
     pages: torch.Tensor
-    computed: torch.dtype = torch.float32
     stored: torch.dtype | None = None
 
     @property
@@ -44,12 +41,12 @@ class CachedKeys:
         return self.pages.shape[2]
 
     def gather(self, channels: int, table: torch.Tensor) -> torch.Tensor:
-        """Leading channels of some virtual pages: contiguous [..., channels, page]."""
+        """Leading channels of some virtual pages: contiguous float32 [..., channels, page]."""
         flat = self.pages.flatten(1)[:, : channels * self.page]
         found = flat.index_select(0, table.flatten())
         if self.stored is not None:
             found = found.view(self.stored)
-        return found.to(self.computed).view(*table.shape, channels, self.page)
+        return found.float().view(*table.shape, channels, self.page)
 
 
 def select_dynamic(
@@ -59,7 +56,23 @@ def select_dynamic(
     query_blocks: QueryBlocks,
     tables: torch.Tensor,
 ) -> torch.Tensor:
-    """Selects the pages of each query block from its queries and the cache.
+    """Selects the pages of each query block: static and chosen ones; see `choose_dynamic`.
+
+    Returns:
+        bool [dynamic heads, query_blocks, pages], static and own pages included, causal.
+    """
+    static, chosen = choose_dynamic(dynamic, query, keys, query_blocks, tables)
+    return static | chosen
+
+
+def choose_dynamic(
+    dynamic: DynamicHeads,
+    query: torch.Tensor,
+    keys: CachedKeys,
+    query_blocks: QueryBlocks,
+    tables: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Chooses pages for each query block from its queries and the cache.
 
     Args:
         dynamic: the layer's dynamic heads.
@@ -70,22 +83,25 @@ def select_dynamic(
         tables: int32 [dynamic heads, requests, pages], each head's virtual pages.
 
     Returns:
-        bool [dynamic heads, query_blocks, pages], static and own pages included, causal.
+        Static pages, own ones among them, and those chosen beyond them, both causal: each bool
+        [dynamic heads, query_blocks, pages].
     """
     pages = int(query_blocks.index.max()) + 1
-    selected = dynamic.static.select(query_blocks.index, pages)[0]
+    static = dynamic.static.select(query_blocks.index, pages)[0]
+    chosen = torch.zeros_like(static)
     single = query_blocks.stop - query_blocks.start == 1
-    query = query.to(keys.computed)
+    query = query.float()
     if single.any():
-        _choose_decode(dynamic, query, keys, query_blocks.take(single), tables, single, selected)
+        chosen[:, single] = _choose_decode(
+            dynamic, query, keys, query_blocks.take(single), tables, static[:, single]
+        )
     for request in query_blocks.request[~single].unique().tolist():
         longer = (query_blocks.request == request) & ~single
         mine = query_blocks.take(longer)
         for at in range(len(dynamic.channels)):
             table = tables[at, request]
-            chosen = _choose_prefill(dynamic, at, query[at], keys, mine, table, pages)
-            selected[at, longer] |= chosen
-    return selected
+            chosen[at, longer] = _choose_prefill(dynamic, at, query[at], keys, mine, table, pages)
+    return static, chosen
 
 
 def _choose_decode(
@@ -94,22 +110,23 @@ def _choose_decode(
     keys: CachedKeys,
     query_blocks: QueryBlocks,
     tables: torch.Tensor,
-    single: torch.Tensor,
-    selected: torch.Tensor,
-) -> None:
-    """Adds pages for all query blocks of one query to `selected`, whose rows `single` they are."""
+    static: torch.Tensor,
+) -> torch.Tensor:
+    """Chooses pages for query blocks of one query, beyond bool [heads, query_blocks, pages]."""
     own = query_blocks.index
     each = torch.arange(len(own))
-    after = torch.arange(selected.shape[2])[:, None] > own
+    after = torch.arange(static.shape[2])[:, None] > own
+    chosen = torch.empty_like(static)
     place = (query_blocks.stop - 1) % keys.page
     for at, channels in enumerate(dynamic.channels):
-        cached = keys.gather(channels, tables[at, query_blocks.request, : selected.shape[2]])
+        cached = keys.gather(channels, tables[at, query_blocks.request, : static.shape[2]])
         asked = query[at, query_blocks.row, :, :channels]
         max_scores = max_scores_of_rows(asked, cached)
         max_scores[own, each] = max_scores_of_own_page(asked[:, None], cached[each, own], place)
         logits = dynamic.logits(max_scores).masked_fill_(after[..., None], float("-inf"))
         scores = PageScores(logits, None, own)
-        selected[at, single] |= choose(scores, selected[at, single], dynamic.budgets[at])
+        chosen[at] = choose(scores, static[at], dynamic.budgets[at])
+    return chosen
 
 
 def _choose_prefill(
@@ -131,7 +148,7 @@ def _choose_prefill(
     """
     page, heads_per_kv, channels = keys.page, query.shape[1], dynamic.channels[at]
     start, stop = int(query_blocks.start[0]), int(query_blocks.stop[-1])
-    size = max(1, SPAN_ROWS // heads_per_kv // page) * page
+    size = span_tokens(page, heads_per_kv)
     base, end = start // size * size, ceil_div(stop, size) * size
     row = int(query_blocks.row[0])
     asked = query.new_zeros(end - base, heads_per_kv, channels)
@@ -140,8 +157,6 @@ def _choose_prefill(
     known = min(len(table), end // page)
     ids[:known] = table[:known]
     cached = keys.gather(channels, ids)
-    by_token = cached.transpose(1, 2).contiguous()
-    scratch = query.new_empty(max(KEY_BLOCK, page) * size * heads_per_kv)
     static = dynamic.static.select(torch.arange(base // page, end // page), end // page)[0, at]
     result = torch.zeros(end // page, max(pages, end // page), dtype=torch.bool)
     for first in range(base, end, size):
@@ -149,7 +164,7 @@ def _choose_prefill(
         rows = asked[first - base : first - base + size].view(
             len(index), page, heads_per_kv, channels
         )
-        max_scores = max_scores_of_span(rows.view(-1, channels), by_token[: index[-1] + 1], scratch)
+        max_scores = max_scores_of_span(rows.view(-1, channels), cached[: index[-1] + 1])
         logits = dynamic.logits(max_scores).view(-1, len(index), page * heads_per_kv)
         own = max_scores_of_own_page(rows, cached[index], torch.zeros_like(index))
         _hide_later_pages(logits, dynamic.logits(own))
@@ -161,6 +176,11 @@ def _choose_prefill(
         mine = static[index - base // page, : len(logits)]
         result[index, : len(logits)] = choose(scores, mine, dynamic.budgets[at])
     return result[query_blocks.index, :pages]
+
+
+def span_tokens(page: int, heads_per_kv: int) -> int:
+    """Tokens of queries that are scored at a time, whole pages."""
+    return max(1, SPAN_ROWS // heads_per_kv // page) * page
 
 
 def _hide_later_pages(logits: torch.Tensor, own: torch.Tensor) -> None:

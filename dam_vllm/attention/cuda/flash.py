@@ -2,86 +2,159 @@
 
 `Varlen` stands for `flash_attn_varlen_func` (vllm/vllm_flash_attn/flash_attn_interface.py) of any
 version that takes block tables; its causal mask is aligned to the end of a sequence, where a
-query block's own pages lie.
+query block's own pages lie. It has one row stride for all sequences, so that in prefill queries
+are handed over head by head, in a layout of their own: two copies for one launch that fills the
+GPU, where a launch a head would leave it waiting for the head's longest query block.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from dam_vllm.attention.cuda.paged import Softmax
-from dam_vllm.attention.cuda.plan import DevicePlan, DeviceQueryBlocks
+from dam_vllm.attention.cuda.plan import DevicePlan
+from dam_vllm.attention.cuda.query_blocks import DeviceQueryBlocks
+from dam_vllm.attention.cuda.regroup import gather_heads, scatter_heads
+from dam_vllm.attention.cuda.scratch import Scratch
 
 Varlen = Callable[..., Any]
 
 
-def attend_flash(
-    varlen: Varlen,
+@dataclass(frozen=True)
+class Descales:
+    """Factors of quantised queries, keys and values; float32, one number each, on the device.
+
+    Attributes:
+        query: of queries.
+        key: of keys.
+        value: of values.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+
+    def arguments(self, sequences: int) -> dict[str, torch.Tensor]:
+        """What `Varlen` takes: float32 [sequences, 1], without a copy."""
+        factors = {"q_descale": self.query, "k_descale": self.key, "v_descale": self.value}
+        return {name: factor.expand(sequences, 1) for name, factor in factors.items()}
+
+
+@dataclass(frozen=True)
+class Flash:
+    """FlashAttention as vLLM picked it.
+
+    Attributes:
+        varlen: the kernel.
+        decode_splits: most parts that the keys of one query are split into; 0 leaves the choice to
+            the kernel, which a CUDA graph cannot hold (FlashAttention 3 alone takes more than 1).
+        descales: for an fp8 cache, whose queries come quantised and whose outputs are bfloat16
+            (FlashAttention 3); else None.
+    """
+
+    varlen: Varlen
+    decode_splits: int = 0
+    descales: Descales | None = None
+
+
+def prefill(
+    flash: Flash,
+    scratch: Scratch,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     output: torch.Tensor,
     plan: DevicePlan,
     query_blocks: DeviceQueryBlocks,
-    heads: Sequence[int],
+    heads: torch.Tensor,
+    kv_heads: int,
     softmax: Softmax,
 ) -> None:
     """Computes attention of a part's queries in some KV heads; arguments as for `attend_paged`.
 
     Args:
-        varlen: the kernel.
+        flash: the kernel.
+        scratch: room for queries and outputs head by head.
         query: [tokens, heads, head_size].
-        key: [virtual pages, page, head_size], 16 bits an element.
+        key: [virtual pages, page, head_size], in the query's dtype.
         value: [virtual pages, page, head_size].
         output: [tokens, heads, head_size], written.
-        plan: covers these heads.
+        plan: of these heads, with starts.
         query_blocks: the queries.
-        heads: KV heads, known to the host.
+        heads: int32 [n], KV heads.
+        kv_heads: KV heads of the layer.
         softmax: scale and soft-capping.
     """
-    kv_heads, width = plan.table.shape[1:]
-    group = query.shape[1] // kv_heads
-    shared = {
-        "k": key.unsqueeze(2),
-        "v": value.unsqueeze(2),
-        "max_seqlen_q": query_blocks.most_queries,
-        "max_seqlen_k": width * key.shape[1],
-        "softmax_scale": softmax.scale,
-        "softcap": softmax.softcap,
-        "causal": True,
-    }
-    if query_blocks.most_queries == 1 and len(heads) == kv_heads:
-        _all_heads_of_one_query(varlen, query, output, plan, shared)
-        return
-    for head in heads:
-        # Rows of one head's queries lie as far apart as whole tokens: no copy is needed.
-        mine = slice(head * group, (head + 1) * group)
-        varlen(
-            q=query[:, mine],
-            out=output[:, mine],
-            cu_seqlens_q=plan.starts,
-            seqused_k=plan.seq_lens[:, head],
-            block_table=plan.table[:, head],
-            **shared,
-        )
+    tokens, all_heads, size = query.shape
+    shape = (len(heads), tokens, all_heads // kv_heads, size)
+    count = len(heads) * tokens * all_heads // kv_heads * size
+    asked = scratch.query.view(query.dtype)[:count].view(shape)
+    found = scratch.output[:count].view(shape)
+    gather_heads(query, heads, asked)
+    # Splits fill a GPU that has few sequences; here there is one for each query block.
+    _call(flash, asked.flatten(0, 1), key, value, found.flatten(0, 1), plan, query_blocks,
+          plan.starts, softmax, num_splits=1)  # fmt: skip
+    scatter_heads(found, heads, output)
 
 
-def _all_heads_of_one_query(
-    varlen: Varlen,
+def decode(
+    flash: Flash,
+    each: torch.Tensor,
     query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
     output: torch.Tensor,
     plan: DevicePlan,
-    shared: dict[str, Any],
+    query_blocks: DeviceQueryBlocks,
+    softmax: Softmax,
 ) -> None:
-    """One launch for all heads, each slot's only query taken head by head."""
-    slots, kv_heads, width = plan.table.shape
-    size = query.shape[2]
-    varlen(
-        q=query[:slots].reshape(slots * kv_heads, -1, size),
-        out=output[:slots].view(slots * kv_heads, -1, size),
-        cu_seqlens_q=torch.arange(slots * kv_heads + 1, dtype=torch.int32, device=query.device),
-        seqused_k=plan.seq_lens.flatten(),
-        block_table=plan.table.view(slots * kv_heads, width),
-        **shared,
+    """Computes attention of one query a slot in all KV heads of a layer.
+
+    Args:
+        flash: the kernel.
+        each: int32, 0, 1, 2, ... up to slots times KV heads or more.
+        query: [tokens, heads, head_size]; rows beyond the slots are not read.
+        key: [virtual pages, page, head_size], in the query's dtype.
+        value: [virtual pages, page, head_size].
+        output: [tokens, heads, head_size], contiguous, written.
+        plan: of the layer, each slot's heads together.
+        query_blocks: the queries.
+        softmax: scale and soft-capping.
+    """
+    slots, size, sequences = len(query_blocks), query.shape[2], len(plan.seq_lens)
+    asked = query[:slots].reshape(sequences, -1, size)
+    _call(flash, asked, key, value, output[:slots].view_as(asked), plan, query_blocks,
+          each[: sequences + 1], softmax, num_splits=flash.decode_splits)  # fmt: skip
+
+
+def _call(
+    flash: Flash,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output: torch.Tensor,
+    plan: DevicePlan,
+    query_blocks: DeviceQueryBlocks,
+    starts: torch.Tensor | None,
+    softmax: Softmax,
+    num_splits: int,
+) -> None:
+    descales = flash.descales.arguments(len(plan.seq_lens)) if flash.descales else {}
+    flash.varlen(
+        **descales,
+        q=query,
+        k=key.unsqueeze(2),
+        v=value.unsqueeze(2),
+        out=output,
+        cu_seqlens_q=starts,
+        seqused_k=plan.seq_lens,
+        block_table=plan.table,
+        max_seqlen_q=query_blocks.most_queries,
+        max_seqlen_k=plan.table.shape[1] * key.shape[1],
+        softmax_scale=softmax.scale,
+        softcap=softmax.softcap,
+        causal=True,
+        num_splits=num_splits,
     )

@@ -1,73 +1,65 @@
-"""A layer's sparse attention on a GPU: plans on the device, then runs one of two kernels.
+"""A layer's sparse attention on a GPU: chooses dynamic heads' pages, then runs one of two kernels.
 
 All a launch depends on is known without the values on the device, so that a CUDA graph of a
 step's decoding can be replayed for other lengths.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
-from dam_vllm.attention.cuda.flash import Varlen, attend_flash
+from dam_vllm.attention.cuda import flash
+from dam_vllm.attention.cuda.bundle import Bundle, Part
+from dam_vllm.attention.cuda.dynamic import DeviceChoosing
 from dam_vllm.attention.cuda.paged import Softmax, attend_paged
-from dam_vllm.attention.cuda.plan import (
-    DevicePlan,
-    DeviceQueryBlocks,
-    plan_heads,
-    query_block_slots,
-)
-from dam_vllm.attention.cuda.select import DeviceDynamic, choose_on_device
+from dam_vllm.attention.cuda.plan import DevicePlan, Homes, Places, plan_heads
+from dam_vllm.attention.cuda.scratch import Scratch
+from dam_vllm.attention.cuda.select import choose_on_device
 from dam_vllm.attention.cuda.token_bits import TokenBits
-from dam_vllm.attention.layout import KVLayout
 from dam_vllm.attention.page_counts import COUNTS
-from dam_vllm.masks.page_tables import PageSelector
+from dam_vllm.masks.page_tables import PageTables
+from dam_vllm.masks.rounding import ceil_div
 
 
 @dataclass(frozen=True)
 class HeadSet:
-    """KV heads of a layer whose pages are selected alike.
+    """Static KV heads of a layer whose pages are selected alike.
 
     Attributes:
         ids: local KV heads.
         heads: int32 [n], the same on the device.
-        selector: their page tables, of one layer.
-        dynamic: how they choose further pages, or None.
+        tables: their page tables.
         exact: token masks inside the pages, or None.
     """
 
-    ids: tuple[int, ...]
+    ids: Sequence[int]
     heads: torch.Tensor
-    selector: PageSelector
-    dynamic: DeviceDynamic | None = None
+    tables: PageTables
     exact: TokenBits | None = None
 
 
 @dataclass(frozen=True)
-class Part:
-    """Requests of a step that are served by the same launches; queries count from its first.
+class DeviceLayer:
+    """One layer on one worker.
 
     Attributes:
-        query_blocks: by query block size, its queries.
-        block_table: int32 [requests, at least width], vLLM's.
-        rows: query rows of the batch.
-        width: most pages of a request.
+        static: its static KV heads.
+        choosing: its dynamic and reusing heads, or None.
+        kv_heads: how many heads there are.
+        softmax: scales and soft-capping.
+        flash: FlashAttention, or None for the Triton kernel.
     """
 
-    query_blocks: Mapping[int, DeviceQueryBlocks]
-    block_table: torch.Tensor
-    rows: slice
-    width: int
-
-    @property
-    def decodes(self) -> bool:
-        """Whether every request has one query."""
-        return all(query_blocks.most_queries == 1 for query_blocks in self.query_blocks.values())
+    static: Sequence[HeadSet]
+    choosing: DeviceChoosing | None
+    kv_heads: int
+    softmax: Softmax
+    flash: flash.Flash | None
 
 
-class _Paged(NamedTuple):
+class Paged(NamedTuple):
     """A part's queries and outputs, and the cache seen as virtual pages."""
 
     query: torch.Tensor
@@ -77,117 +69,147 @@ class _Paged(NamedTuple):
 
 
 @dataclass(frozen=True)
-class DeviceLayer:
-    """One layer on one worker.
+class LayerRun:
+    """A layer where its bundle plans it.
 
     Attributes:
-        sets: its KV heads, each in one set.
-        kv_heads: how many.
-        softmax: scales and soft-capping.
-        varlen: FlashAttention, or None for the Triton kernel.
+        layer: the layer.
+        bundle: plans its static heads.
+        number: of the layer in the bundle.
+        scratch: room for queries and outputs head by head.
+        each: int32, 0, 1, 2, ...
+        chosen: places of choosing heads in a plan of their own, and in the bundle's for decoding.
+        homes: where choosing heads lie, or None without any.
         counted: whether the pages of prefills are counted.
     """
 
-    sets: Sequence[HeadSet]
-    kv_heads: int
-    softmax: Softmax
-    varlen: Varlen | None
-    counted: bool = False
+    layer: DeviceLayer
+    bundle: Bundle
+    number: int
+    scratch: Scratch
+    each: torch.Tensor
+    chosen: tuple[Places, Places] | None
+    homes: Homes | None
+    counted: bool
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        output: torch.Tensor,
-        part: Part,
-    ) -> None:
+    def attend(self, paged: Paged, part: Part) -> None:
         """Computes a part's attention.
 
         Args:
-            query: [tokens, heads, head_size], of the whole step, rotated where heads are dynamic.
-            key: [virtual pages, page, head_size], as `KVLayout.keys_and_values` gives them.
-            value: likewise.
-            output: [tokens, heads, head_size], the part's rows are written.
+            paged: queries, rotated where heads are dynamic, and where outputs go.
             part: what to serve.
         """
-        paged = _Paged(query[part.rows], key, value, output[part.rows])
-        shared = self._empty_plan(part, self.sets[0]) if part.decodes else None
-        for each in self.sets:
-            plan = shared or self._empty_plan(part, each)
-            self._plan(plan, each, paged, part)
-            if shared is None or self.varlen is None:
-                self._run(plan, each, paged, part)
-        if shared is not None and self.varlen is not None:
-            query_blocks = part.query_blocks[self.sets[0].selector.query_block]
-            heads = range(self.kv_heads)
-            attend_flash(self.varlen, *paged, shared, query_blocks, heads, self.softmax)
-
-    def warm_up(
-        self, heads: int, size: int, page: int, dtypes: Sequence[torch.dtype], layout: KVLayout
-    ) -> None:
-        """Runs a short prompt and a step of decoding, so that their kernels are compiled.
-
-        Args:
-            heads: query heads.
-            size: channels a head.
-            page: tokens a page.
-            dtypes: of queries and of the cache.
-            layout: of the cache.
-        """
-        device = self.sets[0].heads.device
-        query_blocks = {each.selector.query_block for each in self.sets}
-        cache = torch.zeros(1, self.kv_heads, page, 2 * size, device=device).to(dtypes[1])
-        for queries in (max(query_blocks), 1):
-            lens = torch.tensor([0, queries], dtype=torch.int32, device=device)
-            cut = {}
-            for query_block in query_blocks:
-                slots = torch.from_numpy(query_block_slots(np.array([queries]), query_block))
-                request, offset = slots.to(device)
-                most = min(queries, query_block)
-                cut[query_block] = DeviceQueryBlocks(
-                    request, offset, lens, lens[1:], query_block, most
-                )
-            width = max(query_blocks) // page
-            blocks = torch.zeros(1, width, dtype=torch.int32, device=device)
-            query = torch.zeros(queries, heads, size, dtype=dtypes[0], device=device)
-            part = Part(cut, blocks, slice(0, queries), width)
-            self.attend(query, *layout.keys_and_values(cache), torch.empty_like(query), part)
-
-    def _empty_plan(self, part: Part, each: HeadSet) -> DevicePlan:
-        numbered = any(other.exact is not None for other in self.sets)
-        query_blocks = part.query_blocks[each.selector.query_block]
-        return DevicePlan.empty(query_blocks, self.kv_heads, part.width, numbered)
-
-    def _plan(self, plan: DevicePlan, each: HeadSet, paged: _Paged, part: Part) -> None:
-        query_blocks = part.query_blocks[each.selector.query_block]
-        chosen = None
-        if each.dynamic is not None:
-            query = paged.query.unflatten(1, (self.kv_heads, -1))
-            chosen = choose_on_device(
-                each.dynamic, query, paged.key, part.block_table, query_blocks, part.width
+        whole = self.bundle.whole(part)
+        if self.number == 0:
+            self.bundle.fill(whole, part)
+        if self.layer.flash is None:
+            self._triton(paged, part, whole)
+        elif part.decodes:
+            self._choose(paged, part, whole)
+            query_blocks = part.query_blocks[self.bundle.query_block]
+            plan = self.bundle.layer(whole, self.number, part)
+            flash.decode(
+                self.layer.flash, self.each, *paged, plan, query_blocks, self.layer.softmax
             )
-        plan_heads(plan, each.heads, each.selector, query_blocks, part.block_table, chosen)
-        if self.counted and not part.decodes:
-            _count(plan, query_blocks, each.heads, each.selector.page)
-
-    def _run(self, plan: DevicePlan, each: HeadSet, paged: _Paged, part: Part) -> None:
-        query_blocks = part.query_blocks[each.selector.query_block]
-        if self.varlen is not None:
-            attend_flash(self.varlen, *paged, plan, query_blocks, each.ids, self.softmax)
         else:
-            attend_paged(*paged, plan, query_blocks, each.heads, self.softmax, each.exact)
+            self._flash_prefill(paged, part, whole)
+        if self.counted and not part.decodes:
+            for row, each in enumerate(self.layer.static):
+                plan = self.bundle.set(whole, self.number, row, part)
+                self._count(plan, self.bundle.query_block, len(each.ids), part, each.tables.page)
+
+    def _triton(self, paged: Paged, part: Part, whole: DevicePlan) -> None:
+        """Everything by the Triton kernel, a launch for each set of heads."""
+        layer = self.layer
+        query_blocks = part.query_blocks[self.bundle.query_block]
+        for row, each in enumerate(layer.static):
+            plan = whole.take(self.bundle.heads_of(self.number, row))
+            attend_paged(
+                *paged, plan, query_blocks, each.heads, layer.kv_heads, layer.softmax, each.exact
+            )
+        for plan in self._choose(paged, part, whole):
+            choosing = layer.choosing
+            assert choosing is not None
+            query_blocks = part.query_blocks[choosing.static.query_block]
+            attend_paged(*paged, plan, query_blocks, choosing.heads, layer.kv_heads, layer.softmax)
+
+    def _flash_prefill(self, paged: Paged, part: Part, whole: DevicePlan) -> None:
+        """A launch of FlashAttention for static heads and one for choosing ones."""
+        layer = self.layer
+        assert layer.flash is not None
+        query_blocks = part.query_blocks[self.bundle.query_block]
+        for row, each in enumerate(layer.static):
+            plan = self.bundle.set(whole, self.number, row, part)
+            flash.prefill(
+                layer.flash, self.scratch, *paged, plan, query_blocks, each.heads, layer.kv_heads,
+                layer.softmax,
+            )  # fmt: skip
+        for plan in self._choose(paged, part, whole):
+            choosing = layer.choosing
+            assert choosing is not None
+            query_blocks = part.query_blocks[choosing.static.query_block]
+            flash.prefill(
+                layer.flash, self.scratch, *paged, plan, query_blocks, choosing.heads,
+                layer.kv_heads, layer.softmax,
+            )  # fmt: skip
+
+    def _choose(self, paged: Paged, part: Part, whole: DevicePlan) -> list[DevicePlan]:
+        """Plans choosing heads, in decoding beside the static ones; no plan without any."""
+        choosing = self.layer.choosing
+        if choosing is None:
+            return []
+        assert self.chosen is not None
+        assert self.homes is not None
+        query_blocks = part.query_blocks[choosing.static.query_block]
+        if part.decodes:
+            plan = replace(whole, places=self.chosen[1])
+        else:
+            plan = DevicePlan.empty(query_blocks, self.chosen[0], part.width)
+        chosen = choosing.choices.part(part.before, len(query_blocks), part.width)
+        if choosing.dynamic is not None:
+            query = paged.query.unflatten(1, (self.layer.kv_heads, -1))
+            choose_on_device(
+                choosing.dynamic, chosen, choosing.rows, query, paged.key, part.block_table,
+                query_blocks, part.width, self.homes, self.scratch.choice,
+            )  # fmt: skip
+        plan_heads(
+            plan, self.homes.offsets, choosing.static, query_blocks, part.block_table, part.tokens,
+            self.homes.scale, (chosen, choosing.rows), self.homes.groups,
+        )  # fmt: skip
+        if self.counted and not part.decodes:
+            page = choosing.static.page
+            self._count(plan, page, len(choosing.heads), part, page)
+        return [plan]
+
+    def _count(self, plan: DevicePlan, size: int, heads: int, part: Part, page: int) -> None:
+        """Counts a set of heads of a prefill's plan, without waiting for the device."""
+        query_blocks = part.query_blocks[size]
+        slots = len(query_blocks)
+        assert plan.starts is not None
+        pages = ceil_div(plan.seq_lens.view(heads, slots), page)
+        request = query_blocks.request.long()
+        end = query_blocks.seq_lens[request]
+        first = end - query_blocks.query_start_loc.diff()[request]
+        start = torch.maximum((first // size + query_blocks.offset) * size, first)
+        queries = plan.starts[: slots + 1].diff()
+        COUNTS.add(pages, queries, start + queries, page)
 
 
-def _count(
-    plan: DevicePlan, query_blocks: DeviceQueryBlocks, heads: torch.Tensor, page: int
-) -> None:
-    """Counts some heads, int32 [n], of a prefill's plan, without waiting for the device."""
-    pages = (plan.seq_lens.t()[heads.long()] + page - 1) // page
-    request = query_blocks.request.long()
-    end = query_blocks.seq_lens[request]
-    first = end - query_blocks.query_start_loc.diff()[request]
-    size = query_blocks.query_block
-    start = torch.maximum((first // size + query_blocks.offset) * size, first)
-    queries = plan.starts.diff()
-    COUNTS.add(pages, queries, start + queries, page)
+def layer_runs(
+    layers: Sequence[DeviceLayer], bundle: Bundle, scratch: Scratch, each: torch.Tensor,
+    counted: bool, unit: int | None = None,
+) -> Iterator[LayerRun]:  # fmt: skip
+    """The layers of a bundle, in its order; `unit` as for `Bundle.of`."""
+    device = each.device
+    for number, layer in enumerate(layers):
+        chosen = homes = None
+        if layer.choosing is not None:
+            heads = layer.choosing.heads
+            ids: list[list[int]] = [[] for _ in layers]
+            ids[number] = heads.tolist()
+            by_slot = Places.by_slot(ids, layer.kv_heads, device)
+            chosen = (Places.by_head([len(heads)], device), by_slot)
+            homes = Homes.of_heads(heads, layer.kv_heads)
+            if unit is not None:
+                homes = Homes.unknown(len(heads), unit, device)
+        yield LayerRun(layer, bundle, number, scratch, each, chosen, homes, counted)

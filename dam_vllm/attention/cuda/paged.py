@@ -13,11 +13,14 @@ import torch
 import triton
 import triton.language as tl
 
-from dam_vllm.attention.cuda.plan import DevicePlan, DeviceQueryBlocks, query_block_at
+from dam_vllm.attention.cuda.merge import Partial
+from dam_vllm.attention.cuda.plan import MOVING, DevicePlan, sequence_at
+from dam_vllm.attention.cuda.query_blocks import DeviceQueryBlocks, query_block_at
 from dam_vllm.attention.cuda.token_bits import TokenBits, token_visible
-from dam_vllm.attention.cuda.tuning import Tuning, split_count, tuning
+from dam_vllm.attention.cuda.tuning import LEAST_PART, Tuning, split_count, tuning
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
+LEAST_BLOCKS = tl.constexpr(LEAST_PART)
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ def attend_paged(
     plan: DevicePlan,
     query_blocks: DeviceQueryBlocks,
     heads: torch.Tensor,
+    kv_heads: int,
     softmax: Softmax,
     exact: TokenBits | None = None,
     tuned: Tuning | None = None,
@@ -54,41 +58,45 @@ def attend_paged(
         key: [virtual pages, page, head_size], in the query's dtype or float8.
         value: [virtual pages, page, head_size], likewise.
         output: [tokens, heads, head_size], written where the part's queries lie.
-        plan: covers these heads.
+        plan: of these heads.
         query_blocks: the queries; of the plan.
         heads: int32 [n], KV heads.
+        kv_heads: KV heads of the layer.
         softmax: scales and soft-capping.
         exact: token masks inside the pages, or None.
         tuned: block sizes, or None for those of the table.
     """
-    kv_heads = plan.table.shape[1]
-    group, size, page = query.shape[1] // kv_heads, query.shape[2], key.shape[1]
-    rows = query_blocks.most_queries * group
-    tuned = tuned or tuning(query.device, size, rows, exact is not None)
-    block_m = max(16, min(tuned.block_m, triton.next_power_of_2(rows)))
+    heads_per_kv, size, page = query.shape[1] // kv_heads, query.shape[2], key.shape[1]
+    rows = query_blocks.most_queries * heads_per_kv
+    # Only two sizes, however few queries a step has: each is a kernel of its own.
+    most = heads_per_kv * (1 if query_blocks.most_queries == 1 else query_blocks.query_block)
+    tuned = tuned or tuning(query.device, size, most, exact is not None)
+    block_m = max(16, min(tuned.block_m, triton.next_power_of_2(most)))
     row_blocks = triton.cdiv(rows, block_m)
     programs = len(query_blocks) * row_blocks * len(heads)
-    keys = plan.table.shape[2] * page
-    splits = split_count(query.device, programs, keys, tuned.block_n) if row_blocks == 1 else 1
+    keys = plan.table.shape[1] * page
+    blocks = triton.cdiv(keys, tuned.block_n)
+    splits = split_count(query.device, programs, blocks) if query_blocks.most_queries == 1 else 1
     parts = Partial.of(output, splits) if splits > 1 else None
     _attend_kernel[(len(query_blocks) * row_blocks, len(heads), splits)](
         query, key, value, output, *(parts.tensors if parts else (None, None)),
-        plan.table, plan.pages if exact else None, plan.seq_lens, heads, *query_blocks.arguments,
+        plan.table, plan.pages if exact else None, plan.seq_lens, heads, plan.places.numbers,
+        *query_blocks.arguments,
         **_bits(exact),
         q_row=query.stride(0), q_head=query.stride(1),
         k_page=key.stride(0), k_row=key.stride(1), v_page=value.stride(0), v_row=value.stride(1),
         o_row=output.stride(0), o_head=output.stride(1),
-        len_slot=plan.seq_lens.stride(0), len_head=plan.seq_lens.stride(1),
-        tokens=len(query), heads=query.shape[1], kv_heads=kv_heads, width=plan.table.shape[2],
-        row_blocks=row_blocks,
+        number_stride=plan.places.numbers.stride(0), slots=len(query_blocks),
+        step=plan.places.step, tokens=len(query), heads=query.shape[1],
+        width=plan.table.shape[1], row_blocks=row_blocks, splits=splits,
         scale=softmax.scale, softcap=softmax.softcap, value_scale=softmax.value_scale,
-        GROUP=group, SIZE=size, SIZE_PADDED=triton.next_power_of_2(size),
+        HEADS_PER_KV=heads_per_kv, SIZE=size, SIZE_PADDED=triton.next_power_of_2(size),
         QUERY_BLOCK=query_blocks.query_block, PAGE=page, BLOCK_M=block_m, BLOCK_N=tuned.block_n,
         CAPPED=softmax.softcap > 0, UPCAST=INTERPRETED, num_warps=tuned.warps,
         num_stages=tuned.stages,
     )  # fmt: skip
     if parts is not None:
-        parts.merge(output, query_blocks, heads, group)
+        parts.merge(output, query_blocks, heads, heads_per_kv)
 
 
 def _bits(exact: TokenBits | None) -> dict[str, Any]:
@@ -110,47 +118,45 @@ def _bits(exact: TokenBits | None) -> dict[str, Any]:
 
 
 # What changes from step to step must not make the kernel be compiled anew.
-@triton.jit(do_not_specialize=["len_slot", "len_head", "tokens", "width", "row_blocks"])
+@triton.jit(
+    do_not_specialize=["number_stride", "slots", "step", "tokens", "width", "row_blocks", "splits"],
+    do_not_specialize_on_alignment=MOVING,
+)
 def _attend_kernel(
     query_ptr, key_ptr, value_ptr, output_ptr, part_ptr, sum_ptr,
-    table_ptr, page_ptr, seq_len_ptr, head_ptr,
+    table_ptr, page_ptr, seq_len_ptr, head_ptr, place_ptr,
     request_ptr, offset_ptr, query_start_ptr, request_len_ptr,
     columns_ptr, diagonals_ptr, true_ptr, bytes_each, true_bytes, pcl, reach, dense_below,
-    q_row, q_head, k_page, k_row, v_page, v_row, o_row, o_head, len_slot, len_head,
-    tokens, heads, kv_heads, width, row_blocks, scale, softcap, value_scale,
-    GROUP: tl.constexpr, SIZE: tl.constexpr, SIZE_PADDED: tl.constexpr, QUERY_BLOCK: tl.constexpr,
-    PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAPPED: tl.constexpr,
-    UPCAST: tl.constexpr,
+    q_row, q_head, k_page, k_row, v_page, v_row, o_row, o_head, number_stride, slots, step,
+    tokens, heads, width, row_blocks, splits, scale, softcap, value_scale,
+    HEADS_PER_KV: tl.constexpr, SIZE: tl.constexpr, SIZE_PADDED: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAPPED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One block of rows of a query block, one KV head, one split of its keys."""
     slot, block = tl.program_id(0) // row_blocks, tl.program_id(0) % row_blocks
-    split, splits = tl.program_id(2), tl.num_programs(2)
+    split = tl.program_id(2)
     head = tl.load(head_ptr + tl.program_id(1))
     _, _, row, start, stop = query_block_at(
         slot, request_ptr, offset_ptr, query_start_ptr, request_len_ptr, QUERY_BLOCK
     )
     queries = stop - start
-    if block * BLOCK_M >= queries * GROUP:
+    if block * BLOCK_M >= queries * HEADS_PER_KV:
         return
     packed = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    token, member = packed // GROUP, head * GROUP + packed % GROUP
+    token, member = packed // HEADS_PER_KV, head * HEADS_PER_KV + packed % HEADS_PER_KV
     channel = tl.arange(0, SIZE_PADDED)
     held = (token < queries)[:, None] & (channel < SIZE)[None, :]
     place = (row + token).to(tl.int64)
     asked = place * q_row + member * q_head
     query = tl.load(query_ptr + asked[:, None] + channel[None, :], mask=held, other=0.0)
 
-    line = (slot * kv_heads + head).to(tl.int64)
-    length = tl.load(seq_len_ptr + slot * len_slot + head * len_head)
+    line = sequence_at(slot, tl.program_id(1), place_ptr, number_stride, slots, step).to(tl.int64)
+    length = tl.load(seq_len_ptr + line)
     last_key = length - queries + token
-    first_token = block * BLOCK_M // GROUP
-    last_token = tl.minimum((block * BLOCK_M + BLOCK_M - 1) // GROUP, queries - 1)
-    # Up to `whole` blocks are seen by all rows, from `blocks` on by none.
-    whole = 0 if page_ptr is not None else (length - queries + first_token + 1) // BLOCK_N
-    blocks = tl.cdiv(length - queries + last_token + 1, BLOCK_N)
-    each = tl.cdiv(blocks, splits)
-    begin, end = split * each, tl.minimum(split * each + each, blocks)
-
+    whole, begin, end = _key_blocks(
+        block, split, splits, queries, length, page_ptr is not None, HEADS_PER_KV, BLOCK_M, BLOCK_N
+    )
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     found = tl.zeros([BLOCK_M, SIZE_PADDED], tl.float32)
@@ -172,16 +178,51 @@ def _attend_kernel(
             SIZE, SIZE_PADDED, PAGE, BLOCK_N, CAPPED, UPCAST, True,
         )  # fmt: skip
 
-    found = found / tl.where(total > 0, total, 1.0)[:, None] * value_scale
+    _store(
+        found * value_scale, top, total, token < queries, place, member, split,
+        output_ptr, part_ptr, sum_ptr, o_row, o_head, tokens, heads, SIZE, SIZE_PADDED,
+    )  # fmt: skip
+
+
+@triton.jit
+def _key_blocks(
+    block, split, splits, queries, length,
+    MASKED: tl.constexpr, HEADS_PER_KV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Up to which block of keys all of a block's rows see everything; a split's first and end.
+
+    A sequence's own blocks are shared out evenly, so that sparse heads keep a GPU as busy as dense
+    ones, and a graph that was captured for long requests serves short ones; parts of less than
+    LEAST_BLOCKS would spend their time on starting and merging.
+    """
+    first_token = block * BLOCK_M // HEADS_PER_KV
+    last_token = tl.minimum((block * BLOCK_M + BLOCK_M - 1) // HEADS_PER_KV, queries - 1)
+    whole = 0 if MASKED else (length - queries + first_token + 1) // BLOCK_N
+    blocks = tl.cdiv(length - queries + last_token + 1, BLOCK_N)
+    each = blocks
+    if splits > 1:
+        each = tl.maximum(tl.cdiv(blocks, splits), LEAST_BLOCKS)
+    return whole, split * each, tl.minimum(split * each + each, blocks)
+
+
+@triton.jit
+def _store(
+    found, top, total, present, place, member, split,
+    output_ptr, part_ptr, sum_ptr, o_row, o_head, tokens, heads,
+    SIZE: tl.constexpr, SIZE_PADDED: tl.constexpr,
+):  # fmt: skip
+    """Stores a block of rows: the output, or where keys are split what this split found."""
+    total = tl.where(total > 0, total, 1.0)
+    found = found / total[:, None]
+    channel = tl.arange(0, SIZE_PADDED)
+    held = present[:, None] & (channel < SIZE)[None, :]
     if part_ptr is None:
         ptrs = output_ptr + (place * o_row + member * o_head)[:, None] + channel[None, :]
         tl.store(ptrs, found.to(output_ptr.dtype.element_ty), mask=held)
     else:
         cell = (split * tokens + place) * heads + member
         tl.store(part_ptr + cell[:, None] * SIZE + channel[None, :], found, mask=held)
-        tl.store(
-            sum_ptr + cell, top + tl.log2(tl.where(total > 0, total, 1.0)), mask=token < queries
-        )
+        tl.store(sum_ptr + cell, top + tl.log2(total), mask=present)
 
 
 @triton.jit
@@ -240,88 +281,3 @@ def _dot(left, right, UPCAST: tl.constexpr):
     if UPCAST:
         left, right = left.to(tl.float32), right.to(tl.float32)
     return tl.dot(left, right, input_precision="ieee")
-
-
-@dataclass(frozen=True)
-class Partial:
-    """What each split of the keys found.
-
-    Attributes:
-        values: float32 [splits, tokens, heads, head_size], softmax over the split's keys.
-        sums: float32 [splits, tokens, heads], log2 of the sum of weights, -inf for no key.
-    """
-
-    values: torch.Tensor
-    sums: torch.Tensor
-
-    @classmethod
-    def of(cls, output: torch.Tensor, splits: int) -> "Partial":
-        """Room for what `splits` parts find for [tokens, heads, head_size]."""
-        values = output.new_empty((splits, *output.shape), dtype=torch.float32)
-        return cls(values, values.new_empty(values.shape[:-1]))
-
-    @property
-    def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Values and sums."""
-        return self.values, self.sums
-
-    def merge(
-        self, output: torch.Tensor, query_blocks: DeviceQueryBlocks, heads: torch.Tensor, group: int
-    ) -> None:
-        """Weighs what the splits found.
-
-        Args:
-            output: [tokens, heads, head_size], written where the queries lie.
-            query_blocks: the queries.
-            heads: int32 [n], KV heads.
-            group: query heads a KV head.
-        """
-        splits, tokens, all_heads, size = self.values.shape
-        _merge_kernel[(len(query_blocks), query_blocks.most_queries, len(heads))](
-            self.values, self.sums, output, heads, *query_blocks.arguments,
-            output.stride(0), output.stride(1),
-            tokens, all_heads, splits, QUERY_BLOCK=query_blocks.query_block, GROUP=group, SIZE=size,
-            GROUP_PADDED=triton.next_power_of_2(group),
-            SIZE_PADDED=triton.next_power_of_2(size),
-        )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["tokens", "splits"])
-def _merge_kernel(
-    part_ptr, sum_ptr, output_ptr, head_ptr,
-    request_ptr, offset_ptr, query_start_ptr, request_len_ptr,
-    o_row, o_head, tokens, heads, splits,
-    QUERY_BLOCK: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr,
-    GROUP_PADDED: tl.constexpr, SIZE_PADDED: tl.constexpr,
-):  # fmt: skip
-    """One query and one KV head: weighs what the splits found by their sums."""
-    _, _, row, start, stop = query_block_at(
-        tl.program_id(0), request_ptr, offset_ptr, query_start_ptr, request_len_ptr, QUERY_BLOCK
-    )
-    if tl.program_id(1) >= stop - start:
-        return
-    token = (row + tl.program_id(1)).to(tl.int64)
-    member = tl.arange(0, GROUP_PADDED)
-    channel = tl.arange(0, SIZE_PADDED)
-    held = (member < GROUP)[:, None] & (channel < SIZE)[None, :]
-    head = tl.load(head_ptr + tl.program_id(2)) * GROUP + member
-    top = tl.full([GROUP_PADDED], float("-inf"), tl.float32)
-    total = tl.zeros([GROUP_PADDED], tl.float32)
-    found = tl.zeros([GROUP_PADDED, SIZE_PADDED], tl.float32)
-    for split in range(splits):
-        cell = (split * tokens + token) * heads + head
-        size = tl.load(sum_ptr + cell, mask=member < GROUP, other=float("-inf"))
-        part = tl.load(
-            part_ptr + cell[:, None] * SIZE + channel[None, :],
-            mask=held & (size > float("-inf"))[:, None],
-            other=0.0,
-        )
-        higher = tl.maximum(top, size)
-        shift = tl.where(higher == float("-inf"), 0.0, higher)
-        fade, weight = tl.exp2(top - shift), tl.exp2(size - shift)
-        total = total * fade + weight
-        found = found * fade[:, None] + part * weight[:, None]
-        top = higher
-    found = found / tl.where(total > 0, total, 1.0)[:, None]
-    ptrs = output_ptr + (token * o_row + head * o_head)[:, None] + channel[None, :]
-    tl.store(ptrs, found.to(output_ptr.dtype.element_ty), mask=held)

@@ -1,86 +1,15 @@
-"""Where the queries of a step lie and which pages are static, as Triton kernels read it.
+"""Which pages the query blocks of a step read, as Triton kernels tell each other."""
 
-On a GPU nothing may wait for the host: how many query blocks a step has at most is known from its
-query lengths, where they lie follows on the device from lengths that may change until the step
-runs.
-"""
-
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 
+from dam_vllm.attention.cuda.query_blocks import DeviceQueryBlocks, query_block_at
 from dam_vllm.masks.page_tables import PageSelector
-
-
-@dataclass(frozen=True)
-class DeviceQueryBlocks:
-    """Queries of some requests cut into query blocks, in as many slots as there can be.
-
-    Attributes:
-        request: int32 [slots], row of the batch.
-        offset: int32 [slots], number of the query block among those of its request's queries.
-        query_start_loc: int32 [requests + 1], first query row of each request.
-        seq_lens: int32 [requests], tokens of each request up to its last query.
-        query_block: tokens a query block.
-        most_queries: most queries of a query block.
-    """
-
-    request: torch.Tensor
-    offset: torch.Tensor
-    query_start_loc: torch.Tensor
-    seq_lens: torch.Tensor
-    query_block: int
-    most_queries: int
-
-    def __len__(self) -> int:
-        return len(self.request)
-
-    @property
-    def arguments(self) -> tuple[torch.Tensor, ...]:
-        """What `query_block_at` takes after the slot."""
-        return self.request, self.offset, self.query_start_loc, self.seq_lens
-
-
-def query_block_slots(queries: np.ndarray, query_block: int) -> np.ndarray:
-    """Slots for the query blocks of requests whose queries may start anywhere in a query block.
-
-    Args:
-        queries: int [requests], queries of each.
-        query_block: tokens a query block.
-
-    Returns:
-        int32 [2, slots], `DeviceQueryBlocks.request` and `DeviceQueryBlocks.offset`.
-    """
-    most = np.where(queries > 0, (queries + query_block - 2) // query_block + 1, 0)
-    request = np.repeat(np.arange(len(queries)), most)
-    offset = np.arange(len(request)) - np.repeat(most.cumsum() - most, most)
-    return np.stack([request, offset]).astype(np.int32)
-
-
-@triton.jit
-def query_block_at(
-    slot, request_ptr, offset_ptr, query_start_ptr, seq_len_ptr, QUERY_BLOCK: tl.constexpr
-):
-    """A slot's query block.
-
-    Returns:
-        Row of the batch, absolute query block index, first query row, position of the first query,
-        and after the last one; as many queries as these are apart, none where they cross.
-    """
-    request = tl.load(request_ptr + slot)
-    index = tl.load(offset_ptr + slot)
-    row = tl.load(query_start_ptr + request)
-    queries = tl.load(query_start_ptr + request + 1) - row
-    end = tl.load(seq_len_ptr + request)
-    first = end - queries
-    index += first // QUERY_BLOCK
-    start = tl.maximum(index * QUERY_BLOCK, first)
-    stop = tl.minimum(index * QUERY_BLOCK + QUERY_BLOCK, end)
-    return request, index, row + tl.minimum(start - first, queries), start, stop
 
 
 def page_arguments(selector: PageSelector) -> dict[str, Any]:
@@ -129,6 +58,88 @@ def static_pages(
 
 
 BLOCK = 1024
+# Where vLLM's tensors are cut differs from step to step; no kernel may be compiled anew for it.
+MOVING = [
+    "request_ptr", "offset_ptr", "query_start_ptr", "request_len_ptr", "seq_len_ptr", "start_ptr",
+    "table_ptr", "page_ptr", "head_ptr", "group_ptr", "place_ptr", "block_ptr", "chosen_ptr",
+    "row_ptr",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Homes:
+    """Where the cache holds KV heads: virtual page = block * scale + offset.
+
+    Attributes:
+        offsets: int32 [n], virtual pages of the heads' parts of block 0.
+        groups: int32 [n], which block table tells a head's blocks; None where there is one for all.
+        scale: virtual pages a block.
+    """
+
+    offsets: torch.Tensor
+    groups: torch.Tensor | None
+    scale: int
+
+    @classmethod
+    def of_heads(cls, heads: torch.Tensor, kv_heads: int) -> "Homes":
+        """KV heads, int32 [n], of layers whose blocks hold all of their heads."""
+        return cls(heads, None, kv_heads)
+
+    @classmethod
+    def unknown(cls, count: int, scale: int, device: torch.device) -> "Homes":
+        """So many heads in several groups, to be told with `tell` before anything is planned."""
+        offsets, groups = torch.zeros(2, count, dtype=torch.int32, device=device)
+        return cls(offsets, groups, scale)
+
+    def tell(self, offsets: torch.Tensor, groups: torch.Tensor) -> None:
+        """Fills in int64 [n] each; a CUDA graph finds them where they were."""
+        assert self.groups is not None
+        self.offsets.copy_(offsets)
+        self.groups.copy_(groups)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a plan holds the sequences of some KV heads.
+
+    The sequence of a slot and a head is number first * slots + slot * step + add.
+
+    Attributes:
+        numbers: int32 [4, n]: of each head `first`, `add`, its number in its set of heads, and the
+            number of that set in the plan.
+        step: between the slots of a head.
+    """
+
+    numbers: torch.Tensor
+    step: int
+
+    @classmethod
+    def by_head(cls, sets: Sequence[int], device: torch.device) -> "Places":
+        """Each head's slots follow each other.
+
+        Args:
+            sets: heads of each set.
+            device: where to.
+        """
+        within = [number for count in sets for number in range(count)]
+        which = [row for row, count in enumerate(sets) for _ in range(count)]
+        numbers = [list(range(len(within))), [0] * len(within), within, which]
+        return cls(torch.tensor(numbers, dtype=torch.int32, device=device), 1)
+
+    @classmethod
+    def by_slot(
+        cls, layers: Sequence[Sequence[int]], kv_heads: int, device: torch.device
+    ) -> "Places":
+        """Each slot's heads follow each other, layer after layer.
+
+        Args:
+            layers: KV heads of each layer that are planned.
+            kv_heads: of a layer.
+            device: where to.
+        """
+        flat = [(row * kv_heads, head, 0, 0) for row, heads in enumerate(layers) for head in heads]
+        numbers = torch.tensor(flat, dtype=torch.int32).view(-1, 4).t().contiguous()
+        return cls(numbers.to(device), kv_heads)
 
 
 @dataclass(frozen=True)
@@ -136,40 +147,43 @@ class DevicePlan:
     """Virtual sequences of a part of a batch: one for each slot and KV head.
 
     Attributes:
-        table: int32 [slots, kv_heads, width], virtual pages; what lies after a sequence's end is
-            not set.
-        pages: int32 [slots, kv_heads, width], the same pages by their number in the request, or
-            None where nobody asks.
-        seq_lens: int32 [slots, kv_heads], virtual lengths in tokens, 0 for empty slots; strided.
-        starts: int32 [slots + 1], first query row of each slot.
+        table: int32 [sequences, width], virtual pages; what lies after a sequence's end is not set.
+        pages: int32 [sequences, width], the same pages by their number in the request, or None
+            where nobody asks.
+        seq_lens: int32 [sequences], virtual lengths in tokens, 0 for empty slots.
+        starts: int32 [sequences + 1] where each head's slots follow each other, first query row of
+            each sequence when rows are counted head by head; None otherwise.
+        places: of the heads that are planned.
     """
 
     table: torch.Tensor
     pages: torch.Tensor | None
     seq_lens: torch.Tensor
-    starts: torch.Tensor
+    starts: torch.Tensor | None
+    places: Places
 
     @classmethod
     def empty(
-        cls, query_blocks: DeviceQueryBlocks, kv_heads: int, width: int, numbered: bool = False
+        cls, query_blocks: DeviceQueryBlocks, places: Places, width: int, numbered: bool = False
     ) -> "DevicePlan":
-        """Room for a plan.
+        """Room for a plan of one set of heads, or of all heads of a layer slot by slot.
 
         Args:
             query_blocks: the part's queries.
-            kv_heads: KV heads of the layer.
+            places: of the heads.
             width: most pages of a request.
             numbered: whether `pages` is wanted.
         """
-        slots, new = len(query_blocks), query_blocks.request.new_empty
-        table = new(slots, kv_heads, width)
-        return cls(
-            table=table,
-            pages=torch.empty_like(table) if numbered else None,
-            # Each head's lengths lie together, as FlashAttention wants them in prefill.
-            seq_lens=new(kv_heads, slots).t(),
-            starts=new(slots + 1),
-        )
+        sequences = len(query_blocks) * places.numbers.shape[1]
+        new = query_blocks.request.new_empty
+        table = new(sequences, width)
+        pages = torch.empty_like(table) if numbered else None
+        starts = new(sequences + 1) if places.step == 1 else None
+        return cls(table, pages, new(sequences), starts, places)
+
+    def take(self, heads: slice) -> "DevicePlan":
+        """The same plan, told of some of its heads."""
+        return replace(self, places=replace(self.places, numbers=self.places.numbers[:, heads]))
 
 
 def plan_heads(
@@ -178,50 +192,84 @@ def plan_heads(
     selector: PageSelector,
     query_blocks: DeviceQueryBlocks,
     block_table: torch.Tensor,
-    chosen: torch.Tensor | None = None,
+    rows: int,
+    kv_heads: int,
+    chosen: tuple[torch.Tensor, torch.Tensor] | None = None,
+    groups: torch.Tensor | None = None,
 ) -> None:
-    """Fills in some heads of a plan, and its starts.
+    """Fills in a plan: one launch.
 
     Args:
         plan: written.
-        heads: int32 [n], KV heads.
-        selector: their page tables, of one layer.
+        heads: int32 [n], of KV heads in the order of the plan's places their parts of block 0, as
+            virtual pages.
+        selector: their page tables, as heads of one layer.
         query_blocks: the part's queries, cut by the selector's query block.
-        block_table: int32 [requests, at least the plan's width], vLLM's.
-        chosen: bool [n, slots, width], pages beyond the selector's, or None.
+        block_table: int32 [requests, at least the plan's width], vLLM's; where there are groups
+            [groups, requests, ...].
+        rows: query rows of the part.
+        kv_heads: virtual pages a block.
+        chosen: pages beyond the selector's, or None: uint8 [rows, slots, width], 1 where one is
+            read, and int32 [n], the row of each head.
+        groups: int32 [n], the block table of each head, or None where there is one for all.
     """
-    slots, kv_heads, width = plan.table.shape
-    _plan_kernel[(slots, len(heads))](
+    _plan_kernel[(len(query_blocks), len(heads))](
         plan.table,
         plan.pages,
         plan.seq_lens,
         plan.starts,
         heads,
+        groups,
+        plan.places.numbers,
         block_table,
-        None if chosen is None else chosen.view(torch.uint8),
+        *(chosen or (None, None)),
         *query_blocks.arguments,
         **page_arguments(selector),
-        block_stride=block_table.stride(0),
-        len_slot=plan.seq_lens.stride(0),
-        len_head=plan.seq_lens.stride(1),
-        slots=slots,
+        number_stride=plan.places.numbers.stride(0),
+        group_stride=block_table.stride(0),
+        block_stride=block_table.stride(-2),
+        chosen_stride=0 if chosen is None else chosen[0].stride(0),
+        slots=len(query_blocks),
+        step=plan.places.step,
+        rows=rows,
         kv_heads=kv_heads,
-        width=width,
+        width=plan.table.shape[1],
         QUERY_BLOCK=query_blocks.query_block,
         PAGE=selector.page,
         OWN=selector.own,
-        BLOCK=min(BLOCK, triton.next_power_of_2(width)),
+        BLOCK=BLOCK,
     )
 
 
+@triton.jit
+def sequence_at(slot, at, place_ptr, number_stride, slots, step):
+    """The sequence of a slot and a head, see `Places`."""
+    first = tl.load(place_ptr + at)
+    add = tl.load(place_ptr + number_stride + at)
+    return first * slots + slot * step + add
+
+
 # What changes from step to step must not make a kernel be compiled anew.
-@triton.jit(do_not_specialize=["len_slot", "len_head", "slots", "width"])
+@triton.jit(
+    do_not_specialize=[
+        "number_stride",
+        "group_stride",
+        "block_stride",
+        "chosen_stride",
+        "slots",
+        "step",
+        "rows",
+        "width",
+    ],
+    do_not_specialize_on_alignment=MOVING,
+)
 def _plan_kernel(
-    table_ptr, page_ptr, seq_len_ptr, start_ptr, head_ptr, block_ptr, chosen_ptr,
+    table_ptr, page_ptr, seq_len_ptr, start_ptr, head_ptr, group_ptr, place_ptr, block_ptr,
+    chosen_ptr, row_ptr,
     request_ptr, offset_ptr, query_start_ptr, request_len_ptr,
     near_ptr, columns_ptr, distances_ptr,
     near_blocks, near_pages, columns, distances, dense_blocks,
-    block_stride, len_slot, len_head, slots, kv_heads, width,
+    number_stride, group_stride, block_stride, chosen_stride, slots, step, rows, kv_heads, width,
     QUERY_BLOCK: tl.constexpr, PAGE: tl.constexpr, OWN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One slot and one head: walks the pages up to the last, keeps those that are read."""
@@ -231,7 +279,11 @@ def _plan_kernel(
         slot, request_ptr, offset_ptr, query_start_ptr, request_len_ptr, QUERY_BLOCK
     )
     last_page = tl.where(start < stop, (stop - 1) // PAGE, -1)
-    line = (slot * kv_heads + head).to(tl.int64) * width
+    sequence = sequence_at(slot, at, place_ptr, number_stride, slots, step)
+    line = sequence.to(tl.int64) * width
+    block_ptr += request.to(tl.int64) * block_stride
+    if group_ptr is not None:
+        block_ptr += tl.load(group_ptr + at).to(tl.int64) * group_stride
     count = 0
     for first in range(0, last_page + 1, BLOCK):
         page = first + tl.arange(0, BLOCK)
@@ -240,17 +292,21 @@ def _plan_kernel(
             near_blocks, near_pages, columns, distances, dense_blocks, OWN,
         )  # fmt: skip
         if chosen_ptr is not None:
-            bits = chosen_ptr + (at * slots + slot).to(tl.int64) * width + page
+            chosen_row = tl.load(row_ptr + at).to(tl.int64) * chosen_stride
+            bits = chosen_ptr + chosen_row + slot.to(tl.int64) * width + page
             read |= tl.load(bits, mask=page <= last_page, other=0) > 0
         place = line + count + tl.cumsum(read.to(tl.int32), 0) - 1
-        block = tl.load(block_ptr + request.to(tl.int64) * block_stride + page, mask=read, other=0)
+        block = tl.load(block_ptr + page, mask=read, other=0)
         tl.store(table_ptr + place, block * kv_heads + head, mask=read)
         if page_ptr is not None:
             tl.store(page_ptr + place, page, mask=read)
         count += tl.sum(read.to(tl.int32), 0)
     length = tl.where(count > 0, (count - 1) * PAGE + stop - last_page * PAGE, 0)
-    tl.store(seq_len_ptr + slot * len_slot + head * len_head, length)
-    if at == 0:
-        tl.store(start_ptr + slot, row)
+    tl.store(seq_len_ptr + sequence, length)
+    if start_ptr is not None:
+        number = tl.load(place_ptr + 2 * number_stride + at)
+        # Each set has an entry more than sequences: where its last one ends.
+        entry = start_ptr + sequence + tl.load(place_ptr + 3 * number_stride + at)
+        tl.store(entry, number * rows + row)
         if slot == slots - 1:
-            tl.store(start_ptr + slots, row + tl.maximum(stop - start, 0))
+            tl.store(entry + 1, number * rows + row + tl.maximum(stop - start, 0))

@@ -12,11 +12,14 @@ import torch
 import triton
 import triton.language as tl
 
-from dam_vllm.attention.cuda.plan import DeviceQueryBlocks, query_block_at
+from dam_vllm.attention.cuda.plan import MOVING, Homes
+from dam_vllm.attention.cuda.query_blocks import DeviceQueryBlocks, query_block_at
+from dam_vllm.attention.cuda.scratch import Room
 
 TOKENS = 128
 CHUNK_TOKENS = 1024
-MOST_ROWS = 64
+# Every block of rows reads all keys again, so blocks are large; rows need registers.
+MOST_ROWS, WARPS, STAGES = 128, 8, 2
 # Enough to fill any GPU several times; more would only wait, or find nothing to do.
 PROGRAMS = 4096
 LOWEST = tl.constexpr(-3.0e38)
@@ -28,16 +31,17 @@ class Rows:
 
     Attributes:
         queries: most queries of a query block, 1 or the page size.
-        group: query heads a KV head; a query block's rows are its queries' heads, query by query.
+        heads_per_kv: query heads a KV head; a query block's rows are its queries' heads, query by
+            query.
     """
 
     queries: int
-    group: int
+    heads_per_kv: int
 
     @property
     def count(self) -> int:
         """Most rows of a query block."""
-        return self.queries * self.group
+        return self.queries * self.heads_per_kv
 
     @property
     def block(self) -> int:
@@ -97,12 +101,12 @@ class PageMaxScores:
 
     @classmethod
     def empty(
-        cls, heads: int, slots: int, width: int, rows: Rows, blocks: PageBlocks, like: torch.Tensor
+        cls, heads: int, slots: int, width: int, rows: Rows, blocks: PageBlocks, room: Room
     ) -> "PageMaxScores":
-        """Memory for peaks of `width` pages, on the device of `like`."""
+        """Memory for peaks of `width` pages, taken of `room`."""
         chunks = triton.cdiv(width, blocks.chunk)
         logits, largest, sums = (
-            like.new_empty(heads, slots, count, rows.count, dtype=torch.float32)
+            room.take(torch.float32, heads, slots, count, rows.count)
             for count in (width, chunks, chunks)
         )
         return cls(logits, largest, sums)
@@ -125,12 +129,13 @@ def score_pages(
     rows: Rows,
     scale: float,
     softcap: float,
+    homes: Homes | None = None,
 ) -> None:
     """Fills `max_scores` for all query blocks of one query, or for all longer ones.
 
     Args:
         max_scores: to be filled.
-        query: [tokens, kv_heads, group, head_size], rotated; last dimension contiguous.
+        query: [tokens, kv_heads, heads_per_kv, head_size], rotated; last dimension contiguous.
         keys: [virtual pages, page, head_size], last dimension contiguous; the head size is a
             multiple of 8.
         block_table: int32 [requests, n]; entries after a request's last page are not read.
@@ -141,19 +146,24 @@ def score_pages(
         rows: which query blocks.
         scale: factor of the scores.
         softcap: soft-capping of the scores, 0 for none.
+        homes: where these heads lie, or None in blocks of all heads; where they lie in groups, the
+            block table is [groups, requests, n].
     """
+    homes = homes or Homes.of_heads(heads, query.shape[1])
     n, slots, _, count = max_scores.logits.shape
     chunks = max_scores.sums.shape[2]
     blocks = PageBlocks(keys.shape[1])
     _score_pages[(slots * rows.blocks, n, lanes(slots * rows.blocks * n, chunks))](
-        query, keys, block_table, heads, channels, max_scores.logits, max_scores.largest,
-        max_scores.sums, *query_blocks.arguments,
+        query, keys, block_table, heads, homes.offsets, homes.groups, channels,
+        max_scores.logits, max_scores.largest, max_scores.sums, *query_blocks.arguments,
         scale, *query.stride()[:3], *keys.stride()[:2], block_table.stride(0),
-        query.shape[1], slots, max_scores.logits.shape[2], chunks,
-        GROUP=rows.group, QUERIES=rows.queries, ROWS=rows.block, BLOCKS=rows.blocks, COUNT=count,
+        block_table.stride(-2), homes.scale, slots, max_scores.logits.shape[2], chunks,
+        HEADS_PER_KV=rows.heads_per_kv, QUERIES=rows.queries, ROWS=rows.block,
+        BLOCKS=rows.blocks, COUNT=count,
         PAGE=blocks.page, UNIT=blocks.unit, PARTS=blocks.parts, PAGES=blocks.pages,
         CHUNK=blocks.chunk, CHANNELS=max(16, triton.next_power_of_2(max_channels)), SOFTCAP=softcap,
         UPCAST=triton.knobs.runtime.interpret,
+        num_warps=WARPS if rows.block == MOST_ROWS else WARPS // 2, num_stages=STAGES,
     )  # fmt: skip
 
 
@@ -185,7 +195,7 @@ def _cap(logits, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _max_scores(
-    first, own, asked, position, stop, channels, head,
+    first, own, asked, position, stop, channels, offset,
     table_ptr, key_ptr, key_page, key_token, kv_heads,
     QUERY: tl.constexpr, ROWS: tl.constexpr, PAGE: tl.constexpr, UNIT: tl.constexpr,
     PARTS: tl.constexpr, PAGES: tl.constexpr, CHANNELS: tl.constexpr, UPCAST: tl.constexpr,
@@ -193,8 +203,8 @@ def _max_scores(
     """The largest causal score of a block of rows in PAGES pages from `first` on.
 
     `asked` [ROWS, CHANNELS] are queries at `position`, `own` is the query block's own page, `stop`
-    the position after its last query, `table_ptr` the request's blocks. Gives float32
-    [ROWS, PAGES].
+    the position after its last query, `table_ptr` the request's blocks of `kv_heads` virtual pages,
+    the head's at `offset`. Gives float32 [ROWS, PAGES].
     """
     channel = tl.arange(0, CHANNELS)
     token = tl.arange(0, PAGES * UNIT)
@@ -202,9 +212,9 @@ def _max_scores(
     is_read = channel < (channels + 7) // 8 * 8
     page = first + token // UNIT
     block = tl.load(table_ptr + page, mask=page <= own, other=0)
-    virtual = block.to(tl.int64) * kv_heads + head
+    virtual = block.to(tl.int64) * kv_heads + offset
     max_scores = tl.full([ROWS, PAGES], float("-inf"), tl.float32)
-    for part in range(PARTS):
+    for part in tl.static_range(PARTS):  # so that the loop over pages is the one to be pipelined
         place = part * UNIT + token % UNIT
         key_position = page * PAGE + place
         cached = tl.load(
@@ -222,13 +232,17 @@ def _max_scores(
     return max_scores
 
 
-@triton.jit(do_not_specialize=["slots", "width", "chunks"])
+@triton.jit(
+    do_not_specialize=["slots", "width", "chunks", "table_group"],
+    do_not_specialize_on_alignment=MOVING,
+)
 def _score_pages(
-    query_ptr, key_ptr, table_ptr, head_ptr, channels_ptr, max_score_ptr, largest_ptr, sum_ptr,
+    query_ptr, key_ptr, table_ptr, head_ptr, home_ptr, group_ptr, channels_ptr,
+    max_score_ptr, largest_ptr, sum_ptr,
     request_ptr, offset_ptr, query_start_ptr, seq_len_ptr,
-    scale, query_token, query_head, query_group, key_page, key_token, table_row,
+    scale, query_token, query_head, query_member, key_page, key_token, table_group, table_row,
     kv_heads, slots, width, chunks,
-    GROUP: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
+    HEADS_PER_KV: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
     COUNT: tl.constexpr, PAGE: tl.constexpr, UNIT: tl.constexpr, PARTS: tl.constexpr,
     PAGES: tl.constexpr, CHUNK: tl.constexpr, CHANNELS: tl.constexpr, SOFTCAP: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -242,31 +256,31 @@ def _score_pages(
     request, own, first_row, start, queries = query_block_of_rows(
         slot, request_ptr, offset_ptr, query_start_ptr, seq_len_ptr, PAGE, QUERIES
     )
-    if block * ROWS >= queries * GROUP:
+    if block * ROWS >= queries * HEADS_PER_KV:
         return
     head = tl.load(head_ptr + at)
     channels = tl.load(channels_ptr + at)
     row = block * ROWS + tl.arange(0, ROWS)
-    present = row < queries * GROUP
+    present = row < queries * HEADS_PER_KV
+    asked_ptr = query_ptr + (first_row + row // HEADS_PER_KV).to(tl.int64) * query_token
+    asked_ptr += head.to(tl.int64) * query_head + row % HEADS_PER_KV * query_member
     channel = tl.arange(0, CHANNELS)
-    asked_ptr = query_ptr + (first_row + row // GROUP).to(tl.int64) * query_token
-    asked_ptr += head.to(tl.int64) * query_head + row % GROUP * query_group
-    asked = tl.load(
-        asked_ptr[:, None] + channel[None, :],
-        mask=present[:, None] & (channel < channels)[None, :],
-        other=0.0,
-    )
+    held = present[:, None] & (channel < channels)[None, :]
+    asked = tl.load(asked_ptr[:, None] + channel[None, :], mask=held, other=0.0)
     if UPCAST:
         asked = asked.to(tl.float32)
-    position = start + row // GROUP
+    position = start + row // HEADS_PER_KV
     blocks_ptr = table_ptr + request.to(tl.int64) * table_row
+    if group_ptr is not None:
+        blocks_ptr += tl.load(group_ptr + at).to(tl.int64) * table_group
+    home = tl.load(home_ptr + at)
     query_block = (at * slots + slot).to(tl.int64)
     for chunk in range(tl.program_id(2), own // CHUNK + 1, tl.num_programs(2)):
         largest = tl.full([ROWS], LOWEST, tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         for first in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, own + 1), PAGES):
             max_scores = _max_scores(
-                first, own, asked, position, start + queries, channels, head,
+                first, own, asked, position, start + queries, channels, home,
                 blocks_ptr, key_ptr, key_page, key_token, kv_heads, query_ptr.dtype.element_ty,
                 ROWS, PAGE, UNIT, PARTS, PAGES, CHANNELS, UPCAST,
             )  # fmt: skip

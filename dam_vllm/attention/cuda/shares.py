@@ -6,7 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from dam_vllm.attention.cuda.plan import DeviceQueryBlocks, page_arguments, static_pages
+from dam_vllm.attention.cuda.plan import MOVING, page_arguments, static_pages
+from dam_vllm.attention.cuda.query_blocks import DeviceQueryBlocks
 from dam_vllm.attention.cuda.score import (
     LOWEST,
     PageBlocks,
@@ -15,6 +16,7 @@ from dam_vllm.attention.cuda.score import (
     lanes,
     query_block_of_rows,
 )
+from dam_vllm.attention.cuda.scratch import Room
 from dam_vllm.masks.page_tables import PageSelector
 
 ELEMENTS = 4096
@@ -45,6 +47,7 @@ def share_pages(
     static: PageSelector,
     rows: Rows,
     blocks: PageBlocks,
+    room: Room,
 ) -> PageShares:
     """Ranks pages for all query blocks of one query, or for all longer ones.
 
@@ -54,17 +57,18 @@ def share_pages(
         static: page tables of the heads, one layer.
         rows: which query blocks.
         blocks: how pages are cut.
+        room: memory for the result.
 
     Returns:
         The page_shares; undefined for other query blocks.
     """
     n, slots, width, count = max_scores.logits.shape
     chunks = max_scores.sums.shape[2]
-    largest, total = max_scores.sums.new_empty(2, n, slots, count)
-    bits = torch.empty(n, slots, width, dtype=torch.int32, device=total.device)
+    largest, total = (room.take(torch.float32, n, slots, count) for _ in range(2))
+    bits = room.take(torch.int32, n, slots, width)
     block = max(1, ELEMENTS // rows.block)
     sizes = {
-        "GROUP": rows.group,
+        "HEADS_PER_KV": rows.heads_per_kv,
         "QUERIES": rows.queries,
         "ROWS": rows.block,
         "COUNT": count,
@@ -81,11 +85,11 @@ def share_pages(
     return PageShares(largest, total, bits)
 
 
-@triton.jit(do_not_specialize=["slots", "chunks"])
+@triton.jit(do_not_specialize=["slots", "chunks"], do_not_specialize_on_alignment=MOVING)
 def _sum_chunks(
     chunk_largest_ptr, chunk_sum_ptr, largest_ptr, total_ptr,
     request_ptr, offset_ptr, query_start_ptr, seq_len_ptr, slots, chunks,
-    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BLOCKS: tl.constexpr, GROUP: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BLOCKS: tl.constexpr, HEADS_PER_KV: tl.constexpr,
     QUERIES: tl.constexpr, ROWS: tl.constexpr, COUNT: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """Joins what the chunks of a block of rows hold."""
@@ -94,11 +98,11 @@ def _sum_chunks(
     _, own, _, _, queries = query_block_of_rows(
         slot, request_ptr, offset_ptr, query_start_ptr, seq_len_ptr, PAGE, QUERIES
     )
-    if block * ROWS >= queries * GROUP:
+    if block * ROWS >= queries * HEADS_PER_KV:
         return
     query_block = (tl.program_id(1) * slots + slot).to(tl.int64)
     row = block * ROWS + tl.arange(0, ROWS)
-    present = row < queries * GROUP
+    present = row < queries * HEADS_PER_KV
     largest = tl.full([ROWS], LOWEST, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     count = own // CHUNK + 1
@@ -141,13 +145,13 @@ def mass_of_pages(
     return tl.exp(logits - largest[None, :]) / total[None, :]
 
 
-@triton.jit(do_not_specialize=["slots", "width"])
+@triton.jit(do_not_specialize=["slots", "width"], do_not_specialize_on_alignment=MOVING)
 def _share_pages(
     max_score_ptr, largest_ptr, total_ptr, bits_ptr,
     request_ptr, offset_ptr, query_start_ptr, seq_len_ptr, slots, width,
     near_ptr, columns_ptr, distances_ptr,
     near_blocks, near_pages, columns, distances, dense_blocks,
-    PAGES: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr,
+    PAGES: tl.constexpr, HEADS_PER_KV: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr,
     COUNT: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """Ranks some of a query block's pages."""
@@ -162,9 +166,9 @@ def _share_pages(
     for first in range(tl.program_id(2) * PAGES, own + 1, tl.num_programs(2) * PAGES):
         page = first + tl.arange(0, PAGES)
         best = tl.zeros([PAGES], tl.float32)
-        for first_row in range(0, queries * GROUP, ROWS):
+        for first_row in range(0, queries * HEADS_PER_KV, ROWS):
             mass = mass_of_pages(
-                query_block, page, page <= own, width, queries * GROUP, first_row,
+                query_block, page, page <= own, width, queries * HEADS_PER_KV, first_row,
                 max_score_ptr, largest_ptr, total_ptr, ROWS, COUNT,
             )  # fmt: skip
             best = tl.maximum(best, tl.max(mass, axis=1))

@@ -15,7 +15,11 @@ from dataclasses import dataclass
 
 import torch
 
-FEW_ROWS, NARROW_HEAD, MOST_SPLITS = 32, 128, 32
+from dam_vllm.masks.rounding import ceil_div
+
+FEW_ROWS, NARROW_HEAD, MOST_SPLITS = 32, 128, 64
+# Blocks of keys that a part of a sequence has at least.
+LEAST_PART = 4
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ TABLE = {
 }
 TOKEN_MASKS = {False: Tuning(64, 32, 8, 2), True: Tuning(32, 32, 4, 2)}
 LARGE_MEMORY = (9, 10)
-INTERPRETED, INTERPRETED_PROCESSORS = Tuning(32, 32, 4, 1), 20
+INTERPRETED, INTERPRETED_PROCESSORS = Tuning(32, 32, 4, 1), 4
 
 
 def tuning(device: torch.device, head_size: int, rows: int, exact: bool) -> Tuning:
@@ -69,24 +73,27 @@ def tuning(device: torch.device, head_size: int, rows: int, exact: bool) -> Tuni
     return TABLE[large, few, head_size > NARROW_HEAD]
 
 
-def split_count(device: torch.device, programs: int, keys: int, block_n: int) -> int:
-    """Parts into which each sequence's keys are split, so that the GPU is full.
+def split_count(device: torch.device, programs: int, blocks: int) -> int:
+    """Parts into which a sequence's keys are split, so that the GPU is full.
+
+    Sparse heads end before dense ones beside them, so twice as many programs are asked for as fill
+    the GPU twice.
 
     Args:
         device: as for `tuning`.
         programs: programs without splitting.
-        keys: longest sequence in tokens.
-        block_n: keys a step; a part has at least four.
+        blocks: of keys in the longest sequence there can be.
 
     Returns:
         At least 1. It depends on the shapes alone, as a CUDA graph's launches must.
     """
-    wanted = 2 * _processors(device) // programs
-    return max(1, min(wanted, keys // (4 * block_n), MOST_SPLITS))
+    wanted = ceil_div(4 * processors(device), programs)
+    return max(1, min(wanted, blocks // LEAST_PART, MOST_SPLITS))
 
 
 @functools.cache
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU; a few where Triton interprets."""
     if device.type == "cpu":
         return INTERPRETED_PROCESSORS
     return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -4,15 +4,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from vllm import _custom_ops as ops
-from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
 from dam_vllm.attention.cpu.attention import CPUAttention, CPULayer
+from dam_vllm.attention.cpu.score import max_scores_of_span
+from dam_vllm.attention.cpu.select import CachedKeys, span_tokens
 from dam_vllm.attention.dynamic_heads import DynamicHeads
 from dam_vllm.attention.interface import Step
 from dam_vllm.attention.layout import KVLayout
 from dam_vllm.attention.rotation import HeadRotation
 from dam_vllm.engine.cpu import CPUKernel
+from dam_vllm.engine.private import attention_isa, ops
 from dam_vllm.masks.mask_set import MaskSet
 from dam_vllm.masks.page_tables import PageSelector
 from dam_vllm.masks.rounding import ceil_div
@@ -46,7 +47,7 @@ class Shape:
 
     @property
     def isa(self) -> str:
-        return str(_get_attn_isa(self.dtype, self.page, self.head_size, "auto"))
+        return attention_isa(self.dtype, self.page, self.head_size)
 
     def attention(
         self, selector: PageSelector, dynamic: DynamicHeads | None = None
@@ -63,7 +64,7 @@ class Shape:
             self.heads // self.kv_heads, self.head_size, self.dtype, self.isa, "auto"
         )
         layers = {str(row): layer for row in range(selector.layers)}
-        return CPUAttention(layers, selector, kernel, LAYOUT, self.dtype)
+        return CPUAttention(layers, selector, kernel, LAYOUT)
 
 
 @dataclass(frozen=True)
@@ -220,11 +221,15 @@ class DynamicSteps:
 
     Attributes:
         rotate: turns queries and keys into the basis.
+        gather: the keys' leading channels, float32 [kv_heads, pages, channels, page].
+        product: the largest score of each page, for a span of queries after the other; of the last.
         select: scores and chooses pages, bool [kv_heads, query_blocks, pages].
         whole: all of it and attention over the pages, [tokens, heads, head_size].
     """
 
     rotate: Call
+    gather: Call
+    product: Call
     select: Call
     whole: Call
 
@@ -253,6 +258,23 @@ def dynamic_steps(prompt: Prompt, masks: MaskSet) -> DynamicSteps:
         rotation.keys(prompt.key)
         return rotation.queries(prompt.query, shape.kv_heads)
 
+    keys = CachedKeys(LAYOUT.channels(prompt.cache))
+    tables = plan.where.take(0, torch.arange(shape.kv_heads)).tables()[0, :, 0]
+    channels = dynamic.channels[0]
+
+    def gather() -> torch.Tensor:
+        return torch.stack([keys.gather(channels, table) for table in tables])
+
+    cached, scoring = gather(), grouped[..., :channels].transpose(0, 1).float()
+    size = span_tokens(shape.page, grouped.shape[2])
+
+    def product() -> torch.Tensor:
+        for asked, held in zip(scoring, cached, strict=True):
+            for first in range(0, asked.shape[0], size):
+                rows = asked[first : first + size].flatten(0, 1)
+                found = max_scores_of_span(rows, held[: (first + size) // shape.page])
+        return found
+
     def select() -> torch.Tensor:
         return attention.select(plan, "0", grouped, prompt.cache)
 
@@ -261,4 +283,4 @@ def dynamic_steps(prompt: Prompt, masks: MaskSet) -> DynamicSteps:
         attention.run(plan, "0", prompt.query, prompt.cache, output)
         return output
 
-    return DynamicSteps(rotate, select, whole)
+    return DynamicSteps(rotate, gather, product, select, whole)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dam_vllm.masks.budget import Budget, Share, TopK, TopP
+from dam_vllm.masks.budget import Budget, BudgetKind, Share, TopK, TopP
+from dam_vllm.masks.frontier_arrays import pack_pattern
 from dam_vllm.masks.mask_set import MaskSet
 from dam_vllm.masks.page_tables import PageSelector, PageTables, page_tables
 from dam_vllm.masks.rounding import ceil_div
@@ -15,6 +16,9 @@ COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)
 SHARES = (0.02, 0.05, 0.1)
 MASSES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
 MASS_FLOOR, MASS_CAP = 1, 64
+
+DENSE, REUSE = -1, -2
+"""What a head may be beside one of the candidates: dense, or a reader of its anchor's pages."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +57,8 @@ class Pattern:
 
 
 def default_channels(head_size: int) -> list[int]:
-    """An eighth, a quarter, a half and all of a head's channels."""
-    return [max(1, head_size // part) for part in (8, 4, 2, 1)]
+    """An eighth, a quarter and a half of a head's channels; all cost about what choosing saves."""
+    return [max(1, head_size // part) for part in (8, 4, 2)]
 
 
 def dynamic_budgets() -> list[Budget]:
@@ -83,6 +87,17 @@ def candidates(patterns: Sequence[Pattern], bare: int, channels: Sequence[int]) 
     return static + [Candidate(bare, count, budget) for count in channels for budget in budgets]
 
 
+def top_k(candidates: Sequence[Candidate], pages: int) -> int:
+    """Index of the candidate that chooses some number of pages by the middle channels."""
+    channels = sorted({each.channels for each in candidates if each.channels is not None})
+    wanted = (channels[len(channels) // 2], BudgetKind.TOP_K, pages)
+    return next(
+        index
+        for index, each in enumerate(candidates)
+        if each.budget and (each.channels, each.budget.kind, each.budget.value) == wanted
+    )
+
+
 class LayerPatterns:
     """A layer's patterns at page granularity.
 
@@ -92,9 +107,13 @@ class LayerPatterns:
         static: per pattern, pages of static query blocks.
         bare: tables of the bare pattern, query blocks of one page.
         dynamic: its pages.
+        packed: per pattern and KV head, the pattern deflated (`pack_pattern`).
     """
 
-    def __init__(self, tables: list[PageTables], bare: PageTables) -> None:
+    def __init__(
+        self, tables: list[PageTables], bare: PageTables, packed: list[list[bytes]]
+    ) -> None:
+        self.packed = packed
         self.query_block = tables[0].query_block
         self.tables, self.bare = tables, bare
         self.static = [PageSelector([each]) for each in tables]
@@ -122,7 +141,7 @@ class LayerPatterns:
 def layer_patterns(
     patterns: Sequence[Pattern], bare: int, layers: Sequence[int], page: int
 ) -> dict[int, LayerPatterns]:
-    """Rounds all patterns up to pages, one mask set in memory at a time.
+    """Rounds all patterns up to pages and packs them, one mask set in memory at a time.
 
     Args:
         patterns: static patterns.
@@ -135,13 +154,24 @@ def layer_patterns(
     """
     tables: dict[int, list[PageTables]] = {layer: [] for layer in layers}
     bares: dict[int, PageTables] = {}
+    packed: dict[int, list[list[bytes]]] = {layer: [] for layer in layers}
     for index, pattern in enumerate(patterns):
         masks = pattern.build()
         for layer in layers:
             tables[layer].append(page_tables(masks, layer, page))
+            packed[layer].append(_packed(masks, layer))
             if index == bare:
                 bares[layer] = page_tables(masks, layer, page, query_block=page)
-    return {layer: LayerPatterns(tables[layer], bares[layer]) for layer in layers}
+    return {layer: LayerPatterns(tables[layer], bares[layer], packed[layer]) for layer in layers}
+
+
+def _packed(masks: MaskSet, layer: int) -> list[bytes]:
+    """A layer's patterns, KV head by KV head."""
+    columns, diagonals, true_bits = (
+        np.split(array[layer], masks.kv_heads)
+        for array in (masks.columns, masks.diagonals, masks.true_bits)
+    )
+    return [pack_pattern(*parts) for parts in zip(columns, diagonals, true_bits, strict=True)]
 
 
 def dynamic_density(

@@ -1,12 +1,14 @@
-"""Which candidate each KV head takes: density against predicted KL, swept to a curve."""
+"""Which mode each KV head takes: density against predicted KL, swept to a curve."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from dam_vllm.calibration.errors import CalibrationError
+from dam_vllm.calibration.fit.anchors import NONE
+from dam_vllm.calibration.fit.candidates import DENSE, REUSE
+from dam_vllm.calibration.fit.clusters import Pairs, settle
 
-DENSE = -1
 PRICES = np.geomspace(1e-3, 1e6, 181)
 # What it is worth that a head's pages can be freed, as KL of the next token in nats.
 RENTS = np.geomspace(1e-8, 1.0, 25)
@@ -17,22 +19,33 @@ class Point:
     """One point of the curve density against loss.
 
     Attributes:
-        loss: predicted KL of the next token in nats, the largest over kinds of text.
+        loss: KL of the next token in nats, the largest over kinds of text: predicted, or
+            measured once the point is proven.
         density: mean over KV heads of full-attention layers.
-        cost: the same with what scoring costs, in units of dense attention.
-        chosen: int [layers, kv_heads], candidate, or DENSE.
+        cost: the same with what choosing costs, in units of dense attention.
+        chosen: int [layers, kv_heads], candidate, DENSE or REUSE.
+        anchors: int [layers, kv_heads], the anchor of heads that reuse pages, heads of all layers
+            counted through; else NONE.
+        top1: measured share of equal best tokens, of the kind of text that loses most.
+        source: which proposal it comes from.
     """
 
     loss: float
     density: float
     cost: float
     chosen: np.ndarray
+    anchors: np.ndarray
+    top1: float | None = None
+    source: str = ""
 
-    def report(self) -> dict[str, float]:
+    def report(self) -> dict[str, float | str | None]:
         """The point without its choice, for the mask file."""
-        dense = int((self.chosen == DENSE).sum())
-        numbers = {"density": self.density, "loss": self.loss, "cost": self.cost}
-        return numbers | {"dense_heads": dense}
+        dense, reuse = (int((self.chosen == mode).sum()) for mode in (DENSE, REUSE))
+        found: dict[str, float | str | None] = {
+            "density": self.density, "loss": self.loss, "cost": self.cost,
+            "dense_heads": dense, "reuse_heads": reuse,
+        }  # fmt: skip
+        return found if self.top1 is None else found | {"top1": self.top1, "source": self.source}
 
 
 @dataclass(frozen=True)
@@ -40,7 +53,7 @@ class Memory:
     """How many KV heads may keep all their pages.
 
     Attributes:
-        keeps: bool [candidates], those that can read any page; dense heads can too.
+        keeps: bool [candidates], those that can read any page; dense and reusing heads can too.
         target: largest share of the KV heads of full-attention layers.
     """
 
@@ -48,23 +61,44 @@ class Memory:
     target: float
 
 
-def curve(
-    risks: np.ndarray,
-    densities: np.ndarray,
-    costs: np.ndarray,
-    layers: list[int],
-    memory: Memory | None = None,
-) -> list[Point]:
-    """Sweeps the price of risk; every head takes what costs least at that price.
+@dataclass(frozen=True)
+class Options:
+    """What heads may become.
+
+    Attributes:
+        risks: KL that each candidate is predicted to cause [layers, kinds, kv_heads, candidates].
+        densities: [layers, kv_heads, candidates].
+        costs: densities with what choosing costs.
+        layers: full-attention layers.
+        anchors: int [layers, kv_heads, slots], whose pages each head could read, or NONE.
+        read_risks: KL that reading them causes, by the anchor's candidate [layers, kinds,
+            kv_heads, slots, candidates]; inf where that was not measured.
+        read_densities: [layers, kv_heads, slots, candidates]; it is all that a reader pays.
+    """
+
+    risks: np.ndarray
+    densities: np.ndarray
+    costs: np.ndarray
+    layers: list[int]
+    anchors: np.ndarray
+    read_risks: np.ndarray
+    read_densities: np.ndarray
+
+    def allowing(self, anchors: np.ndarray | None) -> "Options":
+        """The options under an assignment: int [layers, kv_heads], or None for no reuse."""
+        wanted = np.full(self.anchors.shape[:2], NONE) if anchors is None else anchors
+        allowed = (self.anchors == wanted[..., None]) & (wanted[..., None] != NONE)
+        return replace(self, anchors=np.where(allowed, self.anchors, NONE))
+
+
+def curve(options: Options, memory: Memory | None = None) -> list[Point]:
+    """Sweeps the price of risk; heads and clusters of them take what costs least at that price.
 
     With a target for memory, heads that keep all their pages pay a rent beside, which is swept
     too.
 
     Args:
-        risks: KL that each candidate is predicted to cause [layers, kinds, kv_heads, candidates].
-        densities: [layers, kv_heads, candidates].
-        costs: densities with what scoring costs.
-        layers: full-attention layers.
+        options: what heads may become.
         memory: how many heads may keep all their pages, or None for all.
 
     Returns:
@@ -74,20 +108,15 @@ def curve(
     Raises:
         CalibrationError: if no choice keeps within the memory.
     """
-    points = [Point(0.0, 1.0, 1.0, np.full(densities.shape[:2], DENSE))]
-    worst = risks.max(axis=1)
-    keeps = np.ones(densities.shape[2]) if memory is None else memory.keeps.astype(float)
+    shape = options.densities.shape[:2]
+    points = [Point(0.0, 1.0, 1.0, np.full(shape, DENSE), np.full(shape, NONE))]
+    keeps = np.ones(options.costs.shape[2]) if memory is None else memory.keeps.astype(float)
     for rent in (0.0,) if memory is None else RENTS:
-        for price in PRICES:
-            priced = costs + price * (worst + rent * keeps)
-            dense = priced.min(axis=2) >= 1.0 + price * rent
-            chosen = np.where(dense, DENSE, priced.argmin(axis=2))
-            loss = _taken(risks, chosen[:, None], 0.0)[layers].sum(axis=(0, 2)).max()
-            density = _taken(densities, chosen, 1.0)[layers].mean()
-            cost = _taken(costs, chosen, 1.0)[layers].mean()
-            points.append(Point(float(loss), float(density), float(cost), chosen))
+        points += [_at_price(options, price, price * rent, keeps) for price in PRICES]
     if memory is not None:
-        points = [point for point in points if _kept(point, memory, layers) <= memory.target]
+        points = [
+            point for point in points if _kept(point, memory, options.layers) <= memory.target
+        ]
     if not points:
         raise CalibrationError(
             f"target_kv_memory is {memory and memory.target}: no choice of heads' modes keeps "
@@ -100,17 +129,53 @@ def curve(
     return front
 
 
+def _at_price(options: Options, price: float, rent: float, keeps: np.ndarray) -> Point:
+    """The choice at a price of risk and a rent for keeping all pages."""
+    layers, kv_heads, count = options.costs.shape
+    own = options.costs + price * options.risks.max(axis=1) + rent * keeps
+    reader, slot = (options.anchors.reshape(layers * kv_heads, -1) != NONE).nonzero()
+    at = (reader // kv_heads, reader % kv_heads, slot)
+    read_risks = options.read_risks.max(axis=1)[at]
+    pairs = Pairs(
+        reader, options.anchors[at], options.read_densities[at] + price * read_risks + rent
+    )
+    chosen, anchors = settle(own.reshape(-1, count), 1.0 + rent, pairs)
+    chosen, anchors = chosen.reshape(layers, kv_heads), anchors.reshape(layers, kv_heads)
+    risks, densities, costs = _taken(options, chosen, anchors)
+    full = options.layers
+    return Point(
+        float(risks[full].sum(axis=(0, 2)).max()),
+        float(densities[full].mean()),
+        float(costs[full].mean()),
+        chosen,
+        anchors,
+    )
+
+
+def _taken(
+    options: Options, chosen: np.ndarray, anchors: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Risks [layers, kinds, kv_heads], densities and costs [layers, kv_heads] of a choice."""
+    shape, kinds = chosen.shape, options.risks.shape[1]
+    risks = np.zeros((shape[0], kinds, shape[1]))
+    densities, costs = np.ones(shape), np.ones(shape)
+    for (layer, head), index in np.ndenumerate(chosen):
+        if index == REUSE:
+            slot = int((options.anchors[layer, head] == anchors[layer, head]).argmax())
+            of_anchor = (layer, head, slot, chosen.flat[anchors[layer, head]])
+            risks[layer, :, head] = options.read_risks[layer, :, head, slot, of_anchor[3]]
+            densities[layer, head] = costs[layer, head] = options.read_densities[of_anchor]
+        elif index != DENSE:
+            risks[layer, :, head] = options.risks[layer, :, head, index]
+            densities[layer, head] = options.densities[layer, head, index]
+            costs[layer, head] = options.costs[layer, head, index]
+    return risks, densities, costs
+
+
 def _kept(point: Point, memory: Memory, layers: list[int]) -> float:
     """Share of KV heads that keep all their pages."""
     chosen = point.chosen[layers]
-    return float(np.mean((chosen == DENSE) | memory.keeps[np.maximum(chosen, 0)]))
-
-
-def _taken(values: np.ndarray, chosen: np.ndarray, dense: float) -> np.ndarray:
-    """Values [..., kv_heads, candidates] of the chosen candidates, or of dense heads."""
-    index = np.broadcast_to(chosen, values.shape[:-1])
-    found = np.take_along_axis(values, np.maximum(index, 0)[..., None], axis=-1)[..., 0]
-    return np.where(index == DENSE, dense, found)
+    return float(np.mean((chosen < 0) | memory.keeps[np.maximum(chosen, 0)]))
 
 
 def pick(points: list[Point], target_error: float | None, target_density: float | None) -> Point:

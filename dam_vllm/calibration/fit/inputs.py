@@ -1,11 +1,12 @@
 """What all parts of the fit work on, and how their passes through the model are counted."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from dam_vllm.calibration.errors import CalibrationStopped
+from dam_vllm.calibration.errors import CalibrationError, CalibrationStopped
 from dam_vllm.calibration.fit.candidates import Pattern
 from dam_vllm.calibration.fit.samples import PLAIN, FitText, question_prompts
 from dam_vllm.calibration.fit.store import FitStore
@@ -14,7 +15,8 @@ from dam_vllm.calibration.settings import FitConfig
 from dam_vllm.masks.model_shape import ModelShape
 
 # A pass that measures costs as much as some plain ones; for the progress bar only.
-WEIGHTS = {"reply": 2, "basis": 1, "loss": 6, "proof": 4, "check": 6, "probe": 1}
+WEIGHTS = {"reply": 2, "basis": 1, "loss": 4, "readers": 4, "proof": 2, "check": 3, "probe": 1}
+PROVEN = 2  # texts of each kind of question that prove choices
 
 Prompt = tuple[str, list[int]]
 """Kind of a text and its tokens, without a reply."""
@@ -31,6 +33,7 @@ class FitInputs:
         patterns: static patterns; the first keeps nothing.
         store: holds what an earlier run did.
         work: counts the passes.
+        memory: bytes that rows in work may take.
     """
 
     model: Any
@@ -39,11 +42,31 @@ class FitInputs:
     patterns: list[Pattern]
     store: FitStore
     work: Work
+    memory: int
 
     @property
     def layers(self) -> list[int]:
         """Layers of full attention."""
         return [row for row, kind in enumerate(self.shape.layer_types) if kind == "full"]
+
+    def query_blocks_at_once(self, tokens: int, head_size: int) -> int:
+        """Query blocks of a page whose attention, split by page, fits into the memory.
+
+        Raises:
+            CalibrationError: if it does not hold a single one.
+        """
+        shape, page = self.shape, self.config.page
+        rows = page * shape.heads // shape.kv_heads
+        # Masses times values; then weights and scores of each token.
+        floats = rows * (tokens // page + 1) * (head_size + 3 * page)
+        most = self.memory // (4 * floats)
+        if most < 1:
+            raise CalibrationError(
+                f"--memory-gib is {self.memory / 2**30:.2f}, must be at least "
+                f"{4 * floats / 2**30:.2f} for texts of {tokens} tokens; smaller fit.lengths need "
+                f"less"
+            )
+        return most
 
     def advance(self, kind: str, ids: list[int]) -> None:
         """Counts a pass of a kind of `WEIGHTS`.
@@ -63,25 +86,35 @@ def fit_prompts(tokenizer: Any, config: FitConfig, plain: list[list[int]]) -> li
 
 def fit_cost(prompts: list[Prompt], shape: ModelShape, config: FitConfig) -> int:
     """Tokens times layers of all passes, as `Work` counts them."""
-    once = sum(WEIGHTS[kind] for kind in ("reply", "basis", "loss", "check"))
+    once = sum(WEIGHTS[kind] for kind in ("reply", "basis", "loss", "readers", "check"))
     passes = sum(len(ids) for _, ids in prompts) * once
     probed = shape.layer_types.count("full") * (shape.kv_heads + 1) * 2
     kinds = {kind: 1 if kind == PLAIN else 2 for kind, _ in prompts}
-    passes += probed * sum(kinds.values()) * probe_length(config)
-    proven = sum(len(ids) for kind, ids in prompts if is_proof(config, kind, len(ids)))
+    passes += probed * sum(kinds.values()) * min(config.lengths)
+    sizes = [(kind, len(ids)) for kind, ids in prompts]
+    proven = sum(sizes[row][1] for row in proof_rows(sizes, config))
     passes += proven * (1 + config.proofs) * WEIGHTS["proof"]
     return passes * len(shape.layer_types)
 
 
-def probe_length(config: FitConfig) -> int:
-    """Length of the texts that heads are probed on: the middle one."""
-    return sorted(config.lengths)[(len(config.lengths) - 1) // 2]
+def proof_rows(sizes: Sequence[tuple[str, int]], config: FitConfig) -> list[int]:
+    """Which texts prove choices: plain ones, and some of each kind of question, the longest.
 
+    Args:
+        sizes: kind of each text, and tokens of its prompt.
+        config: the settings.
 
-def is_proof(config: FitConfig, kind: str, length: int) -> bool:
-    """Whether a text of the fit proves choices: plain ones, and the longest with a question."""
+    Returns:
+        Their rows.
+    """
     # A prompt may be some tokens shorter than the length it was made for.
-    return kind == PLAIN or length > 0.9 * max(config.lengths)
+    longest = 0.9 * max(config.lengths)
+    rows = list[int]()
+    for kind in dict.fromkeys(kind for kind, _ in sizes):
+        mine = [row for row, (each, size) in enumerate(sizes)
+                if each == kind and (kind == PLAIN or size > longest)]  # fmt: skip
+        rows += mine if kind == PLAIN else mine[:PROVEN]
+    return rows
 
 
 def compared_rows(text: FitText, most: int) -> list[int]:

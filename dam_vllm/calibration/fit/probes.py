@@ -16,49 +16,50 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from dam_vllm.calibration.fit.assemble import assemble
-from dam_vllm.calibration.fit.candidates import Candidate
-from dam_vllm.calibration.fit.inputs import FitInputs, compared_rows, probe_length
+from dam_vllm.calibration.fit.anchors import NONE
+from dam_vllm.calibration.fit.assemble import Assembler
+from dam_vllm.calibration.fit.candidates import Candidate, top_k
+from dam_vllm.calibration.fit.curve import Point
+from dam_vllm.calibration.fit.inputs import FitInputs, compared_rows
 from dam_vllm.calibration.fit.losses import CONTEXT, Sums
 from dam_vllm.calibration.fit.samples import FitText
 from dam_vllm.calibration.fit.simulate import Simulation
 from dam_vllm.calibration.fit.states import hooked, run
-from dam_vllm.masks.budget import BudgetKind
-from dam_vllm.masks.mask_set import FloatArray, HeadMode, MaskSet
+from dam_vllm.masks.mask_set import HeadMode, MaskSet
 
 # Errors below tell nothing: the KL that they cause drowns in rounding.
 LEAST_ERROR = 1e-5
 
 
-def kinds_of(groups: list[str]) -> list[str]:
+def kinds_of(strata: list[str]) -> list[str]:
     """Kinds of text, in order."""
-    return list(dict.fromkeys(group.split("/")[0] for group in groups))
+    return list(dict.fromkeys(stratum.split("/")[0] for stratum in strata))
 
 
-def worst_by_part(errors: np.ndarray, groups: list[str]) -> np.ndarray:
+def worst_by_part(errors: np.ndarray, strata: list[str]) -> np.ndarray:
     """Largest squared error over lengths, of context and of the rows that look back.
 
     Args:
-        errors: squared relative errors [layers, groups, kv_heads, candidates].
-        groups: names "kind/part/length".
+        errors: squared relative errors [layers, strata, kv_heads, candidates].
+        strata: names "kind/part/length".
 
     Returns:
         float64 [2, layers, kinds, kv_heads, candidates]: context; question and reply.
     """
-    split = [group.split("/") for group in groups]
+    split = [stratum.split("/") for stratum in strata]
     found = []
     for asking in (False, True):
         rows = [
             [row for row, (each, part, _) in enumerate(split)
              if each == kind and (part != CONTEXT) == asking]
-            for kind in kinds_of(groups)
+            for kind in kinds_of(strata)
         ]  # fmt: skip
         found.append([errors[:, part].max(axis=1, initial=0.0) for part in rows])
     return np.stack([np.stack(each, axis=1) for each in found])
 
 
 def relative_errors(sums: Sums) -> np.ndarray:
-    """Squared errors over the layer's squared output: [layers, groups, kv_heads, candidates]."""
+    """Squared errors over the layer's squared output: [layers, strata, kv_heads, candidates]."""
     return sums.error / np.maximum(sums.norm, 1e-30)[:, :, None, None]
 
 
@@ -112,22 +113,11 @@ ROWS = 256
 
 def probes(candidates: list[Candidate]) -> list[int]:
     """The candidates that heads are probed with: nothing, and few pages by the middle channels."""
-    channels = sorted({each.channels for each in candidates if each.channels is not None})
-    wanted = (channels[len(channels) // 2], BudgetKind.TOP_K, PAGES)
-    few = next(
-        index
-        for index, each in enumerate(candidates)
-        if each.budget and (each.channels, each.budget.kind, each.budget.value) == wanted
-    )
-    return [BARE, few]
+    return [BARE, top_k(candidates, PAGES)]
 
 
 def probe(
-    inputs: FitInputs,
-    candidates: list[Candidate],
-    rotations: FloatArray,
-    texts: list[FitText],
-    kinds: list[str],
+    inputs: FitInputs, assembler: Assembler, texts: list[FitText], kinds: list[str]
 ) -> np.ndarray:
     """Runs every probe on every head alone and on all of a layer's heads together.
 
@@ -135,8 +125,7 @@ def probe(
 
     Args:
         inputs: of the fit.
-        candidates: all candidates.
-        rotations: float32 [layers, kv_heads, head_size, head_size].
+        assembler: makes masks of candidates.
         texts: one of each kind is used.
         kinds: kinds of text.
 
@@ -149,13 +138,11 @@ def probe(
     """
     shape, page = inputs.shape, inputs.config.page
     size = (len(shape.layer_types), shape.kv_heads)
+    none = np.full(size, NONE)
     masks = [
-        assemble(
-            inputs.patterns, candidates, np.full(size, index), rotations,
-            np.zeros((*size, len(candidates))), page,
-        )
-        for index in probes(candidates)
-    ]  # fmt: skip
+        assembler.masks(Point(0.0, 1.0, 1.0, np.full(size, index), none))
+        for index in probes(assembler.candidates)
+    ]
     probed = [_text(inputs, texts, kind) for kind in kinds]
     rows = [compared_rows(text, ROWS) for text in probed]
     full = [run(inputs.model, text.ids, each) for text, each in zip(probed, rows, strict=True)]
@@ -184,7 +171,7 @@ def _spans(text: FitText, page: int) -> list[tuple[int, int]]:
 
 
 def _text(inputs: FitInputs, texts: list[FitText], kind: str) -> FitText:
-    """A kind's text whose length is nearest to the one for probes."""
-    length = probe_length(inputs.config)
+    """A kind's text of about the shortest length: probes are many."""
+    length = min(inputs.config.lengths)
     mine = [text for text in texts if text.kind == kind]
     return min(mine, key=lambda text: abs(text.prompt - length))

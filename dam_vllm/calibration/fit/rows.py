@@ -55,16 +55,20 @@ def logits(
         channels: channels.
 
     Returns:
-        float32 [query_blocks, queries * group, tokens up to the last position], -inf in the future.
+        float32 [query_blocks, queries * heads_per_kv, tokens up to the last position], -inf in
+            the future.
     """
-    group, stop = states.group, int(position.max()) + 1
+    heads_per_kv, stop = states.heads_per_kv, int(position.max()) + 1
     basis = rotation[:, :channels]
-    query = states.query[head * group : (head + 1) * group, position].float() @ basis
+    query = states.query[states.query_heads(head), position].float() @ basis
     key = states.key[head, :stop].float() @ basis
     scores = query.permute(1, 2, 0, 3).flatten(1, 2) @ key.t() * states.scale
     if states.softcap:
         scores = states.softcap * torch.tanh(scores / states.softcap)
-    future = torch.arange(stop, device=key.device) > position.repeat_interleave(group, 1)[..., None]
+    future = (
+        torch.arange(stop, device=key.device)
+        > position.repeat_interleave(heads_per_kv, 1)[..., None]
+    )
     return scores.masked_fill_(future, float("-inf"))
 
 

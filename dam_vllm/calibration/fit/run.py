@@ -1,23 +1,27 @@
-"""The fit from end to end: texts, bases, losses, predictions, proof, check."""
+"""The fit from end to end: texts, bases, losses, anchors, predictions, proof, frontier, check."""
 
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from dam_vllm.calibration.fit.assemble import assemble
-from dam_vllm.calibration.fit.bases import KeyCovariance
+from dam_vllm.calibration.fit import predict
+from dam_vllm.calibration.fit.anchors import Assignment, proposals, shares, slots
+from dam_vllm.calibration.fit.assemble import Assembler
 from dam_vllm.calibration.fit.candidates import (
+    DENSE,
+    REUSE,
     Candidate,
-    LayerPatterns,
     candidates,
     default_channels,
-    dynamic_density,
     layer_patterns,
 )
-from dam_vllm.calibration.fit.curve import DENSE, Memory, Point, curve
-from dam_vllm.calibration.fit.inputs import FitInputs, Prompt, is_proof
-from dam_vllm.calibration.fit.losses import Sums, TextLosses, group_names, text_blocks
+from dam_vllm.calibration.fit.costs import choosing_costs
+from dam_vllm.calibration.fit.curve import Memory, Options, Point, curve
+from dam_vllm.calibration.fit.followers import worth_trying
+from dam_vllm.calibration.fit.inputs import FitInputs, Prompt, proof_rows
+from dam_vllm.calibration.fit.losses import Sums
+from dam_vllm.calibration.fit.passes import Passes
 from dam_vllm.calibration.fit.probes import (
     BARE,
     kinds_of,
@@ -27,11 +31,15 @@ from dam_vllm.calibration.fit.probes import (
     sensitivities,
     worst_by_part,
 )
-from dam_vllm.calibration.fit.proof import Prover, prove
+from dam_vllm.calibration.fit.proof import Curve, Prover, frontier, search, sweep
 from dam_vllm.calibration.fit.samples import PLAIN, FitText, with_reply
-from dam_vllm.calibration.fit.states import hooked, prepare, run
+from dam_vllm.calibration.fit.states import KeyCovariance, hooked, prepare, run
 from dam_vllm.calibration.settings import TRUSTS
 from dam_vllm.masks.mask_set import FloatArray, MaskSet
+
+FREE, NO_REUSE = "any proposed anchor", "no reuse"
+MOST_TRIED = 24
+"""Candidates of an anchor that its readers are measured under at most."""
 
 
 def fit_modes(inputs: FitInputs, prompts: list[Prompt]) -> MaskSet:
@@ -42,8 +50,8 @@ def fit_modes(inputs: FitInputs, prompts: list[Prompt]) -> MaskSet:
         prompts: of `fit_prompts`.
 
     Returns:
-        The masks with modes, patterns, bases and budgets; the header's parameters tell under
-        "fit" what was used, the curve, and the check.
+        The masks with modes, patterns, bases, budgets, anchors and the frontier; the header's
+        parameters tell under "fit" what was used, the curves, and the check.
 
     Raises:
         CalibrationError: if the target cannot be reached.
@@ -55,7 +63,6 @@ def fit_modes(inputs: FitInputs, prompts: list[Prompt]) -> MaskSet:
 class _Fit:
     def __init__(self, inputs: FitInputs, prompts: list[Prompt]) -> None:
         self.inputs, self.config, self.prompts = inputs, inputs.config, prompts
-        self.candidates: list[Candidate] = []
 
     def run(self) -> MaskSet:
         inputs, config = self.inputs, self.config
@@ -64,48 +71,89 @@ class _Fit:
         every = config.check
         fitted = [text for row, text in enumerate(texts) if row % every != every - 1]
         rotations = self._rotations(fitted)
-        self.candidates = candidates(
-            inputs.patterns, BARE, config.channels or default_channels(rotations.shape[-1])
+        channels = config.channels or default_channels(rotations.shape[-1])
+        passes = Passes(
+            inputs,
+            fitted,
+            layer_patterns(inputs.patterns, BARE, inputs.layers, config.page),
+            candidates(inputs.patterns, BARE, channels),
+            rotations,
         )
-        patterns = layer_patterns(inputs.patterns, BARE, inputs.layers, config.page)
-        sums = self._sums(fitted, patterns, rotations)
-        shares = sums.chosen / np.maximum(sums.causal, 1.0)[:, None, None]
-        densities = self._densities(patterns, shares)
-        costs = densities + self._scoring(rotations.shape[-1])
-        curves = [
-            curve(risks, densities, costs, inputs.layers, self._memory())
-            for risks in self._risks(sums, fitted, rotations)
-        ]
-
-        def masks_of(point: Point) -> MaskSet:
-            return assemble(
-                inputs.patterns, self.candidates, point.chosen, rotations, shares, config.page
-            )
-
-        proof = [text for text in fitted if is_proof(config, text.kind, text.prompt)]
+        sums = passes.losses()
+        assembler = Assembler(
+            inputs.patterns[BARE].build(), passes.patterns, passes.candidates, rotations,
+            sums.chosen / np.maximum(sums.causal, 1.0)[:, None, None], config.page,
+        )  # fmt: skip
+        curves = self._curves(passes, assembler, sums)
+        proof = [fitted[row] for row in proof_rows([(t.kind, t.prompt) for t in fitted], config)]
         prover = Prover(inputs, proof, "proof")
-        proven = prove(
-            curves,
-            config.target_error,
-            config.target_density,
-            lambda point: prover.loss(point.chosen, lambda: masks_of(point)),
-        )
-        masks = masks_of(proven[0])
-        report = self._report(texts, curves, proven)
+
+        def prove(point: Point) -> Point:
+            return prover.prove(point, assembler.masks)
+
+        proven = search(curves, config.target_error, config.target_density, prove)
+        source = next((each for each in curves if each.source == proven[0].source), curves[0])
+        around = sweep(source, proven[0], prove)
+        masks = assembler.masks(proven[0])
+        report = self._report(texts, passes.candidates, curves, proven)
         report["check"] = Prover(inputs, texts[every - 1 :: every], "check").measure(masks)
         header = masks.header.model_copy(
             update={"parameters": masks.header.parameters | {"fit": report}}
         )
-        return replace(masks, header=header)
+        points = frontier([point for point in [*proven, *around] if point.top1 is not None])
+        return assembler.with_frontier(replace(masks, header=header), points)
 
-    def _risks(self, sums: Sums, texts: list[FitText], rotations: FloatArray) -> list[np.ndarray]:
-        """Predicted KL of each candidate [layers, kinds, kv_heads, candidates], by each trust."""
-        by_part = worst_by_part(relative_errors(sums), sums.groups)
-        kinds = kinds_of(sums.groups)
-        kls = probe(self.inputs, self.candidates, rotations, texts, kinds)
-        errors = np.stack([by_part[..., index] for index in probes(self.candidates)])
-        weights = [sensitivities(kls, errors, trust)[..., None] for trust in TRUSTS]
-        return [(by_part * weight).sum(axis=0) for weight in weights]
+    def _curves(self, passes: Passes, assembler: Assembler, sums: Sums) -> list[Curve]:
+        """The curves of all assignments and trusts, the free assignment's first."""
+        options, assignments = self._options(passes, assembler, sums)
+        named = {FREE: options, NO_REUSE: [each.allowing(None) for each in options]}
+        shape = assembler.rotations.shape[:2]
+        for each in assignments:
+            anchors = each.anchors.reshape(shape)
+            named[each.name] = [every.allowing(anchors) for every in options]
+        memory = self._memory(passes.candidates)
+        return [
+            Curve(name, trust, curve(every, memory))
+            for name, by_trust in named.items()
+            for trust, every in zip(TRUSTS, by_trust, strict=True)
+        ]
+
+    def _options(
+        self, passes: Passes, assembler: Assembler, sums: Sums
+    ) -> tuple[list[Options], list[Assignment]]:
+        """What heads may become, by each trust, and the proposed assignments."""
+        length, page = max(self.config.lengths), self.config.page
+        shape = assembler.rotations.shape
+        every = (passes.candidates, passes.patterns, assembler.shares)
+        densities = predict.densities(*every, length, page)
+        choosing = self._choosing(passes.candidates, shape[-1])
+        kept = shares(sums, self.config.ranks)
+        assignments = proposals(kept, shape[1])
+        flat = slots(assignments, kept)
+        tried = worth_trying(sums, densities + choosing, passes.candidates, MOST_TRIED)
+        error = passes.readers(flat, tried)
+        anchors = flat.reshape(*shape[:2], -1)
+        read_densities = predict.read_densities(*every, anchors, tried, length, page)
+        options = [
+            Options(
+                predict.risks(sums, weights),
+                densities,
+                densities + choosing * self.config.choosing_cost,
+                self.inputs.layers,
+                anchors,
+                predict.read_risks(sums, error, anchors, tried, weights),
+                read_densities,
+            )
+            for weights in self._weights(passes, assembler, sums)
+        ]
+        return options, assignments
+
+    def _weights(self, passes: Passes, assembler: Assembler, sums: Sums) -> list[np.ndarray]:
+        """KL per squared error [2, layers, kinds, kv_heads], by each trust."""
+        by_part = worst_by_part(relative_errors(sums), sums.strata)
+        kls = probe(self.inputs, assembler, passes.texts, kinds_of(sums.strata))
+        errors = np.stack([by_part[..., index] for index in probes(passes.candidates)])
+        return [sensitivities(kls, errors, trust) for trust in TRUSTS]
 
     def _texts(self) -> list[FitText]:
         """All texts with the model's replies."""
@@ -137,81 +185,47 @@ class _Fit:
         self.inputs.store.save_rotations(rotations)
         return rotations
 
-    def _sums(
-        self, texts: list[FitText], patterns: dict[int, LayerPatterns], rotations: FloatArray
-    ) -> Sums:
-        """Losses of all texts; a text measured by an earlier run is not measured again."""
-        shape, page = self.inputs.shape, self.config.page
-        lengths = self.config.lengths
-        groups = group_names(texts, lengths)
-        size = (len(shape.layer_types), shape.kv_heads, len(self.candidates))
-        total = Sums.empty(groups, *size)
-        query_block = next(iter(patterns.values())).query_block
-        for row, text in enumerate(texts):
-            sums = self.inputs.store.sums(row, groups)
-            if sums is None:
-                sums = Sums.empty(groups, *size)
-                rng = np.random.default_rng([self.config.seed, row])
-                blocks = text_blocks(
-                    text, groups, lengths, self.config.query_blocks, page, query_block, rng
-                )
-                hook = TextLosses(text, sums, blocks, patterns, self.candidates, rotations, page)
-                with hooked(hook):
-                    run(self.inputs.model, text.ids)
-                self.inputs.store.save_sums(row, sums)
-            total.add(sums)
-            self.inputs.advance("loss", text.ids)
-        return total
-
-    def _densities(self, patterns: dict[int, LayerPatterns], shares: np.ndarray) -> np.ndarray:
-        """Density of each candidate at the longest length: [layers, kv_heads, candidates]."""
-        length, page = max(self.config.lengths), self.config.page
-        result = np.ones(shares.shape)
-        for layer, each in patterns.items():
-            static, anyway = each.densities(length, page), each.bare_pages(length, page)
-            for index, candidate in enumerate(self.candidates):
-                if candidate.budget is None:
-                    result[layer, :, index] = static[candidate.pattern]
-                    continue
-                for head, pages in enumerate(anyway):
-                    share = float(shares[layer, head, index])
-                    result[layer, head, index] = dynamic_density(candidate.budget, pages, share)
-        return result
-
-    def _memory(self) -> Memory | None:
+    def _memory(self, every: list[Candidate]) -> Memory | None:
         target = self.config.target_kv_memory
-        keeps = np.array([candidate.budget is not None for candidate in self.candidates])
+        keeps = np.array([candidate.budget is not None for candidate in every])
         return None if target is None else Memory(keeps, target)
 
-    @property
-    def _scoring_cost(self) -> float:
-        return self.config.scoring_cost_on(self.inputs.model.device.type)
-
-    def _scoring(self, head_size: int) -> np.ndarray:
-        """Cost of scoring, in units of dense attention: [candidates]."""
-        channels = np.array([candidate.channels or 0 for candidate in self.candidates])
-        return channels / (2 * head_size) * self._scoring_cost
+    def _choosing(self, every: list[Candidate], head_size: int) -> np.ndarray:
+        """What each candidate was measured to pay to choose pages, in units of dense attention."""
+        channels = np.array([candidate.channels or 0 for candidate in every])
+        return choosing_costs(self.inputs.model.device.type, head_size, channels)
 
     def _report(
-        self, texts: list[FitText], curves: list[list[Point]], proven: list[Point]
+        self,
+        texts: list[FitText],
+        every: list[Candidate],
+        curves: list[Curve],
+        proven: list[Point],
     ) -> dict[str, Any]:
         """What the mask file tells about the fit, as JSON values."""
-        heads = [
-            [
-                "dense" if index == DENSE else self.candidates[index].describe(self.inputs.patterns)
-                for index in row
-            ]
-            for row in proven[0].chosen
-        ]
         return {
             **self.config.model_dump(mode="json"),
-            "scoring_cost": self._scoring_cost,
             "texts": [[text.kind, text.prompt, len(text.ids)] for text in texts],
             "chosen": proven[0].report(),
             "proven": [each.report() for each in proven],
             "curves": {
-                str(trust): [each.report() for each in points]
-                for trust, points in zip(TRUSTS, curves, strict=True)
+                str(each.trust): [point.report() for point in each.points]
+                for each in curves
+                if each.name == FREE
             },
-            "heads": heads,
+            "heads": self._heads(every, proven[0]),
         }
+
+    def _heads(self, every: list[Candidate], point: Point) -> list[list[str]]:
+        """Each KV head's mode in words."""
+        kv_heads = point.chosen.shape[1]
+
+        def words(index: int, anchor: int) -> str:
+            if index == REUSE:
+                return f"reuse layer {anchor // kv_heads} head {anchor % kv_heads}"
+            return "dense" if index == DENSE else every[index].describe(self.inputs.patterns)
+
+        return [
+            [words(index, anchor) for index, anchor in zip(*row, strict=True)]
+            for row in zip(point.chosen.tolist(), point.anchors.tolist(), strict=True)
+        ]

@@ -4,68 +4,107 @@ import numpy as np
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from dam_vllm.attention.cpu.select import CachedKeys, select_dynamic
+from dam_vllm.attention.cpu.select import CachedKeys, choose_dynamic
 from dam_vllm.attention.dynamic_heads import DynamicHeads
 from dam_vllm.attention.query_blocks import QueryBlocks, cut_query_blocks
 from dam_vllm.calibration.fit.states import LayerStates
 from dam_vllm.masks.mask_set import HeadMode, MaskSet
-from dam_vllm.masks.page_tables import PageSelector, page_tables
+from dam_vllm.masks.page_tables import PageSelector, PageTables, page_tables
 from dam_vllm.masks.rounding import ceil_div
 
-ROWS = 512
+ROWS = 128  # queries that are looked at together: few enough to share most of their pages
 
 
 class Simulation:
     """Hook that computes attention over the pages that masks select.
 
     The prompt is one prefill; tokens after it are decoded one by one, each with pages of its own.
+    One pass of one text: what anchors chose is kept for the heads that reuse it.
 
     Args:
         masks: the mask set.
         page: tokens a page.
         prompt: tokens of the prompt.
         rows: range of the queries that masks hold for, or None for all.
+        compared: rows whose logits are wanted, ascending, or None for all: the last layer computes
+            no others.
     """
 
     def __init__(
-        self, masks: MaskSet, page: int, prompt: int, rows: tuple[int, int] | None = None
+        self,
+        masks: MaskSet,
+        page: int,
+        prompt: int,
+        rows: tuple[int, int] | None = None,
+        compared: list[int] | None = None,
     ) -> None:
         self.masks, self.page, self.prompt, self.rows = masks, page, prompt, rows
+        self.compared = compared
+        self._tables: dict[int | None, PageTables] = {}
+        # Pages that anchors chose in this pass, bool [query_blocks, pages], until it ends.
+        self._chosen: dict[tuple[int, int], torch.Tensor] = {}
 
     def __call__(self, states: LayerStates) -> torch.Tensor | None:
         if self.masks.header.layer_types[states.layer] != "full":
             return None
-        sparse = np.flatnonzero(self.masks.modes[states.layer] != HeadMode.DENSE)
+        modes = self.masks.modes[states.layer]
+        sparse = np.flatnonzero(modes != HeadMode.DENSE)
+        # Anchors of the same layer choose before the heads that reuse their pages.
+        sparse = sparse[np.argsort(modes[sparse] == HeadMode.REUSE, kind="stable")]
         if not len(sparse):
             return None
-        first, last = self.rows or (0, states.query.shape[1])
-        result = _dense(states)
+        self._tables = {}
+        tokens, kv_heads = states.query.shape[1], len(states.key)
+        result = states.query.new_zeros(*states.query.shape[:2], states.value.shape[-1])
+        # Sparse heads need full attention for rows alone that masks do not hold for.
+        dense = range(kv_heads) if self.rows else np.flatnonzero(modes == HeadMode.DENSE).tolist()
+        for head in dense:
+            result[states.query_heads(head)] = _dense(states, head)
+        masked = torch.arange(*(self.rows or (0, tokens)))
+        if self.compared is not None and states.layer == self.masks.layers - 1:
+            masked = torch.tensor(self.compared)
         for head in sparse.tolist():
             pages = self._pages(states, head)
-            heads = slice(head * states.group, (head + 1) * states.group)
-            for start in range(first, last, ROWS):
-                stop = min(start + ROWS, last)
-                mask = pages[start:stop].repeat_interleave(self.page, dim=1)[:, :stop]
-                mask = mask & torch.ones(stop - start, stop, dtype=torch.bool).tril(start)
-                result[heads, start:stop] = _attend(states, head, heads, start, stop, mask)
+            for rows in masked.split(ROWS):
+                found = self._attend(states, head, rows, pages[rows])
+                result[states.query_heads(head), rows] = found
         return result
+
+    def _attend(
+        self, states: LayerStates, head: int, rows: torch.Tensor, pages: torch.Tensor
+    ) -> torch.Tensor:
+        """Attention of some queries over their pages bool [queries, pages]; no other is looked at.
+
+        Returns:
+            [heads_per_kv, queries, head_size].
+        """
+        read = pages.any(dim=0).nonzero().squeeze(1)
+        keys = (read[:, None] * self.page + torch.arange(self.page)).flatten()
+        keys = keys[keys <= rows[-1]]
+        mask = pages[:, keys // self.page] & (keys <= rows[:, None])
+        return _attend(states, head, rows, keys, mask)
 
     def _pages(self, states: LayerStates, head: int) -> torch.Tensor:
         """Pages that each query reads, bool [tokens, pages]."""
-        tokens = states.query.shape[1]
+        layer, tokens = states.layer, states.query.shape[1]
         count = ceil_div(tokens, self.page)
-        dynamic = self.masks.modes[states.layer, head] == HeadMode.DYNAMIC
-        tables = page_tables(
-            self.masks, states.layer, self.page, self.page if dynamic else None
-        ).take([head])
-        selector = PageSelector([tables])
-        if not dynamic:
-            query_block = torch.arange(ceil_div(tokens, selector.query_block))
-            selected = selector.select(query_block, count)[0, 0]
+        static = self.masks.modes[layer, head] == HeadMode.STATIC
+        query_block = None if static else self.page
+        if query_block not in self._tables:
+            self._tables[query_block] = page_tables(self.masks, layer, self.page, query_block)
+        selector = PageSelector([self._tables[query_block].take([head])])
+        if static:
+            index = torch.arange(ceil_div(tokens, selector.query_block))
+            selected = selector.select(index, count)[0, 0]
             return selected.repeat_interleave(selector.query_block, dim=0)[:tokens]
         query_blocks = self._query_blocks(tokens)
-        selected = self._select(states, head, selector, query_blocks)
-        return selected.repeat_interleave(query_blocks.stop - query_blocks.start, dim=0)
+        if self.masks.modes[layer, head] == HeadMode.REUSE:
+            own = selector.select(query_blocks.index, count)[0, 0]
+            chosen = self._chosen[self.masks.anchor(layer, head)]
+        else:
+            own, chosen = self._choose(states, head, selector, query_blocks)
+            self._chosen[layer, head] = chosen
+        return (own | chosen).repeat_interleave(query_blocks.stop - query_blocks.start, dim=0)
 
     def _query_blocks(self, tokens: int) -> QueryBlocks:
         """The prompt cut at pages, then every later token on its own."""
@@ -81,15 +120,15 @@ class Simulation:
             tokens=tokens,
         )
 
-    def _select(
+    def _choose(
         self, states: LayerStates, head: int, selector: PageSelector, query_blocks: QueryBlocks
-    ) -> torch.Tensor:
-        """Selected pages of a dynamic head's query blocks, bool [query_blocks, pages]."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Static pages of a dynamic head, and chosen ones, bool [query_blocks, pages] each."""
         assert self.masks.dynamic is not None
         layer = states.layer
         rotation = torch.from_numpy(self.masks.dynamic.rotations[layer, head])
-        group = states.query[head * states.group : (head + 1) * states.group].float()
-        query = (group @ rotation).transpose(0, 1)[None]
+        heads = states.query[states.query_heads(head)].float()
+        query = (heads @ rotation).transpose(0, 1)[None]
         key = states.key[head].float() @ rotation
         cache = pad(key, (0, 0, 0, -len(key) % self.page)).view(-1, self.page, key.shape[1])
         dynamic = DynamicHeads(
@@ -101,41 +140,35 @@ class Simulation:
         )
         table = torch.arange(len(cache), dtype=torch.int32).expand(1, query_blocks.tokens + 1, -1)
         keys = CachedKeys(cache.transpose(1, 2).contiguous())
-        return select_dynamic(dynamic, query, keys, query_blocks, table)[0]
+        static, chosen = choose_dynamic(dynamic, query, keys, query_blocks, table)
+        return static[0], chosen[0]
 
 
-def _dense(states: LayerStates) -> torch.Tensor:
-    """Full attention of all heads: [heads, tokens, head_size]."""
-    if states.softcap:
-        mask = torch.ones(states.query.shape[1], states.key.shape[1], dtype=torch.bool).tril()
-        blocks = [
-            _attend(states, head, slice(head * states.group, (head + 1) * states.group),
-                    start, min(start + ROWS, len(mask)),
-                    mask[start : start + ROWS, : start + ROWS])
-            for head in range(len(states.key))
-            for start in range(0, len(mask), ROWS)
-        ]  # fmt: skip
-        rows = ceil_div(len(mask), ROWS)
-        heads = [torch.cat(blocks[at : at + rows], 1) for at in range(0, len(blocks), rows)]
-        return torch.cat(heads)
-    return scaled_dot_product_attention(
-        states.query[None], states.key[None], states.value[None],
-        is_causal=True, scale=states.scale, enable_gqa=True,
-    )[0].clone()  # fmt: skip
+def _dense(states: LayerStates, head: int) -> torch.Tensor:
+    """Full attention of a KV head's query heads: [heads_per_kv, tokens, head_size]."""
+    if not states.softcap:
+        query = states.query[states.query_heads(head)]
+        return scaled_dot_product_attention(
+            query[None], states.key[None, head, None], states.value[None, head, None],
+            is_causal=True, scale=states.scale, enable_gqa=True,
+        )[0]  # fmt: skip
+    position = torch.arange(states.query.shape[1])
+    parts = [
+        _attend(
+            states, head, rows, position[: rows[-1] + 1], position[: rows[-1] + 1] <= rows[:, None]
+        )
+        for rows in position.split(ROWS)
+    ]
+    return torch.cat(parts, dim=1)
 
 
 def _attend(
-    states: LayerStates, head: int, heads: slice, start: int, stop: int, mask: torch.Tensor
+    states: LayerStates, head: int, rows: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor
 ) -> torch.Tensor:
-    """Attention of a block of queries under a mask bool [queries, keys]."""
-    query, key = states.query[heads, start:stop], states.key[head, :stop]
-    value = states.value[head, :stop]
+    """Attention of some queries over some keys under a mask bool [queries, keys]."""
+    query = states.query[states.query_heads(head)][:, rows]
+    key, value = states.key[head, keys], states.value[head, keys]
+    scores = query @ key.t() * states.scale
     if states.softcap:
-        scores = query @ key.t() * states.scale
         scores = states.softcap * torch.tanh(scores / states.softcap)
-        weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
-        return weights @ value
-    return scaled_dot_product_attention(
-        query, key.expand(len(query), -1, -1), value.expand(len(query), -1, -1),
-        attn_mask=mask, scale=states.scale,
-    )  # fmt: skip
+    return scores.masked_fill(~mask, float("-inf")).softmax(dim=-1) @ value

@@ -1,13 +1,15 @@
-"""Queries, keys and values of every layer, one text a forward pass."""
+"""Queries, keys and values of every layer, one text a forward pass, and the keys' directions."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from dam_vllm.calibration import capture
+from dam_vllm.masks.mask_set import FloatArray
 
 
 @dataclass(frozen=True)
@@ -31,9 +33,13 @@ class LayerStates:
     softcap: float
 
     @property
-    def group(self) -> int:
+    def heads_per_kv(self) -> int:
         """Query heads a KV head."""
         return len(self.query) // len(self.key)
+
+    def query_heads(self, head: int) -> slice:
+        """The query heads of a KV head."""
+        return slice(head * self.heads_per_kv, (head + 1) * self.heads_per_kv)
 
 
 Hook = Callable[[LayerStates], torch.Tensor | None]
@@ -77,3 +83,39 @@ def run(model: Any, ids: list[int], rows: list[int] | None = None) -> torch.Tens
     with torch.inference_mode():
         found = model(input_ids=inputs, use_cache=False, logits_to_keep=kept)
     return torch.as_tensor(found.logits[0]).float()
+
+
+class KeyCovariance:
+    """Hook that finds the bases in which dynamic heads score tokens (Loki, arXiv 2406.02542).
+
+    They are the keys' principal directions, per KV head: it sums first and second moments.
+
+    A direction in which all keys are alike adds the same to every score and tells no page from
+    another, so the covariance is centred, text by text.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[int, torch.Tensor] = {}
+
+    def __call__(self, states: LayerStates) -> None:
+        key = states.key.double()
+        centred = key - key.mean(dim=1, keepdim=True)
+        added = centred.transpose(1, 2) @ centred / key.shape[1]
+        self._sums[states.layer] = self._sums.get(states.layer, torch.zeros_like(added)) + added
+
+    def rotations(self, layers: int, kv_heads: int) -> FloatArray:
+        """Orthogonal bases, directions of largest variance first.
+
+        Args:
+            layers: layers of the model; those not seen get the identity.
+            kv_heads: KV heads a layer.
+
+        Returns:
+            float32 [layers, kv_heads, head_size, head_size], directions in columns.
+        """
+        size = next(iter(self._sums.values())).shape[-1]
+        result = np.tile(np.eye(size, dtype=np.float32), (layers, kv_heads, 1, 1))
+        for layer, covariance in self._sums.items():
+            directions = torch.linalg.eigh(covariance).eigenvectors.flip(-1)
+            result[layer] = directions.float().cpu().numpy()
+        return result

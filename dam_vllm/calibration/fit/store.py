@@ -1,4 +1,4 @@
-"""What an unfinished fit has done so far: texts, bases, sums, probes and proofs."""
+"""What an unfinished fit has done so far: texts, bases, sums, readers, probes and proofs."""
 
 import json
 import os
@@ -7,11 +7,9 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from dam_vllm.calibration.fit.losses import Sums
+from dam_vllm.calibration.fit.losses import ARRAYS, Sums
 from dam_vllm.calibration.fit.samples import FitText
 from dam_vllm.masks.mask_set import FloatArray
-
-ARRAYS = ("error", "norm", "chosen", "causal")
 
 
 class FitStore:
@@ -43,17 +41,26 @@ class FitStore:
         """Stores the bases, float32 [layers, kv_heads, head_size, head_size]."""
         self._write("fit-bases", {"rotations": rotations})
 
-    def sums(self, text: int, groups: list[str]) -> Sums | None:
+    def sums(self, text: int, strata: list[str]) -> Sums | None:
         """A text's sums, if it has been measured."""
         path = self._folder / f"fit-{text:04}.safetensors"
         if not path.exists():
             return None
         found = load_file(path)
-        return Sums(groups, *(found[name] for name in ARRAYS))
+        return Sums(strata, *(found[name] for name in ARRAYS))
 
     def save_sums(self, text: int, sums: Sums) -> None:
         """Stores a text's sums."""
         self._write(f"fit-{text:04}", {name: getattr(sums, name) for name in ARRAYS})
+
+    def readers(self, text: int) -> np.ndarray | None:
+        """A text's errors of heads that read others' pages, if they have been measured."""
+        path = self._folder / f"fit-readers-{text:04}.safetensors"
+        return load_file(path)["error"] if path.exists() else None
+
+    def save_readers(self, text: int, error: np.ndarray) -> None:
+        """Stores a text's errors of readers."""
+        self._write(f"fit-readers-{text:04}", {"error": error})
 
     def probes(self, layer: int) -> np.ndarray | None:
         """KL of a layer's probes [probes, kinds, kv_heads], if they have been run."""
@@ -64,18 +71,19 @@ class FitStore:
         """Stores the KL of a layer's probes."""
         self._write(f"fit-probes-{layer:04}", {"kl": kls})
 
-    def proof(self, key: str) -> float | None:
-        """The loss that a choice was measured to have."""
-        return self._proofs().get(key)
+    def proof(self, key: str) -> tuple[float, float] | None:
+        """The loss that a choice was measured to have, and its share of equal best tokens."""
+        found = self._proofs().get(key)
+        return None if found is None else (found[0], found[1])
 
-    def save_proof(self, key: str, loss: float) -> None:
-        """Stores a choice's measured loss."""
+    def save_proof(self, key: str, measured: tuple[float, float]) -> None:
+        """Stores what a choice was measured to have."""
         path = self._folder / "fit-proofs.json"
         temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self._proofs() | {key: loss}), encoding="utf-8")
+        temporary.write_text(json.dumps(self._proofs() | {key: list(measured)}), encoding="utf-8")
         os.replace(temporary, path)
 
-    def _proofs(self) -> dict[str, float]:
+    def _proofs(self) -> dict[str, list[float]]:
         path = self._folder / "fit-proofs.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 

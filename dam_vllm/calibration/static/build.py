@@ -158,12 +158,16 @@ def fit_masks(
 
 def with_measures(masks: MaskSet, coverage: FloatArray, extended: FloatArray) -> MaskSet:
     """Adds coverage, float32 [layers, heads] each, and density at several lengths."""
+    measured = dataclasses.replace(masks, coverage=coverage, coverage_extended=extended)
+    return with_densities(measured)
+
+
+def with_densities(masks: MaskSet) -> MaskSet:
+    """Adds density at several lengths."""
     lengths = sorted({masks.pcl, *DENSITY_LENGTHS})
     heads, kv_heads = density(masks, lengths, DENSITY_PAGE)
     return dataclasses.replace(
         masks,
-        coverage=coverage,
-        coverage_extended=extended,
         density_lengths=np.array(lengths, dtype=np.int32),
         density_heads=heads,
         density_kv=kv_heads,

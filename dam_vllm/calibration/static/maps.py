@@ -53,7 +53,7 @@ class MeanMaps:
 
 
 class MapSums:
-    """Attention weights of a group of layers, summed over windows.
+    """Attention weights of the layers of a pass, summed over windows.
 
     Attributes:
         layers: global indices of the layers.

@@ -1,4 +1,4 @@
-"""Captures mean maps, of tokens or of pages, group of layers by group of layers, resumable."""
+"""Captures mean maps, of tokens or of pages, some layers a pass, resumable."""
 
 import time
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class MapPlan:
     Attributes:
         kind: which maps.
         batches: windows, batch by batch.
-        groups: layers that are captured together, by global index.
+        passes: the layers that each pass captures, by global index.
         heads: query heads of a layer.
         size: cells a side of a map.
         page: tokens a cell.
@@ -32,7 +32,7 @@ class MapPlan:
 
     kind: MapKind
     batches: list[Batch]
-    groups: list[list[int]]
+    passes: list[list[int]]
     heads: int
     size: int
     page: int
@@ -46,8 +46,8 @@ class MapPlan:
 
     @property
     def cost(self) -> int:
-        """Tokens times layers that capturing all groups runs."""
-        return sum(cost(self.batches, group) for group in self.groups)
+        """Tokens times layers that all passes run."""
+        return sum(cost(self.batches, layers) for layers in self.passes)
 
 
 def capture_maps(
@@ -69,34 +69,34 @@ def capture_maps(
         CalibrationStopped: if the caller stopped it; the checkpoint holds its state.
     """
     maps = plan.maps(checkpoint)
-    for group in plan.groups:
-        if all(checkpoint.has_layer(plan.kind, layer) for layer in group):
-            work.skip(plan.batches, group)
+    for layers in plan.passes:
+        if all(checkpoint.has_layer(plan.kind, layer) for layer in layers):
+            work.skip(plan.batches, layers)
             continue
-        sums, done = _resume(plan, group, checkpoint, device)
-        work.skip(plan.batches[:done], group)
+        sums, done = _resume(plan, layers, checkpoint, device)
+        work.skip(plan.batches[:done], layers)
         saved = time.monotonic()
         for index, batch in enumerate(plan.batches[done:], start=done + 1):
             ids, lengths = pad(batch)
             sums.start_batch(lengths)
-            observe_forward(model, ids.to(device), group, sums.observe)
-            stop = work.advance(batch, group)
+            observe_forward(model, ids.to(device), layers, sums.observe)
+            stop = work.advance(batch, layers)
             if stop or time.monotonic() - saved > CHECKPOINT_SECONDS:
-                checkpoint.save_group(plan.kind, sums, index)
+                checkpoint.save_pass(plan.kind, sums, index)
                 saved = time.monotonic()
             if stop:
                 raise CalibrationStopped
-        for layer in group:
+        for layer in layers:
             checkpoint.save_layer(plan.kind, layer, sums.mean(layer, maps.counts, plan.epsilon))
     return maps
 
 
 def _resume(
-    plan: MapPlan, group: list[int], checkpoint: Checkpoint, device: torch.device
+    plan: MapPlan, layers: list[int], checkpoint: Checkpoint, device: torch.device
 ) -> tuple[MapSums, int]:
-    """The sums of a group in work and the batches they hold."""
-    stored = checkpoint.load_group(plan.kind, group)
+    """The sums of the pass in work and the batches they hold."""
+    stored = checkpoint.load_pass(plan.kind, layers)
     if stored is not None:
-        return MapSums(group, stored[0].to(device), plan.page), stored[1]
-    sums = torch.zeros(len(group), plan.heads, plan.size, plan.size, device=device)
-    return MapSums(group, sums, plan.page), 0
+        return MapSums(layers, stored[0].to(device), plan.page), stored[1]
+    sums = torch.zeros(len(layers), plan.heads, plan.size, plan.size, device=device)
+    return MapSums(layers, sums, plan.page), 0

@@ -52,7 +52,7 @@ class _Wiring:
 
     def run(self) -> None:
         size = self.shape.head_size
-        group = self.shape.heads // self.shape.kv_heads
+        heads_per_kv = self.shape.heads // self.shape.kv_heads
         self._embedding()
         self._random_layers()
         first, second, third = (layer.self_attn for layer in self.network.stack()[:3])
@@ -63,14 +63,14 @@ class _Wiring:
             first.o_proj.weight[:, head * size : (head + 1) * size] = self.basis(size).T * 0.03
         for kv in range(MATCHING_GROUPS):
             written = self.basis(size).T
-            for head in range(kv * group, (kv + 1) * group):
+            for head in range(kv * heads_per_kv, (kv + 1) * heads_per_kv):
                 self._look_back(second, head, 1, constant * _SHRUNK)
                 second.o_proj.weight[:, head * size : (head + 1) * size] = 0
-            head = kv * group
+            head = kv * heads_per_kv
             second.o_proj.weight[:, head * size : (head + 1) * size] = written * 0.05
             self._match(third, second, kv, written)
         for head in range(self.shape.heads):
-            kv = head // group
+            kv = head // heads_per_kv
             read = third.v_proj.weight[kv * size : (kv + 1) * size]
             third.o_proj.weight[:, head * size : (head + 1) * size] = read.T * 0.12
 
@@ -124,7 +124,7 @@ class _Wiring:
             attention.q_proj.weight[row + half + i] = weight * math.sin(angle)
 
     def _match(self, third: Attention, second: Attention, kv: int, written: Tensor) -> None:
-        """Makes a KV group of layer 2 find the neighbourhood that layer 1 has passed on.
+        """Makes a KV head of layer 2 find the neighbourhood that layer 1 has passed on.
 
         The match uses the slow half of the rotary frequencies, which hardly see the distance.
         """
@@ -132,7 +132,7 @@ class _Wiring:
         slow = torch.tensor([i for i in range(size) if i % half >= half // 2])
         mixing = self.normal(len(slow), size) / math.sqrt(size) * 1.6
         third.k_proj.weight[kv * size + slow] = mixing @ written.T * 2
-        group = self.shape.heads // self.shape.kv_heads
-        for head in range(kv * group, (kv + 1) * group):
+        heads_per_kv = self.shape.heads // self.shape.kv_heads
+        for head in range(kv * heads_per_kv, (kv + 1) * heads_per_kv):
             read = second.v_proj.weight[kv * size : (kv + 1) * size]
             third.q_proj.weight[head * size + slow] = mixing @ read

@@ -64,9 +64,9 @@ class Attention(nn.Module):
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
-        group = q.shape[1] // k.shape[1]
+        heads_per_kv = q.shape[1] // k.shape[1]
         # Repeated by hand: the CPU kernel's own grouping falls back to a slow path.
-        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        k, v = k.repeat_interleave(heads_per_kv, 1), v.repeat_interleave(heads_per_kv, 1)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 

@@ -16,6 +16,7 @@ from vllm.v1.kv_cache_interface import replace_as
 from dam_vllm.engine.checks import Serving, admit, logger, may_free_heads
 from dam_vllm.engine.kv_free.bounds import Bounds, HeadBounds, head_bounds
 from dam_vllm.engine.kv_free.capacity import Freeing, choose_freeing, freed_first
+from dam_vllm.engine.kv_free.head_groups import split_layers
 from dam_vllm.engine.kv_free.spec import BoundedAttentionSpec
 from dam_vllm.engine.shards import shard
 from dam_vllm.masks.sharding import shards
@@ -120,11 +121,8 @@ def _apply(config: VllmConfig, serving: Serving, heads: HeadBounds, chosen: Free
     for name in layers:
         attention[name].attn_backend = backends[name][0]
     if count > 1:
-        # Units of heads are served on CPU alone, so that other platforms do not load this.
-        from dam_vllm.engine.kv_free.head_groups import split_layers
-
         order = {name: freed_first(heads, index, rank) for name, index in layers.items()}
-        split_layers(attention, chosen.heads, order, backends)
+        split_layers(attention, chosen.heads, order, backends, chosen.grouping.groups)
 
 
 def _unit_backend(base: Any, heads: int, bounds: Bounds | None, in_flight: int) -> Any:

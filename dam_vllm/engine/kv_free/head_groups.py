@@ -7,21 +7,84 @@ other where their groups differ; seen as one pool of virtual pages, a layer's at
 one call of the kernel, and so is storing its keys.
 """
 
-import functools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
-from dam_vllm.attention.cpu.attention import CPUAttention, CPUPlan
-from dam_vllm.attention.cpu.plan import VirtualPages
 from dam_vllm.attention.interface import Planned, Step
-from dam_vllm.masks.rounding import ceil_div
 
-PADDING = -(2**62)  # negative, whatever is added
+
+@dataclass(frozen=True)
+class Pool:
+    """Where the KV heads of all layers lie: virtual page = block * heads + offset.
+
+    Attributes:
+        pages: all virtual pages, [pages, 1, page, 2 * head_size].
+        offset: int64 [layers, kv_heads], virtual pages of a head's part of block 0; on the host.
+        group: int64 [layers, kv_heads], the cache group of each head; on the host.
+        heads: KV heads a unit.
+        rows: by layer name, its row.
+    """
+
+    pages: torch.Tensor
+    offset: torch.Tensor
+    group: torch.Tensor
+    heads: int
+    rows: Mapping[str, int]
+
+    @property
+    def page(self) -> int:
+        """Tokens a page."""
+        return self.pages.shape[2]
+
+
+class GroupedAttention(Protocol):
+    """Attention of layers whose KV heads lie in several cache groups, on one platform."""
+
+    @property
+    def layers(self) -> Collection[str]:
+        """See `Runner`."""
+
+    def plan(
+        self, step: Step, tables: list[torch.Tensor], slots: list[torch.Tensor], pool: Pool
+    ) -> Any:
+        """What all layers of a step share.
+
+        Args:
+            step: the step; its block table is that of one group.
+            tables: int32 [requests, n] of each group.
+            slots: int64 [tokens] of each group, where new tokens go; negative ones are padding.
+            pool: where the heads lie.
+        """
+
+    def run(
+        self, plan: Any, layer: str, query: torch.Tensor, cache: torch.Tensor, output: torch.Tensor
+    ) -> None:
+        """See `Runner.run`; the cache is the pool's pages."""
+
+    def store(
+        self,
+        plan: Any,
+        layer: str,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        slots: torch.Tensor,
+        pool: Pool,
+    ) -> None:
+        """Writes new keys and values into their heads' pages.
+
+        Args:
+            plan: of the step; None in a run without metadata, which stores nothing.
+            layer: its name.
+            key: [tokens, kv_heads, head_size].
+            value: [tokens, kv_heads, head_size].
+            slots: int64 [tokens] of the layer's first unit.
+            pool: where the heads lie.
+        """
 
 
 class HeadUnit(AttentionLayerBase):
@@ -48,13 +111,11 @@ class GroupedPlan:
         tables: int32 [requests, n] of each group.
         slots: int64 [tokens] of each group, where new tokens go.
         plan: of all layers.
-        placed: int64 [groups, tokens], slots in the pool but for each head's offset.
     """
 
     tables: list[torch.Tensor] = field(default_factory=list)
     slots: list[torch.Tensor] = field(default_factory=list)
-    plan: CPUPlan | None = None
-    placed: torch.Tensor | None = None
+    plan: Any = None
 
 
 @dataclass
@@ -66,15 +127,18 @@ class HeadGroups:
         units: by layer name, its units' names; the first is the layer's own.
         order: by layer name, its local KV heads, unit by unit.
         attention: vLLM's layers by name, units included.
+        groups: cache groups that vLLM makes of the units.
     """
 
     heads: int
     units: dict[str, list[str]]
     order: dict[str, list[int]]
     attention: Mapping[str, Any]
+    groups: int
     _members: list[frozenset[str]] = field(default_factory=list)
-    _served: CPUAttention | None = None
+    _served: GroupedAttention | None = None
     _step: GroupedPlan = field(default_factory=GroupedPlan)
+    _pool: Pool | None = None
 
     @property
     def home(self) -> str:
@@ -85,8 +149,10 @@ class HeadGroups:
     def layers(self) -> dict[str, list[str]]:
         return self.units
 
-    def join(self, layer_names: list[str], attention: CPUAttention | None) -> None:
+    def join(self, layer_names: list[str], attention: GroupedAttention | None) -> None:
         """A metadata builder joins; vLLM makes them in the order of its cache groups.
+
+        It makes them twice where it measures CUDA graphs before it allocates the cache.
 
         Args:
             layer_names: units of the builder's group.
@@ -96,6 +162,7 @@ class HeadGroups:
         if members not in self._members:
             self._members.append(members)
         self._served = attention or self._served
+        self._pool = None
 
     def hand_in(self, layer_names: list[str], step: Step, slots: torch.Tensor) -> Planned:
         """A cache group's part of a step; with the last one the plan is made.
@@ -118,12 +185,10 @@ class HeadGroups:
         self._step.tables.append(step.block_table)
         self._step.slots.append(slots)
         if group == len(self._members) - 1:
-            self._complete(self._step, step)
+            assert self._served is not None
+            parts = self._step
+            parts.plan = self._served.plan(step, parts.tables, parts.slots, self.pool)
         return Planned(self, self._step)
-
-    def plan(self, step: Step) -> GroupedPlan:
-        """A step's plan needs the block tables of all groups: see `hand_in`."""
-        raise NotImplementedError
 
     def run(
         self,
@@ -135,80 +200,52 @@ class HeadGroups:
     ) -> None:
         """See `SparseAttention.run`; the cache is the pool, of which `cache` is a part."""
         assert self._served is not None
-        assert plan.plan is not None
-        self._served.run(plan.plan, layer, query, self.pool, output)
+        self._served.run(plan.plan, layer, query, self.pool.pages, output)
 
-    def store(self, layer: Any, key: torch.Tensor, value: torch.Tensor) -> None:
+    def store(
+        self, layer: Any, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor
+    ) -> None:
         """Writes new keys and values into their heads' pages.
 
         Args:
             layer: the attention layer.
             key: [tokens, kv_heads, head_size].
             value: [tokens, kv_heads, head_size].
+            slots: int64 [tokens], where the layer's first unit stores them.
         """
         assert self._served is not None
-        plan: GroupedPlan = get_forward_context().attn_metadata[self.home].planned.plan
-        assert plan.placed is not None
-        row, page = self._rows[layer.layer_name], self.pool.shape[2]
-        slots = (plan.placed[self._groups[row]] + self.offset[row, :, None] * page).t()
-        size = key.shape[-1]
-        self._served.kernel.store(
-            key[: len(slots)].reshape(-1, size),
-            value[: len(slots)].reshape(-1, size),
-            *self._served.layout.keys_and_values(self.pool),
-            slots.flatten(),
-            self._served.served[layer.layer_name],
-        )
+        metadata = get_forward_context().attn_metadata
+        plan = None if metadata is None else metadata[self.home].planned.plan.plan
+        self._served.store(plan, layer.layer_name, key, value, slots, self.pool)
 
-    def _complete(self, plan: GroupedPlan, step: Step) -> None:
-        served = self._served
-        assert served is not None
-        page = self.pool.shape[2]
-        pages = ceil_div(int(step.seq_lens.max()), page)
-        blocks = torch.stack([table[:, :pages] for table in plan.tables])
-        where = VirtualPages(blocks, self._groups, self.offset, self.heads)
-        if int(step.seq_lens.max()) <= served.dense_until:
-            served.count_dense(step)
-            plan.plan = served.plan_dense(step, where)
-        else:
-            plan.plan = served.plan_over(step, where)
-        slots = torch.stack(plan.slots)
-        placed = slots // page * (self.heads * page) + slots % page
-        plan.placed = torch.where(slots < 0, PADDING, placed)
+    @property
+    def pool(self) -> Pool:
+        """Where the heads lie, once the cache is allocated."""
+        if self._pool is None:
+            self._pool = self._find()
+        return self._pool
 
-    @functools.cached_property
-    def pool(self) -> torch.Tensor:
-        """All virtual pages: [pages, 1, page, 2 * head_size]."""
+    def _find(self) -> Pool:
         cache = self.attention[self.home].kv_cache
         page, width = cache.shape[2:]
         size = page * width
         count = cache.untyped_storage().nbytes() // cache.element_size() // size
-        return cache.as_strided((count, 1, page, width), (size, size, width, 1), 0)
-
-    @functools.cached_property
-    def offset(self) -> torch.Tensor:
-        """Virtual page of each head in block 0, int64 [layers, heads]."""
-        size = self.pool[0].numel()
-        result = torch.empty(len(self.units), len(self.order[self.home]), dtype=torch.int64)
-        for row, name in enumerate(self.units):
-            for at, head in enumerate(self.order[name]):
-                cache = self.attention[self.units[name][at // self.heads]].kv_cache
-                result[row, head] = cache.storage_offset() // size + at % self.heads
-        return result
-
-    @functools.cached_property
-    def _rows(self) -> dict[str, int]:
-        return {name: row for row, name in enumerate(self.units)}
-
-    @functools.cached_property
-    def _groups(self) -> torch.Tensor:
-        """Each head's cache group, int64 [layers, heads]."""
         of_unit = {unit: at for at, members in enumerate(self._members) for unit in members}
-        group = torch.empty_like(self.offset)
+        offset = torch.empty(len(self.units), len(self.order[self.home]), dtype=torch.int64)
+        group = torch.empty_like(offset)
         for row, name in enumerate(self.units):
             for at, head in enumerate(self.order[name]):
-                group[row, head] = of_unit[self.units[name][at // self.heads]]
-        return group
+                unit = self.units[name][at // self.heads]
+                start = self.attention[unit].kv_cache.storage_offset()
+                offset[row, head] = start // size + at % self.heads
+                group[row, head] = of_unit[unit]
+        return Pool(
+            pages=cache.as_strided((count, 1, page, width), (size, size, width, 1), 0),
+            offset=offset,
+            group=group,
+            heads=self.heads,
+            rows={name: row for row, name in enumerate(self.units)},
+        )
 
 
 def split_layers(
@@ -216,6 +253,7 @@ def split_layers(
     heads: int,
     order: dict[str, list[int]],
     backends: Mapping[str, list[Any]],
+    groups: int,
 ) -> None:
     """Cuts layers into units and hands them to their implementations.
 
@@ -224,14 +262,15 @@ def split_layers(
         heads: KV heads a unit.
         order: by layer name, its local KV heads, unit by unit.
         backends: by layer name, each unit's backend.
+        groups: cache groups that vLLM makes of the units.
     """
     units = {
         name: [name, *(f"{name}.kv{unit}" for unit in range(1, len(each)))]
         for name, each in backends.items()
     }
-    groups = HeadGroups(heads, units, order, attention)
+    made = HeadGroups(heads, units, order, attention, groups)
     for name, each in backends.items():
         layer = attention[name]
-        layer.impl.groups = groups
+        layer.impl.groups = made
         for unit, backend in zip(units[name][1:], each[1:], strict=True):
             attention[unit] = HeadUnit(layer, backend)

@@ -22,6 +22,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from dam_vllm.engine.kv_free.bounds import Bounds
+from dam_vllm.engine.private import give_back
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +86,7 @@ class BoundedAttentionManager(SingleTypeKVCacheManager):
         num_prompt_tokens: int | None = None,
     ) -> None:
         first, last = self.kv_cache_spec.bounds.unread(processed_computed_tokens)
-        self._remove_blocks_in_range(request_id, first, last)
+        give_back(self, request_id, first, last)
 
     @classmethod
     def find_longest_cache_hit(

@@ -1,11 +1,8 @@
 import io
 
-import pytest
 from rich.console import Console
 
-from dam_vllm.bench.client import decode_step
-from dam_vllm.bench.e2e import crossover_length, rounds_at
-from dam_vllm.bench.model import DEMO, write_model
+from dam_vllm.bench.e2e import crossover_length
 from dam_vllm.bench.report import table
 from dam_vllm.bench.timing import alternate, ratio
 from dam_vllm.machine import describe, machine
@@ -38,34 +35,12 @@ def test_ratio_is_taken_within_rounds():
     assert ratio([2.0, 20.0, 200.0], [1.0, 5.0, 100.0]) == 2.0
 
 
-def test_decode_step_counts_only_shared_steps():
-    early = [0.0, 1.0, 4.0, 5.0, 6.0, 7.0]
-    late = [0.0, 4.0, 5.0, 6.0, 7.0, 9.0]
-    assert decode_step([early, late]) == 1.0
-    with pytest.raises(ValueError, match="never decoded together"):
-        decode_step([[0.0, 1.0, 2.0], [0.0, 5.0, 6.0]])
-
-
 def test_crossover_is_where_sparse_wins_for_good():
     ratios = {512: 1.1, 1024: 0.9, 2048: 1.2, 4096: 2.0}
     rows = [{"tokens": t, "dense_below": 0, "ttft_ratio": r} for t, r in ratios.items()]
     rows.append({"tokens": 1024, "dense_below": 2048, "ttft_ratio": 1.0})
     assert crossover_length(rows) == 2048
     assert crossover_length(rows[:2]) is None
-
-
-def test_short_prompts_get_more_rounds():
-    assert [rounds_at(tokens, 3) for tokens in (128, 4096, 16384)] == [12, 8, 3]
-
-
-def test_model_is_described_by_its_config(tmp_path):
-    from transformers import AutoConfig, AutoTokenizer
-
-    folder = write_model(tmp_path / "model", DEMO, 4096)
-    config = AutoConfig.from_pretrained(folder)
-    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (8, 4, 32)
-    assert config.max_position_embeddings == 4096
-    assert len(AutoTokenizer.from_pretrained(folder)) <= config.vocab_size
 
 
 def test_machine_is_named():

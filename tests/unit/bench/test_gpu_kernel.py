@@ -5,73 +5,97 @@ import math
 import pytest
 import torch
 
-from dam_vllm.bench import gpu_kernel, peers
+from dam_vllm.bench import gpu_kernel, peers, serving
 from dam_vllm.bench.fa3 import Flash
 from dam_vllm.bench.gpu_case import Case, draw, geometry
 from dam_vllm.bench.gpu_timing import CudaTimer
 from dam_vllm.bench.reference import expected, relative_error, sample
 from dam_vllm.bench.roof import Roof
-from dam_vllm.bench.scattered import scattered
+from dam_vllm.bench.scattered import Spread, scattered
+from tests.unit.attention.cuda.launches import Launches
 from tests.unit.attention.cuda.varlen_oracle import varlen
 from tests.unit.bench.host_timer import HostTimer
 
 pytestmark = pytest.mark.slow
 
-CPU = torch.device("cpu")
 HERE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PREFILL = Case("prefill", 2, 1, 16, 64, 256, 1)
+CHUNK = Case("chunk", 4, 2, 16, 32, 640, 1, 256)
 DECODE = Case("decode", 4, 2, 16, 32, 256, 2)
 ROOF = Roof(1e12, 1e14)
 ORACLE = Flash(varlen, lambda **given: torch.tensor(given["batch_size"]), "oracle")
 
 
-def run(cases, densities, flash, advanced=None):
+def run(cases, densities, flash, advanced=None, spreads=(Spread.EVEN,)):
     count = advanced if advanced is not None else []
     return list(
         gpu_kernel.measure(
-            cases, densities, flash, 0, 1, ROOF, HERE, HostTimer(), lambda: count.append(1)
+            cases, densities, spreads, flash, 0, 1, ROOF, HERE, HostTimer(), lambda: count.append(1)
         )
     )
 
 
 def test_every_peer_is_timed_and_right():
     advanced = []
-    rows = run([PREFILL, DECODE], [0.5, 1.0], ORACLE, advanced)
-    assert len(advanced) == 4
+    rows = run([PREFILL, DECODE, CHUNK], [0.5, 1.0], ORACLE, advanced)
+    assert len(advanced) == 6
     assert [(row["phase"], row["batch"], row["density"] == 1) for row in rows] == [
-        ("prefill", 1, False), ("prefill", 1, True), ("decode", 2, False), ("decode", 2, True)
+        ("prefill", 1, False), ("prefill", 1, True), ("decode", 2, False), ("decode", 2, True),
+        ("chunk", 1, False), ("chunk", 1, True),
     ]  # fmt: skip
     for row in rows:
         assert "failed" not in row
         assert row["baseline"] == "fa3"
         assert row["flex_ms"] is None
-        for name in ("fa3", "sdpa", "triton", "flash"):
+        peers_of = {"prefill": ("contiguous", "sdpa"), "decode": ("sdpa",), "chunk": ()}
+        for name in ("fa3", "triton", "flash", *peers_of[row["phase"]]):
             assert row[f"{name}_ms"] > 0
             assert 0 < row[f"{name}_error"] < 1e-2
         assert row["plan_ms"] > 0
         for name in ("triton", "flash"):
             product = row[f"{name}_speedup"] * row["density"]
             assert row[f"{name}_x_density"] == pytest.approx(product)
+        assert (row["contiguous_ms"] is None) == (row["phase"] != "prefill")
     sparse, dense = rows[:2]
     # The roof counts what each reads: the sparse step's work over the dense one's is known.
     shares = (row["flash_roof"] * row["flash_ms"] for row in (sparse, dense))
-    works = [scattered(PREFILL, density, CPU).work for density in (0.5, 1.0)]
+    works = [scattered(PREFILL, density).work for density in (0.5, 1.0)]
     least, most = shares
     assert least / most == pytest.approx(ROOF.seconds(works[0]) / ROOF.seconds(works[1]))
     assert sparse["fa3_roof"] * sparse["fa3_ms"] == pytest.approx(most)
 
 
-@pytest.mark.parametrize("flash", [None, ORACLE], ids=["triton", "flash"])
-def test_every_call_makes_its_plan(monkeypatch, flash):
-    planned = []
-    real = peers.plan_heads
-    monkeypatch.setattr(peers, "plan_heads", lambda *given: planned.append(real(*given)))
-    selection, inputs = scattered(DECODE, 0.5, HERE), [draw(DECODE, HERE)]
-    (call,) = peers.dam_calls(DECODE, geometry(DECODE, HERE), inputs, selection, flash)
-    assert planned == []
-    call()
-    call()
-    assert len(planned) == 2
+@pytest.mark.parametrize("flash", [None, varlen], ids=["triton", "flash"])
+def test_the_first_layer_makes_the_plan(flash):
+    selection, inputs = scattered(DECODE, 0.5), draw(DECODE, HERE, 3)
+    calls = serving.dam_calls(DECODE, geometry(DECODE, HERE), inputs, selection, flash)
+    launched = []
+    for call in calls:
+        with Launches() as launches:
+            call()
+        launched.append(launches.triton.count("_plan_kernel"))
+    assert launched == [1, 0, 0]
+
+
+def test_spreads():
+    """Heads that choose read as many pages; those of fitted masks differ, but not on average."""
+    case = Case("decode", 4, 4, 16, 32, 768, 2)
+    even, mixed, chosen, reused = run([case], [0.4], ORACLE, spreads=list(Spread))
+    rows = (even, mixed, chosen, reused)
+    assert [row["heads"] for row in rows] == ["even", "mixed", "dynamic", "reuse"]
+    for row in (mixed, chosen, reused):
+        assert "failed" not in row
+        assert row["density"] == pytest.approx(even["density"], abs=0.05)
+    assert mixed["flash_error"] < 1e-2
+    assert chosen["flash_error"] is None
+    counts = scattered(case, 0.4, Spread.MIXED).pages.float().mean((1, 2))
+    assert counts.max() > 3 * counts.min()
+    for spread, dynamic in ((Spread.DYNAMIC, 5), (Spread.REUSE, 2)):
+        layers = serving._layers(case, scattered(case, 0.4, spread), None, 5, HERE)
+        assert sum(layer.choosing.dynamic is not None for layer in layers) == dynamic
+        for layer in layers:
+            assert layer.choosing.heads.tolist() == [0]
+            assert layer.static[0].ids == (1, 2, 3)
 
 
 def test_a_peer_that_fails_is_named_and_the_others_stay():
@@ -116,9 +140,9 @@ def test_wrong_and_missing_outputs_show_as_errors():
     ids=["prefill", "decode"],
 )
 def test_flex_reads_the_selected_pages(case):
-    selection, inputs = scattered(case, 0.6, CPU), draw(case, CPU)
+    selection, (inputs,) = scattered(case, 0.6), draw(case, HERE)
     assert selection.density < 0.8
-    sampled = sample(case, CPU)
+    sampled = sample(case, HERE)
     torch.compiler.reset()
     (call,) = peers.flex_calls(case, [inputs], selection)
     found = call()
@@ -153,10 +177,13 @@ def test_the_gpu_is_measured(phase):
     case = Case(phase, 8, 2, 128, 128, 4096, 1)
     timer, device = CudaTimer(), torch.device("cuda")
     rows = list(
-        gpu_kernel.measure([case], [0.2, 1.0], None, 4096, 5, ROOF, device, timer, lambda: None)
+        gpu_kernel.measure(
+            [case], [0.2, 1.0], [Spread.EVEN], None, 4096, 5, ROOF, device, timer, lambda: None
+        )
     )
     for row in rows:
         assert "failed" not in row
         for name in ("sdpa", "flex", "triton"):
             assert row[f"{name}_ms"] > 0
             assert row[f"{name}_error"] < 1e-2
+        assert row["triton_eager_ms"] > 0

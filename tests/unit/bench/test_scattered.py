@@ -23,24 +23,22 @@ def positions(case):
 @pytest.mark.parametrize("case", LONG, ids=str)
 @pytest.mark.parametrize("wanted", [0.1, 0.5])
 def test_density_is_near_the_wanted_one(case, wanted):
-    selection = scattered(case, wanted, CPU)
+    selection = scattered(case, wanted)
     assert selection.density == pytest.approx(wanted, abs=0.02)
     assert not torch.equal(selection.pages[0], selection.pages[1])
 
 
 @pytest.mark.parametrize("case", LONG, ids=str)
 def test_extremes(case):
-    assert torch.equal(
-        scattered(case, 1.0, CPU).pages, every_page(case).expand(case.kv_heads, -1, -1)
-    )
-    least = scattered(case, 1e-6, CPU).pages.sum(-1)
+    assert torch.equal(scattered(case, 1.0).pages, every_page(case).expand(case.kv_heads, -1, -1))
+    least = scattered(case, 1e-6).pages.sum(-1)
     assert (least <= case.own + 1).all()
 
 
 @pytest.mark.parametrize("case", LONG, ids=str)
 def test_the_selector_reads_these_pages(case):
-    selection = scattered(case, 0.3, CPU)
-    found = selection.selector.select(torch.from_numpy(case.query_blocks), case.pages)[0]
+    selection = scattered(case, 0.3)
+    found = selection.selector(CPU).select(torch.from_numpy(case.query_blocks), case.pages)[0]
     assert torch.equal(found, selection.pages)
 
 
@@ -48,7 +46,7 @@ def test_the_selector_reads_these_pages(case):
 def test_work_is_that_of_the_mask(phase):
     """Counted pair by pair and key by key."""
     case = Case(phase, 6, 2, 32, 64, 512, 1 if phase == "prefill" else 2)
-    selection = scattered(case, 0.6, CPU)
+    selection = scattered(case, 0.6)
     position, query_block = positions(case)
     seen = selection.pages.numpy()[:, query_block].repeat(case.page, axis=2)
     seen &= np.arange(case.tokens) <= position[:, None]
@@ -63,7 +61,7 @@ def test_work_is_that_of_the_mask(phase):
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_cache_holds_keys_and_values_in_pages(phase):
     case = Case(phase, 4, 2, 16, 32, 256, 1 if phase == "prefill" else 3)
-    inputs, where = draw(case, CPU), geometry(case, CPU)
+    (inputs,), where = draw(case, CPU), geometry(case, CPU)
     assert inputs.query.shape == (case.rows, 4, 16)
     assert len(inputs.block_table.unique()) == case.batch * case.pages
     for request, head, token in [(0, 1, 37), (case.batch - 1, 0, 255)]:

@@ -90,7 +90,7 @@ def test_one_function_shows_weights_and_states():
     observe_forward(model, torch.tensor([text]), [1], lambda *block: blocks.append(block[2]))
     with hooked(lambda each: states.setdefault(each.layer, each) and None):
         logits = run(model, text)
-    query, key = states[1].query, states[1].key.repeat_interleave(states[1].group, dim=0)
+    query, key = states[1].query, states[1].key.repeat_interleave(states[1].heads_per_kv, dim=0)
     later = torch.ones(19, 19, dtype=torch.bool).triu(1)
     scores = (query @ key.transpose(1, 2) * states[1].scale).masked_fill(later, float("-inf"))
     found = torch.zeros(len(query), 19, 19)

@@ -9,17 +9,25 @@ import torch
 
 from dam_vllm.attention.oracle import dynamic_mask, masked_attention, page_mask
 from dam_vllm.calibration.errors import CalibrationError
-from dam_vllm.calibration.fit.assemble import assemble
-from dam_vllm.calibration.fit.candidates import Candidate, Pattern, candidates, layer_patterns
-from dam_vllm.calibration.fit.curve import DENSE, Memory, Point, curve, pick
-from dam_vllm.calibration.fit.losses import Sums, TextLosses, group_names, text_blocks
+from dam_vllm.calibration.fit.anchors import NONE
+from dam_vllm.calibration.fit.assemble import Assembler
+from dam_vllm.calibration.fit.candidates import (
+    DENSE,
+    REUSE,
+    Candidate,
+    Pattern,
+    candidates,
+    layer_patterns,
+)
+from dam_vllm.calibration.fit.curve import Memory, Options, Point, curve, pick
+from dam_vllm.calibration.fit.followers import TextFollowers
+from dam_vllm.calibration.fit.losses import Sums, TextLosses, stratum_names, text_blocks
 from dam_vllm.calibration.fit.probes import (
     alone,
     relative_errors,
     sensitivities,
     worst_by_part,
 )
-from dam_vllm.calibration.fit.proof import prove
 from dam_vllm.calibration.fit.samples import FitText
 from dam_vllm.calibration.fit.states import LayerStates
 from dam_vllm.masks.budget import TopP
@@ -28,16 +36,30 @@ from dam_vllm.masks.mask_set import HeadMode
 PAGE, SIZE = 16, 8
 
 
+def options(risks, densities, costs, layers):
+    """What heads may become that read no other's pages."""
+    shape = densities.shape[:2]
+    return Options(
+        risks,
+        densities,
+        costs,
+        layers,
+        anchors=np.full((*shape, 1), NONE),
+        read_risks=np.full((shape[0], risks.shape[1], shape[1], 1, densities.shape[2]), np.inf),
+        read_densities=np.ones((*shape, 1, densities.shape[2])),
+    )
+
+
 def test_a_local_head_turns_static_a_seeking_one_dynamic_a_diffuse_one_dense():
     costs = np.array([[[0.1, 0.4]] * 3])
     costs = costs.reshape(1, 3, 2)
     local, seeking, diffuse = [1e-9, 1e-9], [0.5, 1e-6], [0.9, 0.9]
     risks = np.array([[local, seeking, diffuse]])[:, None]
-    tight = pick(curve(risks, costs, costs, [0]), 1e-3, None)
+    tight = pick(curve(options(risks, costs, costs, [0])), 1e-3, None)
     assert tight.chosen.tolist() == [[0, 1, DENSE]]
     assert tight.density == pytest.approx((0.1 + 0.4 + 1) / 3)
     assert tight.loss == pytest.approx(1e-6, rel=0.01)
-    loose = pick(curve(risks, costs, costs, [0]), 2.0, None)
+    loose = pick(curve(options(risks, costs, costs, [0])), 2.0, None)
     assert loose.chosen.tolist() == [[0, 0, 0]]
 
 
@@ -45,7 +67,7 @@ def test_loosening_never_costs_more(rng):
     risks = rng.random((3, 2, 4, 9)) ** 4
     densities = rng.random((3, 4, 9))
     costs = densities + rng.random(9) * 0.2
-    points = curve(risks, densities, costs, [0, 2])
+    points = curve(options(risks, densities, costs, [0, 2]))
     assert (points[0].loss, points[0].density) == (0.0, 1.0)
     for target in (0.01, 0.1, 1.0):
         found = pick(points, target, None)
@@ -76,7 +98,7 @@ def test_memory_bounds_the_heads_that_keep_all_pages(rng):
 
     losses = []
     for target in (0.75, 0.5, 0.25, 0.0):
-        points = curve(risks, densities, densities, layers, Memory(keeps, target))
+        points = curve(options(risks, densities, densities, layers), Memory(keeps, target))
         assert max(kept(point) for point in points) <= target
         losses.append(pick(points, None, 0.6).loss)
     assert losses == sorted(losses)
@@ -86,13 +108,7 @@ def test_memory_bounds_the_heads_that_keep_all_pages(rng):
 def test_no_choice_may_fit_into_the_memory():
     risks, densities = np.ones((1, 1, 2, 1)), np.ones((1, 2, 1))
     with pytest.raises(CalibrationError, match=r"target_kv_memory is 0\.5: no choice"):
-        curve(risks, densities, densities, [0], Memory(np.array([True]), 0.5))
-
-
-def test_an_error_that_the_memory_does_not_allow_is_refused():
-    bound = [point(0.1, 0.4), point(0.2, 0.2)]
-    with pytest.raises(CalibrationError, match=r"target_error is 0\.05, must be at least 0\.3000"):
-        prove([bound], 0.05, None, lambda each: 0.3)
+        curve(options(risks, densities, densities, [0]), Memory(np.array([True]), 0.5))
 
 
 def test_a_head_matters_between_itself_and_its_layer():
@@ -110,34 +126,6 @@ def test_a_head_matters_between_itself_and_its_layer():
         np.testing.assert_allclose(sensitivities(kls, unknown, trust)[1], [[2.0, 2.0]])
 
 
-def point(loss, density):
-    return Point(loss, density, density + 0.1, np.full((1, 1), round(density * 100)))
-
-
-HOPEFUL = [point(0.0, 1.0), point(0.1, 0.4), point(0.2, 0.2), point(0.9, 0.05)]
-WARY = [point(0.0, 1.0), point(0.1, 0.6), point(1.0, 0.3), point(2.0, 0.1)]
-
-
-def test_the_measured_loss_decides_within_a_density():
-    truth = {0.2: 3.0, 0.3: 0.4}
-    asked = []
-    proven = prove(
-        [HOPEFUL, WARY], None, 0.35, lambda each: asked.append(each) or truth[each.density]
-    )
-    assert [(each.density, each.loss) for each in proven] == [(0.3, 0.4), (0.2, 3.0)]
-    assert len(asked) == 2
-
-
-def test_an_error_is_kept_as_measured():
-    """A hopeful prediction is corrected until its proposal holds, or dense is left."""
-    truth = {0.05: 8.0, 0.2: 1.5, 0.4: 0.6, 0.3: 0.7, 0.6: 0.05, 1.0: 0.0}
-    proven = prove([HOPEFUL, WARY], 1.0, None, lambda each: truth[each.density])
-    assert (proven[0].density, proven[0].loss) == (0.3, 0.7)
-    assert [each.density for each in proven[1:]] == [0.05, 0.4]
-    hopeless = prove([HOPEFUL], 1.0, None, lambda each: 9.0 * (each.density < 1.0))
-    assert (hopeless[0].density, hopeless[0].loss) == (1.0, 0.0)
-
-
 def test_alone(random_masks):
     masks = random_masks(layers=2, heads=4, kv_heads=2, dynamic=True)
     dense = HeadMode.DENSE
@@ -147,16 +135,16 @@ def test_alone(random_masks):
 
 def test_worst_length_counts_in_context_and_in_replies():
     errors = np.arange(5.0).reshape(1, 5, 1, 1)
-    groups = ["plain/context/any", "kv/context/256", "kv/reply/512", "kv/question/256",
+    strata = ["plain/context/any", "kv/context/256", "kv/reply/512", "kv/question/256",
               "lines/context/256"]  # fmt: skip
-    context, asking = worst_by_part(errors, groups)
+    context, asking = worst_by_part(errors, strata)
     assert context.ravel().tolist() == [0.0, 1.0, 4.0]
     assert asking.ravel().tolist() == [0.0, 3.0, 0.0]
 
 
 def test_groups_tell_kinds_parts_and_lengths_apart():
     texts = [FitText("plain", [], 700), FitText("kv", [], 240), FitText("kv", [], 500)]
-    assert group_names(texts, [256, 512]) == [
+    assert stratum_names(texts, [256, 512]) == [
         "plain/context/any",
         *(f"kv/{part}/{size}" for size in (256, 512) for part in ("context", "question", "reply")),
     ]  # fmt: skip
@@ -192,33 +180,89 @@ def test_losses_are_those_of_the_masks_that_are_served(rng, patterns):
     rotations = np.linalg.qr(rng.normal(size=(1, 2, SIZE, SIZE)))[0].astype("f4")
     mass = Candidate(0, 5, TopP(0.8, 1, 3))
     each = [*candidates(patterns, 0, [5])[::4], mass, Candidate(1)]
-    groups = group_names([text], [256, 512])
-    sums = Sums.empty(groups, 1, 2, len(each))
-    blocks = text_blocks(text, groups, [256, 512], 2, PAGE, 128, rng)
+    strata = stratum_names([text], [256, 512])
+    sums = Sums.empty(strata, 1, 2, len(each))
+    blocks = text_blocks(text, strata, [256, 512], 2, PAGE, 128, rng)
     pages = layer_patterns(patterns, 0, [0], PAGE)
-    TextLosses(text, sums, blocks, pages, each, rotations, PAGE)(states)
+    TextLosses(sums, blocks, pages, each, len(each) - 2, rotations, PAGE)(states)
+    assembler = Assembler(
+        patterns[0].build(), pages, each, rotations, np.zeros((1, 2, len(each))), PAGE
+    )
     whole = naive(states, torch.ones(4, tokens, tokens, dtype=torch.bool).tril())
-    rows = {index: [] for index in range(len(groups))}
+    rows = {index: [] for index in range(len(strata))}
     for block in blocks:
-        rows[block.group] += block.position.flatten().tolist()
-    assert set(rows[groups.index("kv/reply/256")]) == set(range(prompt, tokens))
+        rows[block.stratum] += block.position.flatten().tolist()
+    assert set(rows[strata.index("kv/reply/256")]) == set(range(prompt, tokens))
     for index, candidate in enumerate(each):
-        masks = assemble(
-            patterns, each, np.full((1, 2), index), rotations, np.zeros((1, 2, len(each))), PAGE
-        )
+        nobody = np.full((1, 2), NONE)
+        masks = assembler.masks(Point(0.0, 1.0, 1.0, np.full((1, 2), index), nobody))
         for head in range(2):
             error = naive(states, served(masks, states, head, prompt)) - whole
             error = error[:, 2 * head : 2 * head + 2].square().sum(dim=(1, 2))
-            for group, positions in rows.items():
+            for stratum, positions in rows.items():
                 expected = float(error[positions].sum())
-                found = sums.error[0, group, head, index]
-                assert found == pytest.approx(expected, rel=1e-3, abs=1e-4), (candidate, groups)
+                found = sums.error[0, stratum, head, index]
+                assert found == pytest.approx(expected, rel=1e-3, abs=1e-4), (candidate, strata)
     norms = whole.square().sum(dim=(1, 2))
-    for group, positions in rows.items():
-        assert sums.norm[0, group] == pytest.approx(float(norms[positions].sum()), rel=1e-4)
+    for stratum, positions in rows.items():
+        assert sums.norm[0, stratum] == pytest.approx(float(norms[positions].sum()), rel=1e-4)
     np.testing.assert_allclose(
         relative_errors(sums)[0, 1], sums.error[0, 1] / sums.norm[0, 1], rtol=1e-9
     )
+
+
+def test_readers_lose_what_masks_that_reuse_pages_lose(rng, patterns):
+    """Head 1 reads what head 0 chose, by each of its candidates, and the other way round."""
+    torch.manual_seed(int(rng.integers(2**31)))
+    prompt, tokens = 300, 309
+    text = FitText("kv", [0] * tokens, prompt)
+    states = LayerStates(
+        0, torch.randn(4, tokens, SIZE) * 2, torch.randn(2, tokens, SIZE),
+        torch.randn(2, tokens, SIZE), 0.4, 0.0,
+    )  # fmt: skip
+    rotations = np.linalg.qr(rng.normal(size=(1, 2, SIZE, SIZE)))[0].astype("f4")
+    each = [*candidates(patterns, 0, [5])[::4], Candidate(0, 5, TopP(0.8, 1, 3))]
+    strata = stratum_names([text], [256])
+    blocks = text_blocks(text, strata, [256], 2, PAGE, 128, rng)
+    pages = layer_patterns(patterns, 0, [0], PAGE)
+    dynamic = [index for index, candidate in enumerate(each) if candidate.budget]
+    tried = np.zeros((1, 2, len(each)), dtype=bool)
+    tried[:, :, dynamic] = True
+    tried[:, 0, dynamic[0]] = False
+    error = np.zeros((1, len(strata), 2, 2, len(each)))
+    anchors = np.array([[1, NONE], [0, NONE]])
+    TextFollowers(
+        error, [part for block in blocks for part in block.split(3)], pages, each, anchors, tried,
+        rotations, PAGE,
+    )(states)  # fmt: skip
+    assembler = Assembler(
+        patterns[0].build(), pages, each, rotations, np.zeros((1, 2, len(each))), PAGE
+    )
+    whole = naive(states, torch.ones(4, tokens, tokens, dtype=torch.bool).tril())
+    assert not error[..., 1, :].any()
+    assert not error[0, :, 1, 0, dynamic[0]].any()
+    for head in range(2):
+        for index in dynamic[1:]:
+            chosen = np.full((1, 2), index)
+            chosen[0, head] = REUSE
+            flat = np.full((1, 2), NONE)
+            flat[0, head] = 1 - head
+            masks = assembler.masks(Point(0.0, 1.0, 1.0, chosen, flat))
+            assert masks.anchors[0, head].tolist() == [0, 1 - head]
+            static = torch.from_numpy(page_mask(masks, 0, 0, tokens, PAGE, query_block=PAGE))
+            kept = served(masks, states, 1 - head, prompt)
+            kept = kept[2 * (1 - head) : 2 * (1 - head) + 2]
+            mask = torch.ones(4, tokens, tokens, dtype=torch.bool).tril()
+            mask[2 * head : 2 * head + 2] = static[2 * head : 2 * head + 2] | kept
+            lost = naive(states, mask) - whole
+            lost = lost[:, 2 * head : 2 * head + 2].square().sum(dim=(1, 2))
+            for stratum in range(len(strata)):
+                rows = [
+                    row for block in blocks if block.stratum == stratum
+                    for row in block.position.flatten().tolist()
+                ]  # fmt: skip
+                found = error[0, stratum, head, 0, index]
+                assert found == pytest.approx(float(lost[rows].sum()), rel=1e-3, abs=1e-4)
 
 
 def naive(states, mask):

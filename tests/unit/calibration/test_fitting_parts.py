@@ -8,11 +8,10 @@ import torch
 
 from dam_vllm.attention.oracle import dynamic_mask, masked_attention, page_mask
 from dam_vllm.calibration.capture import register
-from dam_vllm.calibration.fit.bases import KeyCovariance
 from dam_vllm.calibration.fit.rows import split_rows
 from dam_vllm.calibration.fit.samples import REPLY_TOKENS, question_prompts, with_reply
 from dam_vllm.calibration.fit.simulate import Simulation
-from dam_vllm.calibration.fit.states import LayerStates, hooked, prepare, run
+from dam_vllm.calibration.fit.states import KeyCovariance, LayerStates, hooked, prepare, run
 from dam_vllm.masks.mask_set import HeadMode
 from tests.unit.calibration.conftest import build
 
@@ -42,14 +41,14 @@ def expected_output(states, mask):
 def test_pages_add_up_to_attention_under_any_selection(rng, softcap):
     states = random_states(rng, 75, softcap=softcap)
     position = torch.tensor([[17, 18, 19], [68, 69, 70]])
-    head, group = 1, states.group
+    head, heads_per_kv = 1, states.heads_per_kv
     rows = split_rows(states, head, position, PAGE)
     pages = rows.mass.shape[1]
     selected = torch.from_numpy(rng.random((6, len(position), pages)) < 0.4)
     selected[:, torch.arange(2), position[:, 0] // PAGE] = True
     selected[0] = True
     found = rows.errors(selected)
-    heads = slice(head * group, (head + 1) * group)
+    heads = slice(head * heads_per_kv, (head + 1) * heads_per_kv)
     causal = torch.ones(75, 75, dtype=torch.bool).tril()
     full = expected_output(states, causal.expand(4, -1, -1))
     for each, query_blocks in enumerate(selected):
@@ -58,7 +57,7 @@ def test_pages_add_up_to_attention_under_any_selection(rng, softcap):
             keys = torch.nn.functional.pad(keys, (0, 75 - len(keys)))
             other = expected_output(states, (causal & keys).expand(4, -1, -1))
             error = (other - full)[heads, position[query_block]].square().sum(dim=-1)
-            # Rows run query by query, the heads of the group inside.
+            # Rows run query by query, the heads of the KV head inside.
             torch.testing.assert_close(
                 found[each, query_block], error.t().flatten(), rtol=1e-3, atol=1e-6
             )
@@ -71,13 +70,15 @@ def test_simulation_is_attention_over_the_served_pages(
 ):
     monkeypatch.setattr("dam_vllm.calibration.fit.simulate.ROWS", 50)
     masks = random_masks(dynamic=True, dense=True, layers=2)
-    group = masks.heads // masks.kv_heads
+    heads_per_kv = masks.heads // masks.kv_heads
     for layer in range(masks.layers):
         states = random_states(rng, tokens, softcap=softcap, layer=layer)
         found = Simulation(masks, PAGE, prompt)(states)
         mask = page_mask(masks, layer, 0, tokens, PAGE)
         for head in np.flatnonzero(masks.modes[layer] == HeadMode.DYNAMIC):
-            mask[head * group : (head + 1) * group] = served(masks, states, head, prompt)
+            mask[head * heads_per_kv : (head + 1) * heads_per_kv] = served(
+                masks, states, head, prompt
+            )
         expected = expected_output(states, torch.from_numpy(mask))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
         full = expected_output(states, torch.ones_like(torch.from_numpy(mask)).tril())
@@ -86,10 +87,51 @@ def test_simulation_is_attention_over_the_served_pages(
         torch.testing.assert_close(some, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_the_last_layer_computes_the_rows_that_are_compared(rng, random_masks):
+    masks, rows = random_masks(dynamic=True, layers=2), [3, 40, 140, 149]
+    for layer in range(2):
+        states = random_states(rng, 150, layer=layer)
+        whole = Simulation(masks, PAGE, 131)(states)
+        found = Simulation(masks, PAGE, 131, compared=rows)(states)
+        torch.testing.assert_close(found[:, rows], whole[:, rows], rtol=1e-5, atol=1e-5)
+        other = [row for row in range(150) if row not in rows]
+        if layer == 0:
+            torch.testing.assert_close(found[:, other], whole[:, other], rtol=1e-5, atol=1e-5)
+        else:
+            assert not found[:, other].any()
+
+
+def test_simulation_keeps_what_anchors_chose(rng, random_masks):
+    """Heads of the anchor's layer, before and after it, and of a later one read its pages."""
+    tokens, prompt = 150, 131
+    masks = random_masks(dynamic=True, layers=3, kv_heads=4, heads=8)
+    masks.modes[:, 3] = HeadMode.STATIC
+    masks.modes[0] = [HeadMode.REUSE, HeadMode.DYNAMIC, HeadMode.REUSE, HeadMode.STATIC]
+    masks.modes[2, 0] = HeadMode.REUSE
+    anchors = np.full((3, 4, 2), -1, dtype=np.int32)
+    anchors[0, [0, 2]] = anchors[2, 0] = 0, 1
+    masks = dataclasses.replace(masks, anchors=anchors)
+    simulation = Simulation(masks, PAGE, prompt)
+    for layer in range(3):
+        states = random_states(rng, tokens, heads=8, kv_heads=4, layer=layer)
+        static = page_mask(masks, layer, 0, tokens, PAGE, query_block=PAGE)
+        mask = page_mask(masks, layer, 0, tokens, PAGE)
+        if layer == 0:
+            chosen = served(masks, states, 1, prompt) & ~static[2:4]
+        for head, mode in enumerate(masks.modes[layer]):
+            heads = slice(2 * head, 2 * head + 2)
+            if mode == HeadMode.DYNAMIC:
+                mask[heads] = served(masks, states, head, prompt)
+            if mode == HeadMode.REUSE:
+                mask[heads] = static[heads] | chosen[:1]
+        expected = expected_output(states, torch.from_numpy(mask))
+        torch.testing.assert_close(simulation(states), expected, rtol=1e-4, atol=1e-4)
+
+
 def served(masks, states, head, prompt):
     """A dynamic head's mask: the prompt in one go, later tokens one by one."""
     rotation = torch.from_numpy(masks.dynamic.rotations[states.layer, head])
-    heads = slice(head * states.group, (head + 1) * states.group)
+    heads = slice(head * states.heads_per_kv, (head + 1) * states.heads_per_kv)
     query = (states.query[heads] @ rotation).transpose(0, 1)
     key = states.key[head] @ rotation
     tokens = len(key)

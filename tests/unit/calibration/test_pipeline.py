@@ -63,7 +63,7 @@ def test_group_by_group_equals_all_at_once(make):
     all_at_once = calibrate(make("all"))
     reporter = Reporter(say=said.append, progress=lambda *work: progress.append(work))
     grouped = calibrate(make("grouped", memory=3 * MAPS_GIB), reporter)
-    assert "3 group(s)" in said[0]
+    assert "3 pass(es)" in said[0]
     same(grouped, all_at_once)
     done, total = zip(*progress, strict=True)
     assert list(done) == sorted(done)
@@ -72,7 +72,7 @@ def test_group_by_group_equals_all_at_once(make):
 
 @pytest.mark.parametrize("batches", [2, 7])
 def test_interrupt_and_resume_equals_an_uninterrupted_run(make, batches):
-    memory = 3 * MAPS_GIB  # a layer a group, five batches each: stops inside groups 0 and 1
+    memory = 3 * MAPS_GIB  # a layer a pass, five batches each: stops inside passes 0 and 1
     whole = calibrate(make("whole", memory=memory))
     job = make("stopped", memory=memory)
     with pytest.raises(CalibrationStopped):
@@ -87,7 +87,7 @@ def test_interrupt_and_resume_equals_an_uninterrupted_run(make, batches):
 
 @pytest.mark.parametrize("batches", [2, 17, 30])
 def test_resumed_maps_of_pages_equal_uninterrupted_ones(make, batches):
-    """A layer a group: 5 batches each of maps of tokens, then 7 each of maps of pages."""
+    """A layer a pass: 5 batches each of maps of tokens, then 7 each of maps of pages."""
     memory = 3 * MAPS_GIB * 24**2 / 40**2
     progress = []
     count = Reporter(progress=lambda *work: progress.append(work))

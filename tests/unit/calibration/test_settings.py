@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from dam_vllm.calibration.errors import CalibrationError
-from dam_vllm.calibration.settings import CalibrationConfig, FitConfig, load_config
+from dam_vllm.calibration.settings import CalibrationConfig, load_config
 
 CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
 
@@ -64,9 +64,3 @@ def test_errors_name_key_value_and_what_is_allowed(tmp_path, text, message):
 def test_a_missing_file_is_named():
     with pytest.raises(CalibrationError, match=r"--config is 'none\.yaml', must be a YAML file"):
         load_config("none.yaml", {})
-
-
-def test_scoring_costs_what_it_does_on_the_platform():
-    fit = FitConfig(target_density=0.1)
-    assert fit.scoring_cost_on("cpu") > fit.scoring_cost_on("cuda") == 1.0
-    assert FitConfig(target_density=0.1, scoring_cost=0.3).scoring_cost_on("cpu") == 0.3

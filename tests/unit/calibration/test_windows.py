@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from dam_vllm.calibration.errors import CalibrationError
-from dam_vllm.calibration.memory import choose_pcl, layer_groups
+from dam_vllm.calibration.memory import choose_pcl, layer_passes
 from dam_vllm.calibration.texts import TokenisedTexts, cut, pad, special_prefix, tokenise
 
 
@@ -64,5 +64,5 @@ def test_a_pcl_that_cannot_be_is_refused():
 
 def test_layers_are_grouped_within_memory():
     one = 4 * 64 * 64 * 4
-    assert layer_groups([0, 2, 3, 5], 4, 64, 4 * one) == [[0, 2], [3, 5]]
-    assert layer_groups([0, 2, 3], 4, 64, 3 * one) == [[0], [2], [3]]
+    assert layer_passes([0, 2, 3, 5], 4, 64, 4 * one) == [[0, 2], [3, 5]]
+    assert layer_passes([0, 2, 3], 4, 64, 3 * one) == [[0], [2], [3]]

@@ -1,11 +1,13 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from dam_vllm.cli import bench, benchmarks, kernel_benchmarks
+from dam_vllm.cli import bench, benchmarks, e2e_benchmark, kernel_benchmarks
 from dam_vllm.cli.benchmarks import Benchmark, finish
+from dam_vllm.cli.e2e_benchmark import E2eOptions, e2e
 from dam_vllm.cli.kernel_benchmarks import KernelOptions, Phase
 from dam_vllm.options import OptionError
 
@@ -79,13 +81,19 @@ def test_gpu_options_are_checked(monkeypatch, options, said):
 
 
 @pytest.mark.parametrize(
-    ("phase", "count"), [(None, 2 * (3 + 9)), (Phase.PREFILL, 2 * 3), (Phase.DECODE, 2 * 9)]
+    ("phase", "count"),
+    [
+        (None, 2 * (3 + 5 + 9)),
+        (Phase.PREFILL, 2 * 3),
+        (Phase.CHUNK, 2 * (3 + 2)),  # a chunk of 8192 is no chunk of 8192
+        (Phase.DECODE, 2 * 9),
+    ],
 )
 def test_gpu_cases(monkeypatch, tmp_path, phase, count):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr("dam_vllm.bench.fa3.load", lambda folder: missing())
     found = kernel_benchmarks.kernel(KernelOptions(phase=phase))
-    assert found.total == count * 5
+    assert found.total == count * 5 * 4
     assert "SDPA is the baseline: not there" in found.notes
 
 
@@ -100,3 +108,79 @@ def test_tuning_needs_a_gpu(monkeypatch):
     assert isinstance(result.exception, OptionError)
     assert "torch finds no CUDA here" in str(result.exception)
     assert ran == []
+
+
+@pytest.fixture
+def memory(monkeypatch):
+    """Function that sets the free memory, in GB."""
+
+    def put(gigabytes):
+        monkeypatch.setattr("dam_vllm.bench.servers.free_memory", lambda: int(gigabytes * 1e9))
+
+    put(24)
+    return put
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (E2eOptions(model="llama"), "--model is 'llama': must be one of long, llama-3.2-1b, "),
+        (E2eOptions(lengths="100"), "--lengths is '100'.*multiples of 128"),
+        (E2eOptions(concurrency="1,0"), "--concurrency is '1,0'"),
+        (E2eOptions(window=0), "--window is 0"),
+        (E2eOptions(density=1.5), "--density is '1.5'.*above 0 up to 1"),
+        (E2eOptions(density=0.1, window=64), "--density is in place of --window"),
+        (E2eOptions(masks=Path("/gone")), "--masks is '/gone'.*existing file"),
+        (E2eOptions(masks=Path(__file__), density=0.1), "--masks says .* leave out --density"),
+        (E2eOptions(masks=Path(__file__), dynamic=1), "--masks says .* leave out --density"),
+        (E2eOptions(head_size=60), "--head-size is 60"),
+        (E2eOptions(model="qwen3-8b", dynamic=9), "--dynamic is 9.*from 0 to 8 KV heads"),
+        (E2eOptions(model="llama-3.1-8b", lengths="131072"), "1 x 131200 tokens.*24.0 GB are free"),
+    ],
+)
+def test_e2e_options_are_checked(memory, options, said):
+    with pytest.raises(OptionError, match=said):
+        e2e(options)
+
+
+def test_e2e_counts_its_steps_and_says_what_it_serves(memory):
+    found = e2e(E2eOptions(lengths="1024,2048", concurrency="1,3"))
+    assert found.total == 1 + 4
+    assert "long: 4 layers, hidden 512, 32 heads, 8 KV heads of 64" in found.title
+    assert "window of 513" in found.title
+    memory(6)
+    options = E2eOptions("llama-3.2-1b", "1024", density=0.25, dynamic=2, crossover=True)
+    found = e2e(options)
+    assert found.total == 3 * (1 + 1)
+    for part in (
+        "llama-3.2-1b: 16 layers",
+        "density 0.25",
+        "2 KV heads choose",
+        "one server after",
+    ):
+        assert part in found.title
+
+
+def test_e2e_shapes_can_be_changed_and_say_so(monkeypatch, memory):
+    given = []
+    monkeypatch.setattr("dam_vllm.bench.e2e.measure", lambda *all: given.extend(all))
+    found = e2e(E2eOptions("llama-3.1-8b", "1024", layers=3, head_size=64, eager=True))
+    found.run(None)
+    name, setup, loads, rounds = given[:4]
+    assert name == "llama-3.1-8b, layers 3, head size 64"
+    assert (setup.model.layers, setup.model.head_size, setup.model.hidden) == (3, 64, 4096)
+    assert (setup.length, setup.arguments, rounds) == (1152, ("--enforce-eager",), 3)
+    assert [(load.tokens, load.concurrency) for load in loads] == [(1024, 1)]
+
+
+def test_e2e_asks_for_more_at_a_time_on_a_gpu(monkeypatch, memory):
+    assert e2e(E2eOptions(lengths="1024")).total == 1 + 1
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert e2e(E2eOptions(lengths="1024")).total == 1 + 3
+
+
+def test_the_crossover_is_told():
+    rows = [{"tokens": 1024, "dense_below": 0, "ttft_ratio": ratio} for ratio in (0.9, 1.1)]
+    assert e2e_benchmark.crossover(rows[:1]) == "crossover: not reached"
+    assert e2e_benchmark.crossover(rows[1:]) == "crossover: 1024 tokens"
+    assert e2e_benchmark.crossover([{"dense_below": 2048}]) == ""

@@ -1,12 +1,19 @@
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import typer
 from typer.testing import CliRunner
 
+from dam_vllm.calibration.static.build import DENSITY_PAGE
 from dam_vllm.cli.calibrate import calibrate
 from dam_vllm.cli.inspect import inspect
+from dam_vllm.masks.density import density
+from dam_vllm.masks.file import load_mask_set, save_mask_set
+from tests.frontiers import KL, with_frontier
 from tests.unit.calibration.conftest import model_folder, texts_file  # noqa: F401 - fixtures
+from tests.unit.cli.test_inspect_fit import FIT
 
 app = typer.Typer()
 app.command()(calibrate)
@@ -65,3 +72,56 @@ def test_calibrate_refuses_bad_options(model_folder, texts_file, tmp_path, optio
     assert done.exit_code == 2
     assert f"Error: {message}" in done.output
     assert not (tmp_path / "m.partial").exists()
+
+
+@pytest.fixture
+def fitted(random_masks, tmp_path):
+    """A mask file with a frontier of four choices."""
+    file = tmp_path / "fitted.safetensors"
+    each = [random_masks(dynamic=True, dense=index == 3) for index in range(4)]
+    masks = with_frontier([replace(m, dynamic=each[0].dynamic) for m in each])
+    masks.header.parameters["fit"] = FIT
+    save_mask_set(masks, file)
+    return file
+
+
+def test_retargeted_masks_are_another_choice_of_the_same_file(fitted, tmp_path):
+    output = tmp_path / "other.safetensors"
+    done = run("calibrate", "--retarget", fitted, "--target-error", 0.01, "--output", output)
+    assert done.exit_code == 0, done.output
+    assert "density 0.3000, KL 0.0100, cost 0.3100" in done.output
+    report = json.loads(run("inspect", output, "--json").output)
+    assert report["layers"][0]["modes"] == ["dense", "dynamic"]
+    assert [row["kl"] for row in report["frontier"]] == pytest.approx(KL)
+    assert [row["dense"] for row in report["frontier"]] == [0, 0, 0, 1]
+    for shown in (run("inspect", fitted).output, run("inspect", output).output):
+        for words in ("frontier", "0.4000", "0.1500"):
+            assert words in shown
+    assert "check on other texts" not in shown
+    masks = load_mask_set(output)
+    _, expected = density(masks, masks.density_lengths.tolist(), DENSITY_PAGE)
+    np.testing.assert_array_equal(masks.density_kv, expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--target-density", 0.01], "target_density is 0.01: must be at least 0.05"),
+        ([], "--retarget needs exactly one of them"),
+        (["--target-density", 0.1, "--target-error", 0.1], "needs exactly one of them"),
+        (["--target-density", 0.1, "--data", "x"], "--data is 'x', must be left away"),
+        (["model", "--target-density", 0.1], "MODEL is 'model', must be left away"),
+    ],
+)
+def test_retarget_refuses(fitted, tmp_path, arguments, message):
+    output = tmp_path / "other.safetensors"
+    done = run("calibrate", "--retarget", fitted, "--output", output, *arguments)
+    assert done.exit_code == 2
+    assert message in done.output
+    assert not output.exists()
+
+
+def test_a_calibration_needs_model_and_data(tmp_path):
+    done = run("calibrate", "model", "--output", tmp_path / "masks.safetensors")
+    assert done.exit_code == 2
+    assert "MODEL is 'model' and --data is None: both must be given" in done.output

@@ -106,6 +106,27 @@ def test_static_masks_have_no_fit_to_show(random_masks, tmp_path):
     assert "2 static" in shown.output
     assert "fit" not in shown.output
     assert "dynamic heads" not in shown.output
-    assert not (tmp_path / "masks-curve.png").exists()
+    assert "reuse" not in shown.output
+    assert not list(tmp_path.glob("masks-*.png"))
     layers = json.loads(run(file, "--json").output)["layers"]
     assert [layer["dynamic"] for layer in layers] == [[], []]
+
+
+def test_who_follows_whom_is_told_and_drawn(random_masks, tmp_path):
+    masks = random_masks(layers=3, heads=8, kv_heads=4, dynamic=True, reuse=True)
+    masks.anchors[1, 0] = masks.anchors[1, 2] = (0, 3)
+    file = tmp_path / "masks.safetensors"
+    save_mask_set(masks, file)
+    shown = run(file, "--plot", tmp_path / "masks.png")
+    assert shown.exit_code == 0, shown.output
+    assert "2 reuse" in shown.output
+    table = shown.output.split("heads that reuse the pages another chose")[1]
+    rows = [line.replace("│", " ").split() for line in table.splitlines()]
+    assert ["0", "3", "1", "0,", "2"] in rows
+    assert (tmp_path / "masks-reuse.png").read_bytes().startswith(b"\x89PNG")
+    layers = json.loads(run(file, "--json").output)["layers"]
+    assert layers[1]["reuse"] == [
+        {"head": 0, "anchor_layer": 0, "anchor_head": 3},
+        {"head": 2, "anchor_layer": 0, "anchor_head": 3},
+    ]
+    assert [each["modes"].count("reuse") for each in layers] == [1, 2, 1]

@@ -25,7 +25,7 @@ def case(rng):
 
 def by_definition(scores, static, budget):
     """One query block after the other: the best pages until the budget is spent."""
-    result = np.zeros((BLOCKS, PAGES), dtype=bool)
+    result = np.zeros(static.shape, dtype=bool)
     for block in range(BLOCKS):
         causal = int(scores.own[block]) + 1
         rows = scores.logits[:causal, block, scores.present[block]].double().softmax(dim=0).numpy()
@@ -51,6 +51,35 @@ def by_definition(scores, static, budget):
 def test_chosen_pages_are_the_best_within_the_budget(case, kind, value, floor, cap):
     budget = kind(value, floor, cap)
     np.testing.assert_array_equal(choose(*case, budget).numpy(), by_definition(*case, budget))
+
+
+@pytest.mark.parametrize(("value", "cap"), [(0.2, 999), (0.6, 999), (0.99, 999), (0.99, 70)])
+def test_mass_is_added_up_over_many_pages(rng, value, cap):
+    """More than are added up at a time; rows that need few and many, and absent ones."""
+    pages = 331
+    own = torch.arange(pages - BLOCKS, pages)
+    spread = torch.from_numpy(rng.uniform(0.01, 4, size=(BLOCKS, ROWS)))
+    logits = (torch.from_numpy(rng.normal(size=(pages, BLOCKS, ROWS))) * spread).float()
+    logits[torch.arange(pages)[:, None] > own] = -torch.inf
+    present = torch.from_numpy(rng.random((BLOCKS, ROWS)) < 0.7)
+    present[:, 0] = True
+    static = torch.from_numpy(rng.random((BLOCKS, pages)) < 0.05)
+    static[torch.arange(BLOCKS), own] = True
+    static &= torch.arange(pages) <= own[:, None]
+    scores, budget = PageScores(logits, present, own), TopP(value, 1, cap)
+    found = choose(scores, static, budget).numpy()
+    np.testing.assert_array_equal(found, by_definition(scores, static, budget))
+
+
+def test_mass_does_not_depend_on_the_batch(rng):
+    """Bit for bit, alone and beside longer requests, for few pages and many."""
+    for pages in (5, 64, 65, 130, 199):
+        logits = torch.full((230, 3, ROWS), -torch.inf)
+        logits[:pages] = torch.from_numpy(rng.normal(size=(pages, 3, ROWS))).float()
+        logits[:, 1:] = torch.from_numpy(rng.normal(size=(230, 2, ROWS))).float()
+        own = torch.full((3,), pages - 1)
+        alone = PageScores(logits[:pages, :1].contiguous(), None, own[:1]).mass()
+        assert torch.equal(PageScores(logits, None, own).mass()[:pages, :1], alone)
 
 
 def test_of_equal_pages_all_are_chosen(case):

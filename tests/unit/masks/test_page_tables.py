@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from dam_vllm.attention.oracle import page_mask
+from dam_vllm.masks.budget import BudgetKind
 from dam_vllm.masks.density import density
 from dam_vllm.masks.page_tables import page_tables, query_block_size
 
@@ -28,10 +29,10 @@ def test_query_block_is_whole_pages(page, query_block):
 def test_tables_select_what_the_definition_reads(random_masks, page, pcl):
     masks = random_masks(pcl=pcl, share=0.01, dense=True)
     expected = pages_by_definition(masks, 0, 1200, page)
-    group = masks.heads // masks.kv_heads
+    heads_per_kv = masks.heads // masks.kv_heads
     query_blocks = np.arange(expected.shape[1])
     selected = page_tables(masks, 0, page).select(query_blocks)
-    np.testing.assert_array_equal(np.repeat(selected, group, axis=0), expected)
+    np.testing.assert_array_equal(np.repeat(selected, heads_per_kv, axis=0), expected)
 
 
 @pytest.mark.parametrize("page", [16, 48, 128])
@@ -41,8 +42,8 @@ def test_tables_follow_patterns_beyond_the_pcl(reaching_masks, page, pcl, reach)
     masks = reaching_masks(reach, pcl=pcl, share=0.004)
     expected = pages_by_definition(masks, 0, 1200, page)
     selected = page_tables(masks, 0, page).select(np.arange(expected.shape[1]))
-    group = masks.heads // masks.kv_heads
-    np.testing.assert_array_equal(np.repeat(selected, group, axis=0), expected)
+    heads_per_kv = masks.heads // masks.kv_heads
+    np.testing.assert_array_equal(np.repeat(selected, heads_per_kv, axis=0), expected)
 
 
 @pytest.mark.parametrize("page", [16, 48, 128])
@@ -67,11 +68,11 @@ def test_density_counts_pages(random_masks, dense_below):
     heads, kv_heads = density(masks, [1024, 333], 32, dense_below)
     read = pages_by_definition(masks, 1, 1024, 32, dense_below)
     causal = np.tri(8, dtype=bool).repeat(4, axis=1)
-    group = masks.heads // masks.kv_heads
+    heads_per_kv = masks.heads // masks.kv_heads
     expected = (read & causal).sum(axis=(1, 2)) / causal.sum()
-    np.testing.assert_allclose(np.repeat(kv_heads[0, 1], group), expected, rtol=1e-6)
-    assert (heads <= np.repeat(kv_heads, group, axis=2) + 1e-6).all()
-    assert (heads[0] < np.repeat(kv_heads, group, axis=2)[0]).any()
+    np.testing.assert_allclose(np.repeat(kv_heads[0, 1], heads_per_kv), expected, rtol=1e-6)
+    assert (heads <= np.repeat(kv_heads, heads_per_kv, axis=2) + 1e-6).all()
+    assert (heads[0] < np.repeat(kv_heads, heads_per_kv, axis=2)[0]).any()
 
 
 def test_layers_left_to_vllm_count_as_dense(random_masks):
@@ -88,3 +89,20 @@ def test_dense_heads_read_everything(random_masks):
     _, kv_heads = density(masks, [2048], 32)
     assert kv_heads[0, 0, 0] == 1
     assert kv_heads[0, 0, 1] < 1
+
+
+def test_choosing_heads_read_static_pages_and_what_is_expected(random_masks):
+    """A reusing head's number of chosen pages is its anchor's."""
+    masks = random_masks(layers=2, share=0.002, dynamic=True, reuse=True)
+    masks.anchors[1, 0] = (0, 1)
+    dynamic, page, length = masks.dynamic, 32, 999
+    dynamic.kinds[:], dynamic.floors[:], dynamic.caps[:] = BudgetKind.TOP_K, 0, 9999
+    dynamic.budgets[0, 1], dynamic.budgets[1, 1] = 5 * page, 2 * page
+    heads, kv_heads = density(masks, [length], page, dense_below=128)
+    causal = np.arange(-(-length // page)) + 1
+    for (layer, head), chosen in {(0, 1): 5, (1, 1): 2, (1, 0): 5}.items():
+        static = page_tables(masks, layer, page, page).select(causal - 1)[head].sum(axis=1)
+        read = np.where(causal <= 128 // page, causal, np.minimum(static + chosen, causal))
+        expected = read.sum() / causal.sum()
+        assert kv_heads[0, layer, head] == pytest.approx(expected)
+        np.testing.assert_allclose(heads[0, layer].reshape(2, 2)[head], expected, rtol=1e-6)

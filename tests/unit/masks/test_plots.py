@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from dam_vllm.masks import plots
-from dam_vllm.masks.plots import plot_curve, plot_end, plot_masks, shares
+from dam_vllm.masks.mask_set import HeadMode
+from dam_vllm.masks.plots import plot_curve, plot_end, plot_masks, plot_reuse, shares
 from dam_vllm.masks.rule import token_mask
 
 FIT = {
@@ -87,6 +88,29 @@ def test_points_and_choice_of_a_fit_are_drawn(tmp_path, drawn):
     assert axes.get_xlabel() == "density at 8192 tokens"
     assert axes.get_ylabel() == "KL of the next token (nats)"
     assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+
+
+def test_arrows_lead_from_anchors_to_followers(random_masks, tmp_path, drawn):
+    masks = random_masks(layers=3, heads=8, kv_heads=4, dense=True, dynamic=True, reuse=True)
+    plot_reuse(masks, tmp_path / "reuse.png")
+    assert (tmp_path / "reuse.png").read_bytes().startswith(b"\x89PNG")
+    (axes,) = drawn[0].axes
+    found = {
+        (each.xy[::-1], each.xyann[::-1]) for each in axes.texts if hasattr(each, "arrow_patch")
+    }
+    followers = [tuple(each) for each in np.argwhere(masks.modes == HeadMode.REUSE).tolist()]
+    assert len(followers) == 4
+    assert found == {(each, tuple(masks.anchors[each].tolist())) for each in followers}
+    names = {each.get_position()[::-1]: each.get_text() for each in axes.texts if each.get_text()}
+    assert names == {each: "{}.{}".format(*masks.anchors[each]) for each in followers}
+    squares = {
+        each.get_label(): {tuple(place) for place in each.get_offsets()[:, ::-1].tolist()}
+        for each in axes.collections
+    }
+    assert squares == {
+        mode.name.lower(): {tuple(each) for each in np.argwhere(masks.modes == mode).tolist()}
+        for mode in HeadMode
+    }
 
 
 def test_a_suffix_that_is_no_image_is_refused(tmp_path):

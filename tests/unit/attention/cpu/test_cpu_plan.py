@@ -21,7 +21,7 @@ def test_selection_is_the_definition(random_masks, page, dense_below):
     query_blocks = torch.tensor([9, 0, 3, 1, 3])
     pages = 10 * selector.own
     selected = selector.select(query_blocks, pages)
-    group = masks.heads // masks.kv_heads
+    heads_per_kv = masks.heads // masks.kv_heads
     for layer in range(masks.layers):
         for row, query_block in enumerate(query_blocks.tolist()):
             stop = (query_block + 1) * selector.query_block
@@ -29,7 +29,7 @@ def test_selection_is_the_definition(random_masks, page, dense_below):
                 masks, layer, query_block * selector.query_block, stop, page, dense_below
             )
             expected = mask.any(axis=1).reshape(masks.heads, -1, page).any(axis=2)
-            found = selected[layer, :, row].repeat_interleave(group, 0).numpy()
+            found = selected[layer, :, row].repeat_interleave(heads_per_kv, 0).numpy()
             np.testing.assert_array_equal(found[:, : stop // page], expected)
             assert not found[:, stop // page :].any()
 

@@ -24,9 +24,11 @@ class Batch:
     def __init__(self, rng, masks, page, requests, equally_long=False):
         torch.manual_seed(int(rng.integers(2**31)))
         size = masks.dynamic.rotations.shape[-1]
-        group = masks.heads // masks.kv_heads
+        heads_per_kv = masks.heads // masks.kv_heads
         self.masks, self.page, self.requests = masks, page, requests
-        self.queries = [torch.randn(masks.kv_heads, new, group, size) * 3 for new, _ in requests]
+        self.queries = [
+            torch.randn(masks.kv_heads, new, heads_per_kv, size) * 3 for new, _ in requests
+        ]
         self.keys = [torch.randn(stop, masks.kv_heads, size) for _, stop in requests]
         if equally_long:
             self.keys = [5 * torch.nn.functional.normalize(key, dim=-1) for key in self.keys]
@@ -76,11 +78,11 @@ class Batch:
         static = page_mask(
             self.masks, layer, stop - new, stop, self.page, dense_below, query_block=self.page
         )
-        group = self.masks.heads // self.masks.kv_heads
+        heads_per_kv = self.masks.heads // self.masks.kv_heads
         return [
             dynamic_mask(
                 self.masks, layer, head, self.queries[row][head], self.keys[row][:, head],
-                static[head * group], self.page, SCALE, softcap,
+                static[head * heads_per_kv], self.page, SCALE, softcap,
             )
             for head in self.heads(layer)
         ]  # fmt: skip
@@ -115,29 +117,28 @@ def test_positions_below_dense_below_read_everything(rng, random_masks):
     batch.check(dense_below=256)
 
 
-def test_batch_chunk_and_precision(rng, random_masks):
+def test_batch_and_chunk(rng, random_masks):
     """Bit for bit the same alone, among others, and in chunks that end at pages."""
     masks = random_masks(heads=8, kv_heads=2, share=0.002, dynamic=True, head_size=32)
     page, stop = 32, 1111
     others = [(1, 700), (90, 90), (1, 1950)]
     whole = Batch(rng, masks, page, [(stop, stop)])
-    for dtype in (torch.float32, torch.bfloat16):
-        ((alone, _),) = whole.select(computed=dtype)
-        for new in (stop - 7 * page, stop - 33 * page, 1):
-            mixed = Batch(rng, masks, page, [others[0], (new, stop), *others[1:]])
-            mixed.keys[1], mixed.queries[1] = whole.keys[0], whole.queries[0][:, -new:]
-            for token, key in enumerate(whole.keys[0]):
-                mixed.cache[mixed.table[1, token // page], :, :, token % page] = key
-            part = mixed.select(computed=dtype)[1][0]
-            if new > 1:
-                expected = alone[:, -part.shape[1] :]
-                assert torch.equal(part[..., : alone.shape[2]], expected)
-            else:
-                single = Batch(rng, masks, page, [(1, stop)])
-                single.keys, single.queries = whole.keys, [whole.queries[0][:, -1:]]
-                single.cache, single.table = whole.cache, whole.table
-                ((expected, _),) = single.select(computed=dtype)
-                assert torch.equal(part[..., : expected.shape[2]], expected)
+    ((alone, _),) = whole.select()
+    for new in (stop - 7 * page, stop - 33 * page, 1):
+        mixed = Batch(rng, masks, page, [others[0], (new, stop), *others[1:]])
+        mixed.keys[1], mixed.queries[1] = whole.keys[0], whole.queries[0][:, -new:]
+        for token, key in enumerate(whole.keys[0]):
+            mixed.cache[mixed.table[1, token // page], :, :, token % page] = key
+        part = mixed.select()[1][0]
+        if new > 1:
+            expected = alone[:, -part.shape[1] :]
+            assert torch.equal(part[..., : alone.shape[2]], expected)
+        else:
+            single = Batch(rng, masks, page, [(1, stop)])
+            single.keys, single.queries = whole.keys, [whole.queries[0][:, -1:]]
+            single.cache, single.table = whole.cache, whole.table
+            ((expected, _),) = single.select()
+            assert torch.equal(part[..., : expected.shape[2]], expected)
 
 
 def test_one_query_that_looks_far_back_gets_its_page(rng, random_masks):

@@ -12,17 +12,15 @@ import numpy as np
 import torch
 
 from dam_vllm.attention.cuda import paged, tuning
-from dam_vllm.attention.cuda.plan import (
-    DevicePlan,
-    DeviceQueryBlocks,
-    plan_heads,
-    query_block_slots,
-)
+from dam_vllm.attention.cuda.plan import DevicePlan, Homes, Places, plan_heads
+from dam_vllm.attention.cuda.query_blocks import DeviceQueryBlocks, query_block_slots
+from dam_vllm.attention.cuda.rotation import DeviceRotation, quantise
+from dam_vllm.attention.cuda.store import store_heads
 from dam_vllm.attention.cuda.token_bits import TokenBits
 from dam_vllm.masks.page_tables import PageSelector, PageTables, query_block_size
 from tests.unit.attention.cuda.compiling import choose_pages_of, compile_launches, resources
 
-KV_HEADS, GROUP, WIDTH = 2, 4, 1024
+KV_HEADS, HEADS_PER_KV, WIDTH, FP8 = 2, 4, 1024, torch.float8_e4m3fn
 # Head size, page, cache, queries a request, token masks.
 CASES = (
     (128, 128, None, 999, False),
@@ -45,19 +43,21 @@ def serve(size, page, stored, queries, exact, capability):
     query_blocks = DeviceQueryBlocks(
         request, offset, ints, ints[:2], query_block, min(queries, query_block)
     )
-    plan = DevicePlan.empty(query_blocks, KV_HEADS, WIDTH, exact)
+    plan = DevicePlan.empty(query_blocks, Places.by_head([KV_HEADS], ints.device), WIDTH, exact)
     heads = torch.arange(KV_HEADS, dtype=torch.int32)
     blocks = torch.zeros(2, WIDTH, dtype=torch.int32)
-    plan_heads(plan, heads, PageSelector([tables]), query_blocks, blocks)
-    query = torch.empty(2 * queries, KV_HEADS * GROUP, size, dtype=torch.bfloat16)
+    plan_heads(plan, heads, PageSelector([tables]), query_blocks, blocks, 2 * queries, KV_HEADS)
+    query = torch.empty(2 * queries, KV_HEADS * HEADS_PER_KV, size, dtype=torch.bfloat16)
     cache = torch.empty(9, page, 2 * size, dtype=stored or query.dtype)
-    bits = torch.zeros(KV_HEADS * GROUP, 128, dtype=torch.uint8)
+    bits = torch.zeros(KV_HEADS * HEADS_PER_KV, 128, dtype=torch.uint8)
     with patch.object(torch.cuda, "get_device_capability", lambda device: divmod(capability, 10)):
         # The table is asked as if the tensors lay on a GPU.
-        tuned = tuning.tuning(torch.device("cuda"), size, query_blocks.most_queries * GROUP, exact)
+        tuned = tuning.tuning(
+            torch.device("cuda"), size, query_blocks.most_queries * HEADS_PER_KV, exact
+        )
     paged.attend_paged(
         query, *cache.split(size, dim=-1), torch.empty_like(query), plan, query_blocks, heads,
-        paged.Softmax(0.1), TokenBits(bits, bits, bits, 40, 1024, 0) if exact else None,
+        KV_HEADS, paged.Softmax(0.1), TokenBits(bits, bits, bits, 40, 1024, 0) if exact else None,
         tuned,
     )  # fmt: skip
 
@@ -67,9 +67,31 @@ def launches(capability):
     for case in CASES:
         if case[2] is None or capability >= 89:
             yield str(case), functools.partial(serve, *case, capability)
-    choice = functools.partial(choose_pages_of, torch.bfloat16, torch.bfloat16, 32)
-    for queries in (1, 32):
-        yield f"choice of {queries}", functools.partial(choice, queries)
+    dtypes = [torch.bfloat16] if capability < 89 else [torch.bfloat16, FP8]
+    for dtype in dtypes:
+        for queries in (1, 32):
+            choice = functools.partial(choose_pages_of, dtype, dtype, 32, queries)
+            yield f"choice of {queries}, {dtype}", choice
+        yield f"store, {dtype}", functools.partial(store, dtype)
+        yield f"rotation, {dtype}", functools.partial(rotate, dtype)
+
+
+def store(dtype):
+    """Stores keys of heads in several groups."""
+    key = torch.empty(5, KV_HEADS, 128, dtype=torch.bfloat16)
+    keys, values = torch.empty(9, 64, 256, dtype=dtype).split(128, dim=-1)
+    slots, one = torch.zeros(3, 5, dtype=torch.int64), torch.ones(())
+    homes = Homes.unknown(KV_HEADS, 1, key.device)
+    store_heads(key, key, keys, values, slots[0], slots, homes, (one, one))
+
+
+def rotate(dtype):
+    """Rotates queries, and quantises those of an fp8 cache."""
+    made = DeviceRotation(torch.tensor([1]), torch.empty(1, 128, 128))
+    query = torch.empty(5, KV_HEADS * HEADS_PER_KV, 128, dtype=torch.bfloat16)
+    made.queries(query, KV_HEADS, torch.ones(()) if dtype == FP8 else None)
+    if dtype == FP8:
+        quantise(query, torch.ones(()))
 
 
 def main():

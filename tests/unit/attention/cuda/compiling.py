@@ -19,8 +19,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from dam_vllm.attention.cuda.plan import DeviceQueryBlocks
-from dam_vllm.attention.cuda.select import DeviceDynamic, choose_on_device
+from dam_vllm.attention.cuda.dynamic import DeviceDynamic
+from dam_vllm.attention.cuda.query_blocks import DeviceQueryBlocks
+from dam_vllm.attention.cuda.select import choose_on_device
 from dam_vllm.attention.dynamic_heads import DynamicHeads
 from dam_vllm.masks.budget import TopK, TopP
 from dam_vllm.masks.page_tables import PageSelector, PageTables
@@ -93,7 +94,7 @@ def choose_pages_of(
     page: int,
     queries: int,
     channels: int = 64,
-    group: int = 4,
+    heads_per_kv: int = 4,
 ) -> None:
     """Launches the choice of dynamic heads on empty tensors."""
     heads, kv_heads, size, requests, pages = 2, 8, 128, 4, 600
@@ -106,12 +107,15 @@ def choose_pages_of(
         scale=0.1,
         ids=[1, 3],
     )
-    query = torch.empty(requests * queries, kv_heads, group, size, dtype=dtype)
+    query = torch.empty(requests * queries, kv_heads, heads_per_kv, size, dtype=dtype)
     keys = torch.empty(pages * kv_heads, page, size, dtype=stored)
     ints = torch.zeros(requests + 1, dtype=torch.int32)
     query_blocks = DeviceQueryBlocks(ints[:4], ints[:4], ints, ints[:4], page, queries)
     table = torch.zeros(requests, pages, dtype=torch.int32)
-    choose_on_device(DeviceDynamic.of(dynamic), query, keys, table, query_blocks, pages)
+    chosen = torch.zeros(heads, len(query_blocks), pages, dtype=torch.uint8)
+    choose_on_device(
+        DeviceDynamic.of(dynamic), chosen, ints[:heads], query, keys, table, query_blocks, pages
+    )
 
 
 def main() -> None:

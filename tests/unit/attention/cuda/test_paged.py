@@ -7,12 +7,8 @@ import pytest
 import torch
 
 from dam_vllm.attention.cuda.paged import Softmax, attend_paged
-from dam_vllm.attention.cuda.plan import (
-    DevicePlan,
-    DeviceQueryBlocks,
-    plan_heads,
-    query_block_slots,
-)
+from dam_vllm.attention.cuda.plan import DevicePlan, Places, plan_heads
+from dam_vllm.attention.cuda.query_blocks import DeviceQueryBlocks, query_block_slots
 from dam_vllm.attention.cuda.token_bits import TokenBits
 from dam_vllm.attention.oracle import exact_mask, masked_attention, page_mask
 from dam_vllm.masks.page_tables import PageSelector, dense_until, page_tables, query_block_size
@@ -79,7 +75,7 @@ def make_batch(rng, device, requests, heads, kv_heads, size, page, dtype, stored
 
 def check(batch, output, mask_of, dtype, softcap, scales):
     """Holds each request's rows against the oracle; other rows must be untouched."""
-    heads, group = batch.query.shape[1], batch.query.shape[1] // batch.keys[0].shape[1]
+    heads, heads_per_kv = batch.query.shape[1], batch.query.shape[1] // batch.keys[0].shape[1]
     row = 0
     for (stop, count), key, value in zip(batch.requests, batch.keys, batch.values, strict=True):
         if count == 0:
@@ -87,7 +83,7 @@ def check(batch, output, mask_of, dtype, softcap, scales):
         query = batch.query[row : row + count].cpu()
         mask = torch.from_numpy(mask_of(stop - count, stop))
         assert mask.shape[0] == heads
-        assert group * key.shape[1] == heads
+        assert heads_per_kv * key.shape[1] == heads
         wanted = masked_attention(query, key * scales[0], value * scales[1], mask, SCALE, softcap)
         found = output[row : row + count].float().cpu()
         torch.testing.assert_close(found, wanted, rtol=ERROR[dtype], atol=ERROR[dtype])
@@ -122,27 +118,35 @@ def test_attention_equals_oracle(
     )
     selector = PageSelector([page_tables(masks, 0, page)], dense_below, device)
     width = batch.block_table.shape[1]
-    plan = DevicePlan.empty(batch.query_blocks, kv_heads, width, numbered=granularity == "token")
+    places = Places.by_head([kv_heads], device)
+    plan = DevicePlan.empty(batch.query_blocks, places, width, numbered=granularity == "token")
     every = torch.arange(kv_heads, dtype=torch.int32, device=device)
-    plan_heads(plan, every, selector, batch.query_blocks, batch.block_table)
+    rows = sum(count for _, count in requests)
+    plan_heads(plan, every, selector, batch.query_blocks, batch.block_table, rows, kv_heads)
     scales = (KEY_SCALE, VALUE_SCALE) if stored else (1.0, 1.0)
     softmax = Softmax(SCALE * scales[0], softcap, scales[1])
     output = torch.full_like(batch.query, torch.nan)
-    paged = (batch.query, batch.key, batch.value, output, plan, batch.query_blocks)
-    group = heads // kv_heads
+
+    def attend(heads, *exact):
+        attend_paged(
+            batch.query, batch.key, batch.value, output, plan.take(heads), batch.query_blocks,
+            every[heads], kv_heads, softmax, *exact,
+        )  # fmt: skip
+
+    heads_per_kv = heads // kv_heads
     if granularity == "page":
-        attend_paged(*paged, every, softmax)
+        attend(slice(None))
     else:
         until = dense_until(dense_below, page)
         exact = TokenBits.of_layer(masks, 0, slice(None), until, device)
-        attend_paged(*paged, every[kv_heads > 1 :], softmax, exact)
+        attend(slice(int(kv_heads > 1), None), exact)
         if kv_heads > 1:  # the first head is dense
-            attend_paged(*paged, every[:1], softmax)
+            attend(slice(1))
 
     def mask_of(start, stop):
         if granularity == "token":
             return exact_mask(masks, 0, start, stop, page, dense_below)
         return page_mask(masks, 0, start, stop, page, dense_below)
 
-    assert group * kv_heads == heads
+    assert heads_per_kv * kv_heads == heads
     check(batch, output, mask_of, dtype, softcap, scales)

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from dam_vllm.attention.cuda import score, select, shares
-from dam_vllm.attention.cuda.plan import DeviceQueryBlocks, query_block_slots
-from dam_vllm.attention.cuda.select import DeviceDynamic, choose_on_device
+from dam_vllm.attention.cuda.dynamic import DeviceDynamic
+from dam_vllm.attention.cuda.query_blocks import DeviceQueryBlocks, query_block_slots
+from dam_vllm.attention.cuda.select import choose_on_device
 from dam_vllm.attention.cuda.shares import share_pages
 from dam_vllm.attention.dynamic_heads import DynamicHeads
 from dam_vllm.attention.oracle import dynamic_mask, page_mask
@@ -27,7 +28,7 @@ GARBAGE = 1 << 30
 
 @dataclasses.dataclass(eq=False)
 class Request:
-    """New queries [new, kv_heads, group, size] and all keys [stop, kv_heads, size], rotated."""
+    """New queries [new, kv_heads, heads_per_kv, size], all keys [stop, kv_heads, size]; rotated."""
 
     query: torch.Tensor
     keys: torch.Tensor
@@ -45,11 +46,11 @@ class Case:
     """A layer's dynamic heads, and requests to them."""
 
     def __init__(
-        self, rng, random_masks, kinds, group=2, size=24, dtype=torch.float32, stored=None
+        self, rng, random_masks, kinds, heads_per_kv=2, size=24, dtype=torch.float32, stored=None
     ):
         kv_heads = 2 * len(kinds)
         masks = random_masks(
-            layers=1, heads=kv_heads * group, kv_heads=kv_heads, share=0.002, dynamic=True,
+            layers=1, heads=kv_heads * heads_per_kv, kv_heads=kv_heads, share=0.002, dynamic=True,
             head_size=size,
         )  # fmt: skip
         values = {BudgetKind.TOP_K: 70, BudgetKind.SHARE: 0.2, BudgetKind.TOP_P: 0.8}
@@ -60,12 +61,12 @@ class Case:
             if kind == BudgetKind.TOP_P:
                 masks.dynamic.caps[0, head] = 10**6
         self.rng, self.masks, self.heads = rng, masks, heads
-        self.group, self.dtype, self.stored = group, dtype, stored or dtype
+        self.heads_per_kv, self.dtype, self.stored = heads_per_kv, dtype, stored or dtype
         torch.manual_seed(int(rng.integers(2**31)))
 
     def request(self, new, stop):
         size = self.masks.dynamic.rotations.shape[-1]
-        query = torch.randn(new, self.masks.kv_heads, self.group, size) * 3
+        query = torch.randn(new, self.masks.kv_heads, self.heads_per_kv, size) * 3
         keys = torch.randn(stop, self.masks.kv_heads, size)
         return Request(query.to(self.dtype), keys.to(self.stored))
 
@@ -92,7 +93,7 @@ class Case:
         ]
         result = []
         for head in self.heads:
-            read = static[head * self.group]
+            read = static[head * self.heads_per_kv]
             mask = dynamic_mask(
                 masks, 0, head, request.query[:, head], request.keys[:, head].float(), read, page,
                 SCALE, softcap,
@@ -197,11 +198,16 @@ class Batch:
 
     def choose(self, dynamic):
         """Chosen pages of each request: bool [heads, blocks, width]; empty slots have none."""
-        chosen = choose_on_device(
-            dynamic, self.query, self.keys, self.table, self.query_blocks, self.width
+        heads, slots = len(dynamic.heads), len(self.query_blocks)
+        # Poison in a row that is nobody's; pages after a query block's own are not written.
+        kept = torch.zeros(heads + 1, slots, self.width, dtype=torch.uint8, device=self.device)
+        kept[0] = 7
+        rows = torch.arange(heads, 0, -1, dtype=torch.int32, device=self.device)
+        choose_on_device(
+            dynamic, kept, rows, self.query, self.keys, self.table, self.query_blocks, self.width
         )
-        assert chosen.dtype == torch.bool
-        assert chosen.shape == (len(dynamic.heads), len(self.query_blocks), self.width)
+        assert (kept[0] == 7).all()
+        chosen = kept[rows.long()].view(torch.bool)
         starts, lens = (
             self.query_blocks.query_start_loc.tolist(),
             self.query_blocks.seq_lens.tolist(),
@@ -231,7 +237,7 @@ ALL = tuple(BudgetKind)
 )
 def test_choice_is_the_definition(rng, device, random_masks, page, dtype, stored, softcap):
     """Decoding, whole prompts, chunks that start inside a page, requests of a token."""
-    case = Case(rng, random_masks, ALL, group=2, dtype=dtype, stored=stored)
+    case = Case(rng, random_masks, ALL, heads_per_kv=2, dtype=dtype, stored=stored)
     requests = [case.request(*each) for each in [(75, 75), (1, 517), (60, 200), (1, 1), (2, 65)]]
     assert case.check(requests, page, device, softcap) > 0
 
@@ -246,14 +252,14 @@ def test_choice_is_the_definition(rng, device, random_masks, page, dtype, stored
 def test_large_pages(rng, device, random_masks, page, dtype, stored):
     """With heads that fill no power of two, and more chunks than one."""
     kinds = (BudgetKind.TOP_P, BudgetKind.TOP_K)
-    case = Case(rng, random_masks, kinds, group=3, size=96, dtype=dtype, stored=stored)
+    case = Case(rng, random_masks, kinds, heads_per_kv=3, size=96, dtype=dtype, stored=stored)
     requests = [case.request(*each) for each in [(1, 2001), (40, 1300), (1, 3)]]
     assert case.check(requests, page, device) > 0
 
 
 def test_decoding_alone(rng, device, random_masks, monkeypatch):
     """No query block has more queries than one; positions below `dense_below` choose nothing."""
-    case = Case(rng, random_masks, ALL[::2], group=8, size=40)
+    case = Case(rng, random_masks, ALL[::2], heads_per_kv=8, size=40)
     requests = [case.request(1, stop) for stop in (1100, 130, 16, 1)]
     assert case.check(requests, 16, device) > 0
     # Requests that are too long for one round of any loop, and the last round holds most.
@@ -266,7 +272,7 @@ def test_decoding_alone(rng, device, random_masks, monkeypatch):
 
 def test_floors_caps_and_masses_out_of_reach(rng, device, random_masks):
     """A floor above what mass asks, a cap below it, and a mass that all pages do not hold."""
-    case = Case(rng, random_masks, [BudgetKind.TOP_P] * 3, group=1)
+    case = Case(rng, random_masks, [BudgetKind.TOP_P] * 3, heads_per_kv=1)
     dynamic = case.masks.dynamic
     dynamic.budgets[0, case.heads] = 0.01, 1.1, 1.1
     dynamic.floors[0, case.heads] = 60, 0, 0
@@ -276,7 +282,7 @@ def test_floors_caps_and_masses_out_of_reach(rng, device, random_masks):
 
 
 def test_of_equal_pages_all_without_mass_none(rng, device, random_masks):
-    case = Case(rng, random_masks, ALL, group=1)
+    case = Case(rng, random_masks, ALL, heads_per_kv=1)
     equal, unseen = case.request(1, 600), case.request(1, 300)
     equal.keys[100:500] = equal.keys[100]
     assert case.check([equal], 16, device) > 0
@@ -291,7 +297,7 @@ def test_of_equal_pages_all_without_mass_none(rng, device, random_masks):
 
 def test_a_row_sees_nothing_later_in_its_own_page(rng, device, random_masks):
     """It takes its needle's page, though the next token would be all that it looks at."""
-    case = Case(rng, random_masks, [BudgetKind.TOP_K], group=1)
+    case = Case(rng, random_masks, [BudgetKind.TOP_K], heads_per_kv=1)
     dynamic, (head,) = case.masks.dynamic, case.heads
     dynamic.budgets[0, head], dynamic.floors[0, head], dynamic.caps[0, head] = 1, 0, 16
     dynamic.channels[0, head] = 24
@@ -309,8 +315,8 @@ def shared(case, requests, page, device, dynamic):
     """Choice, and the largest shares as bits: {(request, query block): int32 [heads, pages]}."""
     shares_of = {}
 
-    def keep(max_scores, query_blocks, static, rows, blocks):
-        page_shares = share_pages(max_scores, query_blocks, static, rows, blocks)
+    def keep(max_scores, query_blocks, static, rows, blocks, room):
+        page_shares = share_pages(max_scores, query_blocks, static, rows, blocks, room)
         for slot, (row, offset) in enumerate(
             zip(query_blocks.request, query_blocks.offset, strict=True)
         ):
@@ -332,7 +338,7 @@ def shared(case, requests, page, device, dynamic):
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
 def test_bits_are_shares_of_mass(rng, device, random_masks, softcap):
     """The largest of any row; static pages stand above all."""
-    case = Case(rng, random_masks, ALL[:2], group=3)
+    case = Case(rng, random_masks, ALL[:2], heads_per_kv=3)
     requests = [case.request(1, 1100), case.request(30, 250)]
     dynamic = case.device(48, device, softcap=softcap)
     _, found = shared(case, requests, 48, device, dynamic)
@@ -377,10 +383,14 @@ def test_the_host_never_waits(rng, device, random_masks):
     case = Case(rng, random_masks, ALL)
     batch = Batch(case, [case.request(1, 40), case.request(20, 50)], 16, device)
     dynamic = case.device(16, device)
+    heads = len(dynamic.heads)
+    chosen = torch.zeros(heads, len(batch.query_blocks), batch.width).to(device, torch.uint8)
+    rows = torch.arange(heads, dtype=torch.int32, device=device)
     with no_sync():
         choose_on_device(
-            dynamic, batch.query, batch.keys, batch.table, batch.query_blocks, batch.width
-        )
+            dynamic, chosen, rows, batch.query, batch.keys, batch.table, batch.query_blocks,
+            batch.width,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize(

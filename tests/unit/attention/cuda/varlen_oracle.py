@@ -7,7 +7,8 @@ from dam_vllm.attention.oracle import masked_attention
 
 def varlen(
     *, q, k, v, out, cu_seqlens_q, max_seqlen_q, max_seqlen_k, softmax_scale, causal,
-    softcap=0.0, cu_seqlens_k=None, seqused_k=None, block_table=None, **unused,
+    softcap=0.0, num_splits=0, cu_seqlens_k=None, seqused_k=None, block_table=None,
+    q_descale=None, k_descale=None, v_descale=None, **unused,
 ):  # fmt: skip
     """Attention of packed sequences; the causal mask is aligned to the end.
 
@@ -16,9 +17,26 @@ def varlen(
     """
     assert not unused.keys() - {"fa_version", "scheduler_metadata"}
     assert causal
+    # FlashAttention 3 takes a prefill of many short sequences with one KV head for few long ones,
+    # and splits them (hopper/heuristics.h).
+    # What has a schedule is a dense call as stock vLLM makes it, of as many sequences as requests.
+    dense = block_table is None or "scheduler_metadata" in unused
+    assert max_seqlen_q == 1 or dense or num_splits == 1
+    assert block_table is None or k.shape[1] % 16 == 0
     assert cu_seqlens_q.is_contiguous()
     assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
-    assert q.dtype == k.dtype == v.dtype == out.dtype
+    assert q.dtype == k.dtype == v.dtype
+    factors = [q_descale, k_descale, v_descale]
+    if q.dtype == torch.float8_e4m3fn:
+        assert out.dtype == torch.bfloat16
+        for each in factors:
+            assert each.shape == (len(cu_seqlens_q) - 1, k.shape[-2])
+            assert each.dtype == torch.float32
+        # The same for all sequences and heads here.
+        q, k, v = (part.float() * each[0, 0] for part, each in zip((q, k, v), factors, strict=True))
+    else:
+        assert out.dtype == q.dtype
+        assert factors == [None, None, None]
     if block_table is None:
         assert seqused_k is None
         sequences = packed(k, v, cu_seqlens_k)

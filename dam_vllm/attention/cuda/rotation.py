@@ -1,0 +1,146 @@
+"""Rotation of queries and keys on a GPU: one launch, heads that are not dynamic copied along.
+
+Queries of an fp8 cache are quantised by the same launch, as vLLM does where it may (QuantFP8): it
+cannot before a rotation.
+"""
+
+from dataclasses import dataclass, field
+from typing import Self
+
+import torch
+import triton
+import triton.language as tl
+
+from dam_vllm.attention.cuda.fp8 import to_fp8
+from dam_vllm.attention.rotation import HeadRotation
+from dam_vllm.masks.mask_set import MaskSet
+from dam_vllm.masks.sharding import Shard
+
+# Tokens a program, and channels that are multiplied at a time: both fit any GPU's shared memory.
+BLOCK, CHUNK = 32, 32
+
+
+@dataclass(frozen=True)
+class DeviceRotation(HeadRotation):
+    """The same as `HeadRotation`; a token's result does not depend on how many others there are."""
+
+    _row_of: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of_layer(
+        cls, masks: MaskSet, layer: int, shard: Shard, device: torch.device | str = "cpu"
+    ) -> Self | None:
+        """See `HeadRotation.of_layer`; nothing is left to be made while a graph is captured."""
+        made = super().of_layer(masks, layer, shard, device)
+        if made is not None:
+            made._rows(shard.heads)
+        return made
+
+    def keys(self, key: torch.Tensor) -> torch.Tensor:
+        return _launch(key, key.shape[1], self.rotations, self._rows(key.shape[1]), None)
+
+    def queries(
+        self, query: torch.Tensor, kv_heads: int, scale: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """See `HeadRotation.queries`; quantised to float8_e4m3fn over `scale` where there is one.
+
+        Args:
+            query: [tokens, heads, head_size], the last dimension contiguous.
+            kv_heads: KV heads.
+            scale: float32, one number, or None.
+        """
+        return _launch(query, kv_heads, self.rotations, self._rows(kv_heads), scale)
+
+    def _rows(self, kv_heads: int) -> torch.Tensor:
+        """Which rotation each KV head has, -1 for none; made once."""
+        if kv_heads not in self._row_of:
+            rows = torch.full((kv_heads,), -1, dtype=torch.int32)
+            rows[self.heads.cpu()] = torch.arange(len(self.heads), dtype=torch.int32)
+            self._row_of[kv_heads] = rows.to(self.heads.device)
+        return self._row_of[kv_heads]
+
+
+def quantise(query: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Queries of a layer without dynamic heads in float8_e4m3fn, over `scale`: one launch.
+
+    Args:
+        query: [tokens, heads, head_size], the last dimension contiguous.
+        scale: float32, one number.
+    """
+    return _launch(query, query.shape[1], None, None, scale)
+
+
+def _launch(
+    vectors: torch.Tensor,
+    kv_heads: int,
+    rotations: torch.Tensor | None,
+    rows: torch.Tensor | None,
+    scale: torch.Tensor | None,
+) -> torch.Tensor:
+    """Rotates [tokens, heads, head_size] where there are rotations, quantises over a scale."""
+    tokens, heads, size = vectors.shape
+    dtype = vectors.dtype if scale is None else torch.float8_e4m3fn
+    output = torch.empty(vectors.shape, dtype=dtype, device=vectors.device)
+    _rotate[(triton.cdiv(tokens, BLOCK), heads)](
+        vectors, output, rotations, rows, scale, *vectors.stride()[:2], *output.stride()[:2],
+        tokens, HEADS_PER_KV=heads // kv_heads, SIZE=size,
+        SIZE_PADDED=max(16, triton.next_power_of_2(size)), BLOCK=BLOCK, CHUNK=CHUNK,
+    )  # fmt: skip
+    return output
+
+
+# Scales lie anywhere.
+@triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["scale_ptr"])
+def _rotate(
+    vector_ptr, output_ptr, rotation_ptr, row_ptr, scale_ptr,
+    in_token, in_head, out_token, out_head, tokens,
+    HEADS_PER_KV: tl.constexpr, SIZE: tl.constexpr, SIZE_PADDED: tl.constexpr,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """A block of tokens of one head."""
+    token = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    head = tl.program_id(1)
+    channel = tl.arange(0, SIZE_PADDED)
+    held = (token < tokens)[:, None] & (channel < SIZE)[None, :]
+    source = vector_ptr + head * in_head + token[:, None] * in_token
+    target = output_ptr + head * out_head + token[:, None] * out_token + channel[None, :]
+    if row_ptr is None:
+        _store(target, tl.load(source + channel[None, :], mask=held), held, scale_ptr)
+    else:
+        row = tl.load(row_ptr + head // HEADS_PER_KV)
+        if row < 0:
+            _store(target, tl.load(source + channel[None, :], mask=held), held, scale_ptr)
+        else:
+            basis_ptr = rotation_ptr + row * SIZE * SIZE
+            turned = _turned(source, basis_ptr, token < tokens, SIZE, SIZE_PADDED, BLOCK, CHUNK)
+            _store(target, turned, held, scale_ptr)
+
+
+@triton.jit
+def _turned(
+    source, basis_ptr, present,
+    SIZE: tl.constexpr, SIZE_PADDED: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """A block of tokens, where they are present, over a basis: float32 [BLOCK, SIZE_PADDED]."""
+    channel = tl.arange(0, SIZE_PADDED)
+    turned = tl.zeros([BLOCK, SIZE_PADDED], tl.float32)
+    for first in range(0, SIZE, CHUNK):
+        inner = first + tl.arange(0, CHUNK)
+        vectors = tl.load(
+            source + inner[None, :], mask=present[:, None] & (inner < SIZE)[None, :], other=0.0
+        ).to(tl.float32)
+        basis = tl.load(
+            basis_ptr + inner[:, None] * SIZE + channel[None, :],
+            mask=(inner < SIZE)[:, None] & (channel < SIZE)[None, :],
+            other=0.0,
+        )
+        turned += tl.dot(vectors, basis, input_precision="ieee")
+    return turned
+
+
+@triton.jit
+def _store(target, vectors, held, scale_ptr):
+    """Stores vectors in the target's dtype; where there is a scale, over it in float8_e4m3fn."""
+    if scale_ptr is not None:
+        vectors = to_fp8(vectors.to(tl.float32) * (1.0 / tl.load(scale_ptr)))
+    tl.store(target, vectors.to(target.dtype.element_ty), mask=held)

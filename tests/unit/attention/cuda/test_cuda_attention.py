@@ -1,0 +1,273 @@
+"""A step of several layers: planned together, served by either kernel, few launches a layer."""
+
+from contextlib import nullcontext
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from dam_vllm.attention.chosen_pages import ChosenPages
+from dam_vllm.attention.cuda import attention as cuda
+from dam_vllm.attention.cuda import merge, paged, plan, regroup, score, select, shares
+from dam_vllm.attention.cuda.choices import Choices, rows_of
+from dam_vllm.attention.cuda.dynamic import DeviceChoosing
+from dam_vllm.attention.cuda.flash import Flash
+from dam_vllm.attention.cuda.layer import DeviceLayer
+from dam_vllm.attention.cuda.paged import Softmax
+from dam_vllm.attention.cuda.scratch import Scratch
+from dam_vllm.attention.dynamic_heads import DynamicHeads, ReusingHeads
+from dam_vllm.attention.interface import Step
+from dam_vllm.attention.layout import KVLayout
+from dam_vllm.attention.oracle import chosen_mask, masked_attention, page_mask
+from dam_vllm.masks.mask_set import HeadMode
+from dam_vllm.masks.sharding import Shard
+from tests.unit.attention.cuda.launches import Launches, compiled, signature
+from tests.unit.attention.cuda.varlen_oracle import varlen
+
+pytestmark = pytest.mark.slow
+
+HEADS, KV_HEADS, SIZE, PAGE, SCALE, BLOCKS = 6, 3, 32, 32, 0.2, 80
+STATIC, DYNAMIC, DENSE, REUSE = list(HeadMode)
+MODES = [
+    [STATIC, DYNAMIC, DENSE], [DYNAMIC] * 3, [STATIC] * 3, [DENSE, REUSE, DYNAMIC],
+    [REUSE, STATIC, REUSE],
+]  # fmt: skip
+ANCHORS = {(3, 1): (1, 2), (4, 0): (0, 1), (4, 2): (3, 2)}
+LIMITS = cuda.Limits(requests=7, tokens=600, length=1024)
+# Tokens up to the last query, and queries.
+MIXED = ((300, 1), (65, 1), (411, 250), (129, 129), (5, 5), (271, 2))
+STEPS = {"mixed": MIXED, "decode": ((391, 1), (1, 1), (640, 1)), "prefill": ((129, 129), (140, 30))}
+
+
+def attention(masks, device, flash, plans=None, unit=None):
+    """All layers of the masks; `plans` is how many numbers the plans' memory holds."""
+    shard = Shard(0, KV_HEADS)
+    served = {}
+    choosing = {layer: shard.dynamic_heads(masks, layer) for layer in range(masks.layers)}
+    rows = rows_of(choosing, ChosenPages.of_masks(masks, shard).last)
+    slots = LIMITS.tokens // PAGE + 2 * LIMITS.requests
+    choices = Choices.of(rows, slots, LIMITS.length // PAGE, device)
+    choices.memory.fill_(1)  # what is not written must not be read
+    for index in range(masks.layers):
+        dynamic = DynamicHeads.of_layer(masks, index, shard, PAGE, 0, SCALE, 0.0, device)
+        reusing = ReusingHeads.of_layer(masks, index, shard, PAGE, 0, device)
+        served[f"layer {index}"] = DeviceLayer(
+            static=cuda.static_sets(masks, index, shard, PAGE, 0, False, device),
+            choosing=DeviceChoosing.of_layer(index, dynamic, reusing, choices),
+            kv_heads=KV_HEADS, softmax=Softmax(SCALE), flash=Flash(varlen) if flash else None,
+        )  # fmt: skip
+    scratch = Scratch(LIMITS.tokens, HEADS * SIZE, torch.float32, device)
+    if plans is not None:
+        scratch._taken = len(scratch._plans) - plans
+    return cuda.CUDAAttention(
+        served, PAGE, KVLayout(keys_by_channel=False), LIMITS, scratch, 0, False, device, unit
+    )
+
+
+def make_step(rng, device, requests, padding=0):
+    """A step over random caches, one for each layer, with poison in what nobody holds.
+
+    Rows of padding follow the queries, as before a CUDA graph of a fixed size.
+    """
+    counts = [-(-stop // PAGE) for stop, _ in requests]
+    order, used = rng.permutation(BLOCKS), 0
+    table = torch.full((len(requests), LIMITS.length // PAGE), 2**30, dtype=torch.int32)
+    caches = torch.full((len(MODES), BLOCKS, KV_HEADS, PAGE, 2 * SIZE), torch.nan)
+    keys = []
+    for row, (stop, _) in enumerate(requests):
+        pages = torch.from_numpy(order[used : used + counts[row]].copy())
+        used += counts[row]
+        table[row, : counts[row]] = pages
+        stored = torch.randn(len(MODES), stop, KV_HEADS, 2 * SIZE)
+        token = torch.arange(stop)
+        caches[:, pages[token // PAGE], :, token % PAGE] = stored.transpose(0, 1)
+        keys.append(stored)
+    new = np.array([count for _, count in requests])
+    starts = torch.from_numpy(np.concatenate([[0], new.cumsum()])).int()
+    lens = torch.tensor([stop for stop, _ in requests], dtype=torch.int32)
+    step = Step(
+        starts.to(device), starts, lens.to(device), table.to(device),
+        int(new.sum()) + padding,
+        int(new.max()), int(lens.max()),
+    )  # fmt: skip
+    query = torch.randn(len(MODES), step.tokens, HEADS, SIZE).to(device)
+    return SimpleNamespace(
+        step=step, requests=requests, caches=caches.to(device), keys=keys, query=query
+    )
+
+
+def run(served, made, launches=None):
+    planned = served.plan(made.step)
+    outputs = torch.full_like(made.query, torch.nan)
+    tensors = zip(served.layers, made.query, made.caches, outputs, strict=True)
+    with launches or nullcontext():
+        for name, query, cache, output in [*tensors]:
+            served.run(planned, name, query, cache, output)
+    return outputs.cpu()
+
+
+def expected(masks, made, layer):
+    """The oracle's output of a layer."""
+    outputs, first, group = [], 0, HEADS // KV_HEADS
+    for (stop, count), stored in zip(made.requests, made.keys, strict=True):
+        asked = made.query[layer, first : first + count].cpu()
+        key, value = stored[layer].split(SIZE, dim=-1)
+        mask = page_mask(masks, layer, stop - count, stop, PAGE)
+        static = page_mask(masks, layer, stop - count, stop, PAGE, 0, PAGE)
+        for head in np.flatnonzero(np.isin(masks.modes[layer], (DYNAMIC, REUSE))):
+            own = slice(head * group, (head + 1) * group)
+            anchor = (layer, head) if masks.modes[layer, head] == DYNAMIC else ANCHORS[layer, head]
+            rows = slice(first, first + count)
+            mask[own] = static[own] | chosen(masks, made, anchor, rows, stored)
+        outputs.append(masked_attention(asked, key, value, torch.from_numpy(mask), SCALE))
+        first += count
+    return torch.cat(outputs)
+
+
+def chosen(masks, made, anchor, rows, stored):
+    """What the oracle lets an anchor choose for some rows of one request: bool [rows, keys]."""
+    layer, head = anchor
+    group = HEADS // KV_HEADS
+    own = slice(head * group, (head + 1) * group)
+    stop = stored.shape[1]
+    static = page_mask(masks, layer, stop - rows.stop + rows.start, stop, PAGE, 0, PAGE)
+    query, key = made.query[layer, rows, own].cpu(), stored[layer, :, head, :SIZE]
+    return chosen_mask(masks, layer, head, query, key, static[own][0], PAGE, SCALE)
+
+
+def new(seen, warmed):
+    """What was not compiled before: kernels, and the parameters that differ from the nearest."""
+    found = []
+    for name, *told in seen - warmed:
+        known = [each[1:] for each in warmed if each[0] == name]
+        found.append((name, min(([*set(told) - set(each)] for each in known), key=len, default=())))
+    return found
+
+
+@pytest.fixture
+def masks(random_masks):
+    made = random_masks(
+        layers=len(MODES), heads=HEADS, kv_heads=KV_HEADS, pcl=150, share=0.01, dynamic=True,
+        head_size=SIZE,
+    )  # fmt: skip
+    made.modes[:] = MODES
+    anchors = np.full((*made.modes.shape, 2), -1, np.int32)
+    for head, anchor in ANCHORS.items():
+        anchors[head] = anchor
+    return replace(made, anchors=anchors)
+
+
+@pytest.mark.parametrize("requests", STEPS.values(), ids=STEPS)
+@pytest.mark.parametrize(("flash", "plans"), [(False, None), (True, None), (True, 4000)])
+def test_layers_planned_together_equal_the_oracle(rng, masks, device, requests, flash, plans):
+    torch.manual_seed(int(rng.integers(2**31)))
+    served = attention(masks, device, flash, plans)
+    bundles = {id(run.bundle) for run in served._runs.values()}
+    assert (len(bundles) > 1) == (plans is not None)
+    made = make_step(rng, device, requests)
+    found = run(served, made)
+    for layer in range(masks.layers):
+        torch.testing.assert_close(found[layer], expected(masks, made, layer), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("requests", [MIXED, STEPS["decode"]], ids=["mixed", "decode"])
+@pytest.mark.parametrize(("flash", "plans"), [(False, None), (True, 4000)])
+def test_heads_in_several_groups_equal_the_oracle(rng, masks, device, requests, flash, plans):
+    """Each head's pages lie where its own group's block table says, all in one pool."""
+    torch.manual_seed(int(rng.integers(2**31)))
+    made = make_step(rng, device, requests)
+    groups, unit, blocks = 3, 2, BLOCKS + 11
+    group = torch.from_numpy(rng.integers(0, groups, (masks.layers, KV_HEADS)))
+    place = torch.from_numpy(rng.permutation(group.numel())).view_as(group)
+    offset = place // unit * (blocks * unit) + place % unit
+    pool = torch.full((-(-group.numel() // unit) * blocks * unit, 1, PAGE, 2 * SIZE), torch.nan)
+    old = made.step.block_table.cpu()
+    tables = torch.full((groups, *old.shape), 2**30, dtype=torch.int32)
+    for number in range(groups):
+        new = torch.from_numpy(rng.permutation(blocks)).int()
+        held = old < BLOCKS
+        tables[number][held] = new[old[held].long()]
+        for layer, head in (group == number).nonzero().tolist():
+            pages = new[:BLOCKS].long() * unit + offset[layer, head]
+            pool[pages] = made.caches[layer, :, head, None].cpu()
+    served = attention(masks, device, flash, plans, unit)
+    served.tell(offset, group)
+    made.step = replace(made.step, block_table=tables.to(device))
+    made.caches = pool.to(device).expand(masks.layers, *pool.shape)
+    found = run(served, made)
+    for layer in range(masks.layers):
+        torch.testing.assert_close(found[layer], expected(masks, made, layer), rtol=1e-4, atol=1e-4)
+
+
+def test_padding_is_no_query(rng, masks, device):
+    torch.manual_seed(int(rng.integers(2**31)))
+    made = make_step(rng, device, STEPS["prefill"], padding=11)
+    found = run(attention(masks, device, True), made)[0]
+    wanted = expected(masks, made, 0)
+    torch.testing.assert_close(found[:-11], wanted, rtol=1e-4, atol=1e-4)
+    assert found[-11:].isnan().all()
+
+
+@pytest.mark.parametrize(("requests", "most"), [("prefill", 3), ("decode", 2)])
+def test_static_heads_take_few_launches(rng, masks, device, requests, most):
+    """Besides the plan, one a step for all layers: copies, and FlashAttention itself."""
+    masks.modes[:] = STATIC
+    served, made = attention(masks, device, True), make_step(rng, device, STEPS[requests])
+    launches = Launches()
+    run(served, made, launches)
+    assert launches.triton.count("_plan_kernel") == 1
+    assert len(launches.all) - 1 <= most * masks.layers
+    # Query, key and value come as slices of one projection, so that none is contiguous.
+    wide = torch.empty(len(MODES), made.step.tokens, HEADS + 2, SIZE, device=device)
+    made.query = wide[:, :, :HEADS].copy_(made.query)
+    launches = Launches()
+    run(served, made, launches)
+    assert len(launches.all) - 1 <= most * masks.layers
+
+
+LATER = (((65, 1), (200, 50), (7, 7)), ((300, 1),), ((40, 1),) * 5, ((7, 7), (9, 3), (60, 31)))
+KERNELS = {
+    (module, name): kernel
+    for module in (merge, paged, plan, regroup, score, select, shares)
+    for name, kernel in vars(module).items()
+    if hasattr(kernel, "arg_names")
+}
+
+
+@pytest.mark.parametrize("flash", [True, False])
+def test_serving_launches_nothing_new(rng, masks, device, monkeypatch, flash):
+    """Whatever a step holds, Triton finds each kernel compiled by the warm-up."""
+    seen = set()
+    if device.type == "cpu":
+        for (module, name), kernel in KERNELS.items():
+            monkeypatch.setattr(module, name, signature(kernel, seen))
+    served = attention(masks, device, flash)
+    served.warm_up(HEADS, SIZE, (torch.float32,) * 3)
+    if device.type == "cuda":
+        before = compiled(KERNELS.values())
+        for requests in LATER:
+            run(served, make_step(rng, device, requests))
+        assert compiled(KERNELS.values()) == before > 0
+        return
+    warmed = seen.copy()
+    assert warmed
+    for requests in LATER:
+        run(served, make_step(rng, device, requests))
+    assert new(seen, warmed) == []
+
+
+def test_rows_of_choices_live_as_long_as_they_are_read():
+    last = {(0, 1): 5, (1, 0): 1, (1, 2): 3}
+    choosing = {0: [1], 1: [0, 2], 2: [0], 3: [1, 2], 6: [0]}
+    rows = rows_of(choosing, last)
+    for layer in range(7):
+        # Choices that are written or read in this layer lie apart.
+        alive = [
+            row for anchor, row in rows.items()
+            if anchor[0] <= layer <= max(anchor[0], last.get(anchor, 0))
+        ]  # fmt: skip
+        assert len(set(alive)) == len(alive)
+    assert rows.keys() == {(layer, head) for layer, heads in choosing.items() for head in heads}
+    assert max(rows.values()) == 3
