@@ -1,18 +1,62 @@
 """Page scores against plain products."""
 
+import re
+
 import pytest
 import torch
 
-from dam_vllm.attention.cpu.score import max_scores_of_span
+from dam_vllm.attention.cpu.compiled import CompiledScores, source
+from dam_vllm.attention.cpu.score import TorchScores, span_scores
+
+CASES = [
+    (1, 1, 1, 16),
+    (24, 3, 16, 16),
+    (25, 7, 5, 48),
+    (1013, 61, 16, 32),
+    (331, 9, 33, 128),
+]
 
 
-@pytest.mark.parametrize(
-    ("rows", "pages", "channels", "page"),
-    [(1, 1, 1, 4), (24, 3, 16, 16), (25, 7, 5, 48), (1013, 61, 16, 32), (331, 9, 33, 128)],
-)
-def test_largest_score_of_each_page(rng, rows, pages, channels, page):
+@pytest.mark.parametrize(("rows", "pages", "channels", "page"), CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("of", [CompiledScores.of, lambda *_: TorchScores()])
+def test_largest_score_of_each_page(rng, rows, pages, channels, page, dtype, of):
     torch.manual_seed(int(rng.integers(2**31)))
-    query, keys = torch.randn(rows, channels), torch.randn(pages, channels, page)
-    found = max_scores_of_span(query, keys)
-    expected = torch.matmul(query[None].double(), keys.double()).amax(-1)
+    query = torch.randn(rows, channels).to(dtype).float()
+    keys = torch.randn(pages + 2, channels, page).to(dtype).float()
+    keys[pages:] = torch.nan
+    scores = of(channels, page, dtype)
+    found = scores.max_scores(query, scores.keys(keys)[:pages])
+    expected = torch.matmul(query[None].double(), keys[:pages].double()).amax(-1)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_does_not_depend_on_the_others(rng, dtype):
+    """Bit for bit, nor on the number of threads."""
+    torch.manual_seed(int(rng.integers(2**31)))
+    query, keys = torch.randn(1013, 16), torch.randn(37, 16, 32)
+    scores = span_scores(16, 32, dtype)
+    packed, threads = scores.keys(keys), torch.get_num_threads()
+    whole = scores.max_scores(query, packed)
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            part = scores.max_scores(query[100:333], packed[:20])
+            assert torch.equal(part, whole[:20, 100:333])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_compiled_for_processors_without_avx512():
+    """Vectors of 8, and no name of AVX-512, whatever this machine has."""
+    text = source(16, 32, 8, pairs=False)
+    assert "<8 x float>" in text
+    assert not re.search("avx512|bfloat|<16 x", text)
+
+
+def test_without_llvm_torch_scores(monkeypatch):
+    monkeypatch.setattr("dam_vllm.attention.cpu.compiled._llvm", lambda: None)
+    CompiledScores.of.cache_clear()
+    assert isinstance(span_scores(16, 32, torch.float32), TorchScores)
+    CompiledScores.of.cache_clear()
