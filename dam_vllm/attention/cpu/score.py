@@ -9,7 +9,8 @@ from typing import Protocol
 
 import torch
 
-from dam_vllm.attention.cpu.compiled import CompiledScores
+from dam_vllm.attention.cpu import llvm
+from dam_vllm.attention.cpu.page_max import CompiledScores
 from dam_vllm.attention.cpu.workspace import WORKSPACE
 
 # Keys whose scores lie in the cache between product and maximum. On an EPYC of the third generation
@@ -43,7 +44,7 @@ class SpanScores(Protocol):
 
 def span_scores(channels: int, page: int, dtype: torch.dtype) -> SpanScores:
     """What scores queries of a dtype in so many channels: compiled where that can be had."""
-    return CompiledScores.of(channels, page, dtype) or TorchScores()
+    return CompiledScores.of(channels, page, dtype) if llvm.compiles() else TorchScores()
 
 
 class TorchScores:

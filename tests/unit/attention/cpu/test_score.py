@@ -1,11 +1,10 @@
 """Page scores against plain products."""
 
-import re
-
 import pytest
 import torch
 
-from dam_vllm.attention.cpu.compiled import CompiledScores, source
+from dam_vllm.attention.cpu import llvm
+from dam_vllm.attention.cpu.page_max import CompiledScores
 from dam_vllm.attention.cpu.score import TorchScores, span_scores
 
 CASES = [
@@ -48,15 +47,21 @@ def test_a_row_does_not_depend_on_the_others(rng, dtype):
         torch.set_num_threads(threads)
 
 
-def test_compiled_for_processors_without_avx512():
-    """Vectors of 8, and no name of AVX-512, whatever this machine has."""
-    text = source(16, 32, 8, pairs=False)
-    assert "<8 x float>" in text
-    assert not re.search("avx512|bfloat|<16 x", text)
+@pytest.fixture
+def fresh():
+    """What was compiled for this test is forgotten."""
+    CompiledScores.of.cache_clear()
+    yield
+    CompiledScores.of.cache_clear()
+
+
+def test_processors_without_avx512(rng, monkeypatch, fresh):
+    """Vectors of 8 give the same."""
+    monkeypatch.setattr(llvm, "has", lambda feature: False)
+    assert llvm.lanes() == 8
+    test_largest_score_of_each_page(rng, *CASES[2], torch.bfloat16, CompiledScores.of)
 
 
 def test_without_llvm_torch_scores(monkeypatch):
-    monkeypatch.setattr("dam_vllm.attention.cpu.compiled._llvm", lambda: None)
-    CompiledScores.of.cache_clear()
+    monkeypatch.setattr(llvm, "compiles", lambda: False)
     assert isinstance(span_scores(16, 32, torch.float32), TorchScores)
-    CompiledScores.of.cache_clear()

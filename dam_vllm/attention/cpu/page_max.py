@@ -1,24 +1,24 @@
-"""Largest scores of pages, compiled by LLVM for this processor: token scores never leave registers.
+"""Largest scores of pages, compiled: token scores never leave registers.
 
 Lanes of a vector are rows of queries, so that a page's maximum needs no reduction over lanes and a
 row's result depends on nothing else. On an EPYC of the fourth generation (AVX-512), for 1024 rows,
-16 channels and 16384 keys on one core: 10 ms by torch's product and maximum, 4.7 in float32, the
+16 channels and 16384 keys on one core: 10 ms by torch's product and maximum, 4.9 in float32, the
 processor's peak, and 2.5 in bfloat16 with `vdpbf16ps`, which adds up exact products in float32.
 """
 
-import ctypes
 import functools
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch.nn.functional import pad
 
+from dam_vllm.attention.cpu import llvm
 from dam_vllm.masks.rounding import ceil_div
 
 # Tokens whose scores are held in registers at a time. 2, 4 and 16 were slower by 2 to 20 percent.
 TOKENS = 8
+ARGUMENTS = {"query": "ptr", "keys": "ptr", "result": "ptr", "pages": "i64", "rows": "i64"}
 
 
 @dataclass(frozen=True)
@@ -26,20 +26,16 @@ class CompiledScores:
     """Scores many rows over the same keys; made by `of`.
 
     Attributes:
-        lanes: rows of a vector.
+        function: `page_max`.
         pairs: whether products are of pairs of bfloat16 channels, else of float32 ones.
-        run: the compiled function, called by every thread of a parallel region.
-        engine: owns the function's memory.
     """
 
-    lanes: int
+    function: llvm.Compiled
     pairs: bool
-    run: Any
-    engine: Any
 
     @classmethod
     @functools.cache
-    def of(cls, channels: int, page: int, dtype: torch.dtype) -> Self | None:
+    def of(cls, channels: int, page: int, dtype: torch.dtype) -> Self:
         """Compiles for a number of channels and a page of a multiple of TOKENS tokens.
 
         Args:
@@ -47,32 +43,13 @@ class CompiledScores:
             page: tokens a page.
             dtype: of queries and keys as the model computes them; where that is bfloat16 and the
                 processor has products of it, they are taken, which lose nothing.
-
-        Returns:
-            None where llvmlite is missing, or the process has no OpenMP for it.
         """
-        llvm, parallel = _llvm(), _parallel()
-        if llvm is None or parallel is None:
-            return None
-        features = llvm.get_host_cpu_features()
-        pairs = dtype is torch.bfloat16 and features.get("avx512bf16", False)
-        lanes = 16 if features.get("avx512f", False) else 8
-        machine = llvm.Target.from_default_triple().create_target_machine(
-            cpu=llvm.get_host_cpu_name(), features=features.flatten(), opt=3
+        pairs = dtype is torch.bfloat16 and llvm.has("avx512bf16")
+        types = Types(llvm.lanes(), pairs)
+        depth = ceil_div(channels, 2) if pairs else channels
+        return cls(
+            llvm.compiled("page_max", ARGUMENTS, types.declaration, body(depth, page, types)), pairs
         )
-        module = llvm.parse_assembly(
-            source(ceil_div(channels, 2 if pairs else 1), page, lanes, pairs)
-        )
-        engine = llvm.create_mcjit_compiler(module, machine)
-        engine.finalize_object()
-        address = ctypes.c_void_p(engine.get_function_address("page_max"))
-
-        def run(*arguments: int) -> None:
-            parallel(
-                address, (ctypes.c_int64 * len(arguments))(*arguments), torch.get_num_threads(), 0
-            )
-
-        return cls(lanes, pairs, run, engine)
 
     def keys(self, keys: torch.Tensor) -> torch.Tensor:
         """Keys as the function takes them.
@@ -86,9 +63,8 @@ class CompiledScores:
         if not self.pairs:
             return keys.contiguous()
         paired = pad(keys, (0, 0, 0, keys.shape[1] % 2)).unflatten(1, (-1, 2)).transpose(2, 3)
-        return paired.to(torch.bfloat16, memory_format=torch.contiguous_format).view(torch.int32)[
-            ..., 0
-        ]
+        packed = paired.to(torch.bfloat16, memory_format=torch.contiguous_format)
+        return packed.view(torch.int32)[..., 0]
 
     def max_scores(self, query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """The largest score of each row in each page.
@@ -101,44 +77,18 @@ class CompiledScores:
             float32 [pages, rows].
         """
         rows, channels = query.shape
-        query = pad(query, (0, channels % 2 if self.pairs else 0, 0, -rows % self.lanes))
+        query = pad(query, (0, channels % 2 if self.pairs else 0, 0, -rows % llvm.lanes()))
         if self.pairs:
             query = query.to(torch.bfloat16).view(torch.int32)
         by_channel = query.t().contiguous()
         result = torch.empty(len(keys), by_channel.shape[1])
-        self.run(by_channel.data_ptr(), keys.data_ptr(), result.data_ptr(), *result.shape)
+        places = (each.data_ptr() for each in (by_channel, keys, result))
+        self.function.call(*places, *result.shape)
         return result[:, :rows]
 
 
-@functools.cache
-def _llvm() -> ModuleType | None:
-    """LLVM's binding, which vLLM for CPU brings along (numba)."""
-    try:
-        import llvmlite.binding as llvm
-    except ImportError:
-        return None
-    llvm.initialize_native_target()
-    llvm.initialize_native_asmprinter()
-    return llvm
-
-
-@functools.cache
-def _parallel() -> Any:
-    """Runs a function on the threads of torch's OpenMP, or None.
-
-    GNU's entry, which LLVM's and Intel's OpenMP have too.
-    """
-    process = ctypes.CDLL(None)
-    if not (hasattr(process, "GOMP_parallel") and hasattr(process, "omp_get_thread_num")):
-        return None
-    parallel = process.GOMP_parallel
-    parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
-    parallel.restype = None
-    return parallel
-
-
 @dataclass(frozen=True)
-class _Types:
+class Types:
     """How LLVM writes the types of a function with so many rows a vector."""
 
     lanes: int
@@ -163,38 +113,34 @@ class _Types:
         return f"<{2 * self.lanes} x bfloat>" if self.pairs else self.words
 
     @property
+    def lowest(self) -> str:
+        """Scores of -inf, without their type."""
+        return f"<{', '.join(['float 0xFFF0000000000000'] * self.lanes)}>"
+
+    @property
     def product(self) -> str:
         return "@llvm.x86.avx512bf16.dpbf16ps.512" if self.pairs else f"@llvm.fma.v{self.lanes}f32"
 
+    @property
+    def declaration(self) -> str:
+        # The addend is first for the product of pairs, last for `fma`, where all types are alike.
+        return (
+            f"declare {self.scores} {self.product}({self.scores}, {self.factors}, {self.factors})"
+        )
 
-def source(depth: int, page: int, lanes: int, pairs: bool) -> str:
-    """LLVM's text of `page_max(arguments)`: addresses of query, keys and result, pages, rows.
+
+def body(depth: int, page: int, types: Types) -> str:
+    """LLVM's text of `page_max`.
 
     Args:
         depth: channels, or pairs of them.
         page: tokens a page.
-        lanes: rows of a vector; rows are a multiple of it.
-        pairs: see `CompiledScores`.
+        types: of the vectors; rows are a multiple of their lanes.
     """
-    types = _Types(lanes, pairs)
     scores, word = types.scores, types.word
-    # The addend is last for `fma` and first for the product of pairs; alike where all are floats.
-    order = (scores, types.factors, types.factors) if pairs else (scores,) * 3
-    lowest = f"<{', '.join(['float 0xFFF0000000000000'] * lanes)}>"
     return f"""
-declare {scores} {types.product}({", ".join(order)})
-declare i32 @omp_get_thread_num()
-declare i32 @omp_get_num_threads()
-
-define void @page_max(ptr %arguments) #0 {{
-entry:
-{_arguments(query="ptr", keys="ptr", result="ptr", pages="i64", rows="i64")}
-  %thread.number = call i32 @omp_get_thread_num()
-  %thread.count = call i32 @omp_get_num_threads()
-  %thread = zext i32 %thread.number to i64
-  %threads = zext i32 %thread.count to i64
-  %first = mul i64 %thread, {lanes}
-  %step = mul i64 %threads, {lanes}
+  %first = mul i64 %thread, {types.lanes}
+  %step = mul i64 %threads, {types.lanes}
   br label %next.rows
 next.rows:
   %row = phi i64 [%first, %entry], [%row.next, %end.rows]
@@ -207,7 +153,7 @@ next.page:
   br label %next.tokens
 next.tokens:
   %token = phi i64 [0, %next.page], [%token.next, %next.tokens]
-  %best.0 = phi {scores} [{lowest}, %next.page], [%best.{TOKENS}, %next.tokens]
+  %best.0 = phi {scores} [{types.lowest}, %next.page], [%best.{TOKENS}, %next.tokens]
   %key = getelementptr {word}, ptr %key.page, i64 %token
 {_products(depth, page, types)}
 {_maxima(depth, types)}
@@ -225,23 +171,10 @@ end.page:
 end.rows:
   %row.next = add i64 %row, %step
   br label %next.rows
-done:
-  ret void
-}}
-attributes #0 = {{ nounwind "min-legal-vector-width"="{32 * lanes}" }}
 """
 
 
-def _arguments(**types: str) -> str:
-    """Takes each argument, 64 bits, out of the array of them."""
-    lines = []
-    for at, (name, kind) in enumerate(types.items()):
-        lines.append(f"  %{name}.given = getelementptr i64, ptr %arguments, i64 {at}")
-        lines.append(f"  %{name} = load {kind}, ptr %{name}.given, align 8")
-    return "\n".join(lines)
-
-
-def _products(depth: int, page: int, types: _Types) -> str:
+def _products(depth: int, page: int, types: Types) -> str:
     """Adds up the products of all channels: %sum.C.T with channel C, of token T."""
     word, words, scores, factors = types.word, types.words, types.scores, types.factors
     lines = []
@@ -270,7 +203,7 @@ def _products(depth: int, page: int, types: _Types) -> str:
     return "\n".join(f"  {line}" for line in lines)
 
 
-def _maxima(depth: int, types: _Types) -> str:
+def _maxima(depth: int, types: Types) -> str:
     """Takes the largest of %best.0 and all sums: %best.T of T tokens."""
     lines, scores = [], types.scores
     for token in range(TOKENS):
