@@ -45,9 +45,10 @@ def quicken():
 
     def patch_once(function):
         module = function.__globals__["__name__"]
-        if module not in patched:
-            patched.add(module)
-            return patch(function)
+        if module in patched:
+            return None
+        patched.add(module)
+        return patch(function)
 
     def launch_anew(self, *args, **kwargs):
         patched.clear()
