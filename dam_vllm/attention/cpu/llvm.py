@@ -101,6 +101,10 @@ def _llvm() -> ModuleType | None:
         import llvmlite.binding as llvm
     except ImportError:
         return None
+    # Asked for its `__dict__`, llvmlite's library answers with a function of that name, over which
+    # vLLM falls where another engine starts in the process (triton_utils/dispatcher.py, which goes
+    # through the attributes of all modules).
+    llvm.ffi.lib._fntab["__dict__"] = {}
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     return llvm

@@ -1,5 +1,7 @@
 """Page scores against plain products."""
 
+import sys
+
 import pytest
 import torch
 
@@ -60,6 +62,14 @@ def test_processors_without_avx512(rng, monkeypatch, fresh):
     monkeypatch.setattr(llvm, "has", lambda feature: False)
     assert llvm.lanes() == 8
     test_largest_score_of_each_page(rng, *CASES[2], torch.bfloat16, CompiledScores.of)
+
+
+def test_llvm_can_be_looked_at():
+    """As vLLM does with what all modules hold, where an engine starts."""
+    assert llvm.compiles()
+    for name in [name for name in sys.modules if name.startswith("llvmlite")]:
+        for value in vars(sys.modules[name]).values():
+            assert not hasattr(value, "__dict__") or "get" in dir(vars(value))
 
 
 def test_without_llvm_torch_scores(monkeypatch):
