@@ -42,7 +42,7 @@ differs_without_avx512 = pytest.mark.xfail(
 # Memory that tensors are cut out of is copied by every launch; a sort is a loop over elements.
 INTERPRETED = {
     ("scratch", "PLAN_BYTES"): 4 << 20,
-    ("select", "SCRATCH"): 4 << 20,
+    ("choosing", "SCRATCH"): 4 << 20,
     ("select", "SCAN"): 64,
     ("select", "SORTED"): 16,
 }
