@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dam_vllm.cli.program import INTERRUPTED, PROGRESS, Quiet
+from dam_vllm.options import OptionError
+
 if TYPE_CHECKING:
     import torch
 
@@ -104,6 +107,7 @@ def calibrate(
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
     revision: RevisionOption = None,
+    quiet: Quiet = False,
 ) -> None:
     """Calibrates a model's masks on texts (DAM, Stage 1) and writes a mask file.
 
@@ -124,34 +128,30 @@ def calibrate(
         "target_density": target_density,
         "target_kv_memory": target_kv_memory,
     }
-    try:
-        _check(memory_gib, dtype, output)
-        if retarget is not None:
-            _retarget(retarget, output, target_density, target_error, (model, data))
-            return
-        if model is None or data is None:
-            raise ValueError(
-                f"MODEL is {model!r} and --data is {data!r}: both must be given, unless "
-                f"--retarget is"
-            )
-        job = Job(
-            source=ModelSource(model, revision, _device(device), dtype),
-            data=data,
-            field=field,
-            config=load_config(config, overrides),
-            output=output,
-            memory_gib=memory_gib,
+    _check(memory_gib, dtype, output)
+    if retarget is not None:
+        _retarget(retarget, output, target_density, target_error, (model, data))
+        return
+    if model is None or data is None:
+        raise OptionError(
+            f"MODEL is {model!r} and --data is {data!r}: both must be given, unless --retarget is"
         )
+    job = Job(
+        source=ModelSource(model, revision, _device(device), dtype),
+        data=data,
+        field=field,
+        config=load_config(config, overrides),
+        output=output,
+        memory_gib=memory_gib,
+    )
+    try:
         _run(job)
     except CalibrationStopped:
         typer.echo(
             f"Stopped; what is done lies in {job.checkpoint}. The same command goes on from there.",
             err=True,
         )
-        raise typer.Exit(130) from None
-    except (ValueError, OSError) as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(2) from None
+        raise typer.Exit(INTERRUPTED) from None
 
 
 def _retarget(
@@ -165,7 +165,7 @@ def _retarget(
 
     for name, value in zip(("MODEL", "--data"), unused, strict=True):
         if value is not None:
-            raise ValueError(f"{name} is {value!r}, must be left away with --retarget")
+            raise OptionError(f"{name} is {value!r}, must be left away with --retarget")
     masks = retarget(file, output, target_density, target_error)
     chosen = masks.header.parameters["fit"]["chosen"]
     typer.echo(
@@ -178,11 +178,11 @@ def _check(memory_gib: float | None, dtype: str, output: Path) -> None:
     from dam_vllm.calibration.model import DTYPES
 
     if memory_gib is not None and memory_gib <= 0:
-        raise ValueError(f"--memory-gib is {memory_gib}, must be more than 0")
+        raise OptionError(f"--memory-gib is {memory_gib}, must be more than 0")
     if dtype != "auto" and dtype not in DTYPES:
-        raise ValueError(f"--dtype is {dtype!r}, must be one of auto, {', '.join(DTYPES)}")
+        raise OptionError(f"--dtype is {dtype!r}, must be one of auto, {', '.join(DTYPES)}")
     if output.is_dir():
-        raise ValueError(f"--output is {str(output)!r}, a folder; must be a file")
+        raise OptionError(f"--output is {str(output)!r}, a folder; must be a file")
 
 
 def _device(name: str | None) -> "torch.device":
@@ -197,14 +197,13 @@ def _device(name: str | None) -> "torch.device":
             raise RuntimeError(f"{device.type} is not served")
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(
+        raise OptionError(
             f"--device is {name!r}, must be cpu, cuda or cuda:N as this machine has: {reason}"
         ) from error
     return device
 
 
 def _run(job: "Job") -> None:
-    from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
     from transformers.utils import logging
 
@@ -212,14 +211,13 @@ def _run(job: "Job") -> None:
     from dam_vllm.calibration.progress import Reporter
 
     logging.disable_progress_bar()
-    console = Console(stderr=True)
     columns = (
         TextColumn("calibrating"),
         BarColumn(),
         TextColumn("{task.percentage:.0f}%"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console) as bar, _stop_flag() as stopped:
+    with Progress(*columns, console=PROGRESS) as bar, _stop_flag() as stopped:
         task = bar.add_task("", total=None)
         masks = calibrate(
             job,

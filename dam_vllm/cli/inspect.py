@@ -36,15 +36,11 @@ def inspect(
     """Shows a mask file: layers, density, coverage, parameters and fingerprint."""
     from dam_vllm.masks.file import load_mask_set
 
-    try:
-        masks = load_mask_set(file)
-        fit = masks.header.parameters.get("fit")
-        report = _report(masks, length, page or (fit["page"] if fit else DEFAULT_PAGE))
-        if plot is not None:
-            _plot(masks, plot)
-    except (ValueError, OSError) as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(2) from None
+    masks = load_mask_set(file)
+    fit = masks.header.parameters.get("fit")
+    report = _report(masks, length, page or (fit["page"] if fit else DEFAULT_PAGE))
+    if plot is not None:
+        _plot(masks, plot)
     if as_json:
         typer.echo(json.dumps(report, indent=2))
     else:
