@@ -10,6 +10,7 @@ from dam_vllm.cli import masks
 from dam_vllm.cli.bench import app as bench
 from dam_vllm.cli.calibrate import calibrate
 from dam_vllm.cli.demo import demo
+from dam_vllm.cli.doctor import doctor
 from dam_vllm.cli.eval import ManyMasks, evaluate
 from dam_vllm.cli.inspect import inspect
 from dam_vllm.cli.program import Program
@@ -26,6 +27,7 @@ app.command("eval", cls=ManyMasks)(evaluate)
 app.add_typer(masks.app, name="masks")
 app.add_typer(bench, name="bench")
 app.command()(demo)
+app.command()(doctor)
 
 
 def _version(wanted: bool) -> None:
