@@ -72,7 +72,7 @@ def kernel(
             f"where they take long.{_defaults('rounds')}",
         ),
     ] = None,
-    phase: Annotated[Phase | None, typer.Option(help="GPU: what is timed. [all]")] = None,
+    phase: Annotated[Phase | None, typer.Option(help="GPU: what is timed (default: all).")] = None,
     batches: Annotated[
         str | None, typer.Option(help=f"GPU: requests that decode together. [{BATCHES}]")
     ] = None,

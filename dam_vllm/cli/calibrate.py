@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dam_vllm.calibration.settings import CalibrationConfig, FitConfig, meaning
 from dam_vllm.cli.program import INTERRUPTED, PROGRESS, Quiet
 from dam_vllm.options import OptionError
 
@@ -29,40 +30,21 @@ DataOption = Annotated[
 ]
 OutputOption = Annotated[Path, typer.Option(help="Mask file to write (.safetensors).")]
 ConfigOption = Annotated[
-    Path | None, typer.Option(help="YAML file of settings; the options below go before it.")
+    list[Path] | None,
+    typer.Option(
+        help="YAML file of settings, see `dam-vllm settings`; given again, a file goes before "
+        "those named earlier, and the options below before all."
+    ),
 ]
 FieldOption = Annotated[str, typer.Option(help="Key of the text in JSONL and data sets.")]
-PclOption = Annotated[
-    int | None,
-    typer.Option(
-        help="Pattern Capture Length in tokens [default: the longest that memory, model "
-        "and texts allow]."
-    ),
-]
-ReachOption = Annotated[
-    int | None,
-    typer.Option(
-        help="Length in tokens up to which columns and diagonals are looked for on maps of "
-        "pages, beyond the PCL [default: the PCL]."
-    ),
-]
-TargetErrorOption = Annotated[
-    float | None,
-    typer.Option(
-        help="Fit every KV head's mode: the lowest density whose predicted KL of the next "
-        "token stays below this, in nats; by default what the settings say."
-    ),
-]
+PclOption = Annotated[int | None, typer.Option(help=meaning(CalibrationConfig, "pcl"))]
+ReachOption = Annotated[int | None, typer.Option(help=meaning(CalibrationConfig, "reach"))]
+TargetErrorOption = Annotated[float | None, typer.Option(help=meaning(FitConfig, "target_error"))]
 TargetDensityOption = Annotated[
-    float | None,
-    typer.Option(help="Fit every KV head's mode: the lowest error with at most this density."),
+    float | None, typer.Option(help=meaning(FitConfig, "target_density"))
 ]
 TargetKvMemoryOption = Annotated[
-    float | None,
-    typer.Option(
-        help="With one of the two: the largest share of KV heads that keep all their KV-cache "
-        "pages while serving; those of the others are freed."
-    ),
+    float | None, typer.Option(help=meaning(FitConfig, "target_kv_memory"))
 ]
 RetargetOption = Annotated[
     Path | None,
@@ -71,15 +53,15 @@ RetargetOption = Annotated[
         "beside; takes seconds, and neither MODEL nor --data."
     ),
 ]
-TextsOption = Annotated[int | None, typer.Option(help="Largest number of windows.")]
-BatchSizeOption = Annotated[int | None, typer.Option(help="Windows a forward pass.")]
-SeedOption = Annotated[int | None, typer.Option(help="Of the choice and split of texts.")]
+TextsOption = Annotated[int | None, typer.Option(help=meaning(CalibrationConfig, "texts"))]
+BatchSizeOption = Annotated[int | None, typer.Option(help=meaning(CalibrationConfig, "batch_size"))]
+SeedOption = Annotated[int | None, typer.Option(help=meaning(CalibrationConfig, "seed"))]
 MemoryGibOption = Annotated[
     float | None,
-    typer.Option(help="Memory for attention maps, in GiB [default: half of what is free]."),
+    typer.Option(help="Memory for attention maps, in GiB (default: half of what is free)."),
 ]
 DeviceOption = Annotated[
-    str | None, typer.Option(help="cpu, cuda or cuda:N [default: cuda where there is one].")
+    str | None, typer.Option(help="cpu, cuda or cuda:N (default: cuda where there is one).")
 ]
 DtypeOption = Annotated[
     str,
@@ -116,7 +98,7 @@ def calibrate(
     from dam_vllm.calibration.errors import CalibrationStopped
     from dam_vllm.calibration.model import ModelSource
     from dam_vllm.calibration.pipeline import Job
-    from dam_vllm.calibration.settings import load_config
+    from dam_vllm.calibration.settings_file import load_config
 
     overrides = {
         "pcl": pcl,
@@ -140,7 +122,7 @@ def calibrate(
         source=ModelSource(model, revision, _device(device), dtype),
         data=data,
         field=field,
-        config=load_config(config, overrides),
+        config=load_config(config or [], overrides),
         output=output,
         memory_gib=memory_gib,
     )

@@ -81,7 +81,7 @@ def _calibrate(output: Path) -> Path:
         model=str(folder / "model"),
         data=str(folder / "texts.jsonl"),
         output=masks,
-        config=folder / "paper.yaml",
+        config=[folder / "paper.yaml"],
     )
     return masks
 

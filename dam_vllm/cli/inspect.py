@@ -22,7 +22,7 @@ def inspect(
     length: Annotated[int, typer.Option(min=1, help="Prompt length of the density shown.")] = 8192,
     page: Annotated[
         int | None,
-        typer.Option(min=1, help="Tokens a KV-cache page [default: those of the fit, else 16]."),
+        typer.Option(min=1, help="Tokens a KV-cache page (default: those of the fit, else 16)."),
     ] = None,
     plot: Annotated[
         Path | None,
