@@ -55,9 +55,10 @@ def spread(args: Sequence[str], option: str) -> list[str]:
 
 ModelArgument = Annotated[str, typer.Argument(help="Folder or Hugging Face Hub id of the model.")]
 MasksOption = Annotated[
-    list[Path] | None,
+    list[str] | None,
     typer.Option(
-        metavar="FILE...", help="Mask files to compare, one or more; without, dense alone."
+        metavar="FILE...",
+        help="Mask files, folders or Hub ids to compare, one or more; without, dense alone.",
     ),
 ]
 TasksOption = Annotated[str, typer.Option(help="Comma-separated, among these.")]
@@ -135,10 +136,12 @@ def evaluate(
     from dam_vllm.evaluation.checks import output_options
     from dam_vllm.evaluation.prepare import prepare
     from dam_vllm.evaluation.state import State
+    from dam_vllm.options import mask_file
 
     logging.disable_progress_bar()
-    files = masks or []
-    output_options(json, plot, write, len(files))
+    places = masks or []
+    files = [mask_file(place) for place in places]
+    output_options(json, plot, write, places)
     job = prepare(
         model=model,
         masks=files,

@@ -18,7 +18,9 @@ FIT_HIDDEN = {"curves", "heads", "texts"}
 
 
 def inspect(
-    file: Annotated[Path, typer.Argument(help="Mask file (.safetensors).")],
+    file: Annotated[
+        str, typer.Argument(help="Mask file, or folder or Hub id that holds dam/masks.safetensors.")
+    ],
     length: Annotated[int, typer.Option(min=1, help="Prompt length of the density shown.")] = 8192,
     page: Annotated[
         int | None,
@@ -35,8 +37,9 @@ def inspect(
 ) -> None:
     """Shows a mask file: layers, density, coverage, parameters and fingerprint."""
     from dam_vllm.masks.file import load_mask_set
+    from dam_vllm.options import mask_file
 
-    masks = load_mask_set(file)
+    masks = load_mask_set(mask_file(file))
     fit = masks.header.parameters.get("fit")
     report = _report(masks, length, page or (fit["page"] if fit else DEFAULT_PAGE))
     if plot is not None:

@@ -14,6 +14,7 @@ from dam_vllm.cli.doctor import doctor
 from dam_vllm.cli.eval import ManyMasks, evaluate
 from dam_vllm.cli.inspect import inspect
 from dam_vllm.cli.program import Program
+from dam_vllm.cli.push import push
 from dam_vllm.cli.settings import settings
 
 app = typer.Typer(
@@ -25,6 +26,7 @@ app = typer.Typer(
 app.command()(calibrate)
 app.command()(settings)
 app.command()(inspect)
+app.command()(push)
 app.command("eval", cls=ManyMasks)(evaluate)
 app.add_typer(masks.app, name="masks")
 app.add_typer(bench, name="bench")
