@@ -1,15 +1,15 @@
-# make setup | demo | test | test-fast | style | compat | bench; everything runs in .venv
+# make setup | demo | test | test-fast | style | compat | bench | image-steps | audit; all in .venv
 PYTHON ?= python3.11
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo test test-fast style compat bench
+.PHONY: setup demo test test-fast style compat bench image-steps audit
 
 setup: $(READY)
 
-$(READY): pyproject.toml deploy/cpu/requirements.lock deploy/cpu/vllm-command/pyproject.toml
+$(READY): pyproject.toml $(wildcard deploy/cpu/*.lock) deploy/cpu/vllm-command/pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --no-deps -r deploy/cpu/requirements.lock
+	$(BIN)/pip install --quiet --no-deps -r deploy/cpu/requirements.lock -r deploy/cpu/development.lock
 	$(BIN)/pip install --quiet --no-deps ./deploy/cpu/vllm-command
 	$(BIN)/pip install --quiet --no-deps --editable .
 	touch $@
@@ -37,3 +37,7 @@ bench: $(READY)
 # Static: every name of vLLM that we use, in each release that we support.
 compat: $(READY)
 	$(BIN)/python -m tests.compat installed 0.32 0.33
+
+# The steps of deploy/cpu/Dockerfile in a clean folder, every package of the lock installed anew.
+image-steps: $(READY)
+	DAM_WHOLE_IMAGE=1 $(BIN)/pytest tests/unit/deploy/test_image_steps.py

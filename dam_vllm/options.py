@@ -116,7 +116,7 @@ def find_masks(options: DamOptions, model: str, revision: str | None = None) -> 
         OptionError: if there is none; the message names the places that were looked at.
     """
     given = options.masks or os.environ.get(MASKS_VARIABLE)
-    if given is None:
+    if not given:
         return _of_model(model, revision)
     name = "dam.masks" if options.masks else MASKS_VARIABLE
     try:
