@@ -38,6 +38,16 @@ bench: $(READY)
 compat: $(READY)
 	$(BIN)/python -m tests.compat installed 0.32 0.33
 
+# Security: our code, and what is known of the lock's packages (asks the package index).
+audit: .cache/audit/.ready
+	.cache/audit/bin/bandit --quiet --recursive --configfile pyproject.toml dam_vllm
+	.cache/audit/bin/pip-audit --no-deps --disable-pip --requirement deploy/cpu/requirements.lock
+
+.cache/audit/.ready:
+	$(PYTHON) -m venv .cache/audit
+	.cache/audit/bin/pip install --quiet bandit==1.9.4 pip-audit==2.10.1
+	touch $@
+
 # The steps of deploy/cpu/Dockerfile in a clean folder, every package of the lock installed anew.
 image-steps: $(READY)
 	DAM_WHOLE_IMAGE=1 $(BIN)/pytest tests/unit/deploy/test_image_steps.py
