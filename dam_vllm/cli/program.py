@@ -43,8 +43,6 @@ class Program(TyperGroup):
             return super().main(*args, **extra) or 0
         except typer.TyperException as error:  # the command line
             return _fail(error.exit_code, _told(error))
-        except (typer.Abort, KeyboardInterrupt):
-            return _fail(INTERRUPTED, "interrupted")
         except OptionError as error:
             return _fail(USAGE, str(error))
         except (ValueError, OSError, ServerError, ClientError) as error:
