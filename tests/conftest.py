@@ -12,9 +12,12 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
+from tests.interpreted_triton import quicken
+
 # Read when a kernel is defined: without a GPU, Triton's interpreter runs it.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    quicken()
 
 from dam_vllm.masks.budget import BudgetKind
 from dam_vllm.masks.dynamic_arrays import Dynamic

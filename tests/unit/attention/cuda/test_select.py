@@ -326,7 +326,7 @@ def shared(case, requests, page, device, dynamic):
                 own = int(offset) + start // page
                 queries = min(request.stop, (own + 1) * page) - max(start, own * page)
                 if queries > 0 and (queries > 1) == (rows.queries > 1):
-                    shares_of[int(row), own] = page_shares.bits[:, slot, : own + 1].cpu()
+                    shares_of[int(row), own] = page_shares.bits[:, slot, : own + 1].cpu().clone()
         return page_shares
 
     with patch.object(select, "share_pages", keep):
