@@ -82,10 +82,12 @@ def _reason(error: Exception, repository: str) -> str:
     place = f"Hub repository {repository!r}"
     if isinstance(error, errors.HFValidationError):
         return f'{place}: a Hub id must have the form "organisation/name"'
-    if isinstance(error, errors.GatedRepoError) or status in (401, 403):
-        return f"{place}: no access; log in with `hf auth login` or set HF_TOKEN"
-    if isinstance(error, errors.RepositoryNotFoundError):
+    gated = isinstance(error, errors.GatedRepoError)
+    # The Hub answers 401 for what does not exist too.
+    if isinstance(error, errors.RepositoryNotFoundError) and not gated:
         return f"{place} does not exist, or is private: check the name, or set HF_TOKEN"
+    if gated or status in (401, 403):
+        return f"{place}: no access; log in with `hf auth login` or set HF_TOKEN"
     if isinstance(error, errors.RevisionNotFoundError):
         return f"{place} has no such revision"
     if isinstance(error, errors.RemoteEntryNotFoundError):

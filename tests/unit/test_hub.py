@@ -7,23 +7,36 @@ import sys
 
 import pytest
 import yaml
-from httpx import ConnectError
-from huggingface_hub.errors import LocalEntryNotFoundError
+from httpx import ConnectError, Request, Response
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 
 from dam_vllm.hub import HubError, fetch, is_hub_id
 from dam_vllm.masks.card import mask_card
 from dam_vllm.masks.file import load_mask_set, save_mask_set
 from tests.hub import TOKEN, Hub
 
-FIND = """
-import sys
-from dam_vllm.options import OptionError, find_masks, parse_options
-masks = [{"dam": {"masks": sys.argv[1]}}, {}][sys.argv[1] == "-"]
-try:
-    print(find_masks(parse_options(masks), sys.argv[2]))
-except OptionError as error:
-    sys.exit(f"refused: {error}")
+# Commands of `dam-vllm`, and `find`, which finds masks as serving does; one process for many.
+DRIVER = """
+import json, os, sys
+from typer.testing import CliRunner
+from dam_vllm.cli.main import app
+from dam_vllm.options import find_masks, parse_options
+
+@app.command()
+def find(masks: str, model: str) -> None:
+    print(find_masks(parse_options({"dam": {"masks": masks} if masks != "-" else {}}), model))
+
+for arguments, token in json.load(sys.stdin):
+    os.environ["HF_TOKEN"] = token
+    done = CliRunner().invoke(app, arguments)
+    print(json.dumps([done.exit_code, done.stdout, done.stderr]), flush=True)
 """
+OFFLINE = {"HF_HUB_OFFLINE": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -32,22 +45,29 @@ def hub():
         yield running
 
 
-@pytest.fixture
-def ask(hub, tmp_path):
-    """Runs a command of Python's as a user of the stand-in does."""
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("home")
 
-    def run(*arguments, **environment):
+
+@pytest.fixture
+def ask(hub, home):
+    """Runs commands as a user of the stand-in does: [exit code, stdout, stderr] of each."""
+
+    def run(*commands, token=TOKEN, **environment):
         clean = {
             key: value
             for key, value in os.environ.items()
             if not key.startswith(("HF_", "DAM_MASKS"))
         }
-        mine = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": TOKEN,
-                "HF_HUB_DISABLE_XET": "1"}  # fmt: skip
-        return subprocess.run(
-            [sys.executable, *map(str, arguments)],
-            env=clean | mine | environment, capture_output=True, text=True,
+        mine = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+        done = subprocess.run(
+            [sys.executable, "-c", DRIVER], env=clean | mine | environment,
+            input=json.dumps([([str(each) for each in command], token) for command in commands]),
+            capture_output=True, text=True,
         )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return [json.loads(line) for line in done.stdout.splitlines()]
 
     return run
 
@@ -59,88 +79,88 @@ def file(random_masks, tmp_path):
 
 
 def test_masks_go_to_the_hub_and_come_back(hub, ask, file):
-    command = ("-m", "dam_vllm")
-    done = ask(*command, "push", file, "org/masks", "--private")
-    assert done.returncode == 0, done.stderr
-    assert f"{hub.url}/org/masks/commit/" in done.stdout
+    pushed, shown, served, beside, again = ask(
+        ["push", file, "org/masks", "--private"],
+        ["inspect", "org/masks", "--json"],
+        ["find", "org/masks", "/no/model"],
+        ["find", "-", "org/masks"],
+        ["push", file, "org/masks"],
+    )
+    assert pushed[0] == again[0] == 0, pushed + again
+    assert f"{hub.url}/org/masks/commit/" in pushed[1]
     stored = hub.repositories["org/masks"]
     assert stored["dam/masks.safetensors"] == file.read_bytes()
     assert hub.private["org/masks"] in (True, "private")
     assert stored["README.md"].decode() == mask_card(load_mask_set(file), "org/masks")
+    assert json.loads(shown[1])["pcl"] == load_mask_set(file).pcl
+    assert served[1].endswith("dam/masks.safetensors\n")
+    assert beside == served
 
-    shown = ask(*command, "inspect", "org/masks", "--json")
-    assert json.loads(shown.stdout)["pcl"] == load_mask_set(file).pcl, shown.stderr
-    served = ask("-c", FIND, "org/masks", "/no/model")
-    assert served.stdout.strip().endswith("dam/masks.safetensors"), served.stderr
-    beside = ask("-c", FIND, "-", "org/masks")
-    assert beside.stdout == served.stdout
     # What is in the cache serves without a network.
-    offline = ask("-c", FIND, "org/masks", "/no/model", HF_HUB_OFFLINE="1")
-    assert offline.stdout == served.stdout
+    assert ask(["find", "org/masks", "/no/model"], **OFFLINE)[0][0] == 0
 
-    again = ask(*command, "push", file, "org/masks")
-    assert again.returncode == 0, again.stderr
+
+def refused(found, status=1):
+    """The line of an error."""
+    assert (found[0], found[1]) == (status, ""), found
+    assert len(found[2].splitlines()) == 1
+    return found[2]
+
+
+def test_what_the_hub_refuses_is_one_line(hub, ask, file):
+    hub.repositories["org/empty"] = {}
+    hub.gated.add("org/gated")
+    expected = {
+        ("inspect", "org/none"): "'org/none' does not exist, or is private: check the name",
+        ("inspect", "org/empty"): "'org/empty' holds no dam/masks.safetensors",
+        ("inspect", "org/gated"): "'org/gated': no access; log in with `hf auth login`",
+        ("eval", "org/none", "--masks", "org/empty"): "'org/empty' holds no",
+    }
+    for found, told in zip(ask(*expected), expected.values(), strict=True):
+        assert told in refused(found)
+    (found,) = ask(["push", file, "org/other"], token="hf_wrong")
+    assert "'org/other': no access; log in" in refused(found)
+    for found in ask(["inspect", "org/none"], ["push", file, "org/other"], **OFFLINE):
+        assert "HF_HUB_OFFLINE is set: unset it, or give a file" in refused(found)
+    assert "org/other" not in hub.repositories
+
+
+def test_serving_says_what_the_hub_refused(hub, ask, file):
+    hub.repositories["org/empty"] = {}
+    named, beside, without = ask(
+        ["find", "org/empty", "/no/model"], ["find", "-", "org/none"], ["push", file, "masks"]
+    )
+    assert "dam.masks is 'org/empty': Hub repository 'org/empty' holds no" in refused(named, 2)
+    told = refused(beside, 2)
+    assert "no mask file: set --additional-config" in told
+    assert "Hub repository 'org/none' does not exist" in told
+    assert "REPOSITORY is 'masks', must be a Hub id of the form" in refused(without, 2)
+
+
+# What the Hub answers for a repository that is not there, where nobody is logged in.
+UNKNOWN = Response(401, request=Request("GET", "https://huggingface.co/org/a"))
 
 
 @pytest.mark.parametrize(
-    ("arguments", "environment", "told"),
+    ("error", "told"),
     [
-        (["inspect", "org/none"], {}, "'org/none' does not exist, or is private: check the name"),
-        (["inspect", "org/empty"], {}, "'org/empty' holds no dam/masks.safetensors"),
-        (["inspect", "org/gated"], {}, "'org/gated': no access; log in with `hf auth login`"),
-        (["inspect", "org/none"], {"HF_HUB_OFFLINE": "1"},
-         "is not in the cache, and HF_HUB_OFFLINE is set: unset it, or give a file"),
-        (["eval", "org/none", "--masks", "org/empty"], {}, "'org/empty' holds no"),
-        (["push", "FILE", "org/masks"], {"HF_TOKEN": "hf_wrong"}, "'org/masks': no access; log in"),
-        (["push", "FILE", "org/masks"], {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set"),
+        (LocalEntryNotFoundError("no file"), r"https://\S+ cannot be reached: check the network"),
+        (ConnectError("refused"), r"https://\S+ cannot be reached: check the network"),
+        (RepositoryNotFoundError("401", response=UNKNOWN), "does not exist, or is private"),
+        (GatedRepoError("403", response=UNKNOWN), "no access; log in"),
+        (HfHubHTTPError("why\nmore", response=Response(503, request=UNKNOWN.request)), "why$"),
     ],
-)  # fmt: skip
-def test_what_the_hub_refuses_is_one_line(hub, ask, file, arguments, environment, told):
-    hub.repositories["org/empty"] = {}
-    hub.gated.add("org/gated")
-    given = [str(file) if each == "FILE" else each for each in arguments]
-    done = ask("-m", "dam_vllm", *given, **environment)
-    assert done.returncode == 1
-    assert done.stdout == ""
-    assert done.stderr.startswith("Error: Hub repository 'org/")
-    assert told in done.stderr
-    assert len(done.stderr.splitlines()) == 1
-
-
-@pytest.mark.parametrize("error", [LocalEntryNotFoundError("no file"), ConnectError("refused")])
-def test_a_hub_that_cannot_be_reached_is_named(monkeypatch, error):
-    """In this process: the client would wait and try again."""
+)
+def test_what_the_client_raises_is_told(monkeypatch, error, told):
+    """In this process: the client itself would wait and try again, or wants https."""
 
     def fails(*_, **__):
         raise error
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fails)
-    with pytest.raises(
-        HubError, match=r"'org/a': https://\S+ cannot be reached: check the network"
-    ):
+    with pytest.raises(HubError, match=f"'org/a'.*{told}"):
         fetch("org/a")
-
-
-@pytest.mark.parametrize(
-    ("masks", "model", "told"),
-    [
-        ("org/empty", "/no/model", "dam.masks is 'org/empty': Hub repository 'org/empty' holds no"),
-        ("-", "org/none", "no mask file: set --additional-config"),
-    ],
-)
-def test_serving_says_what_the_hub_refused(hub, ask, masks, model, told):
-    hub.repositories["org/empty"] = {}
-    done = ask("-c", FIND, masks, model)
-    assert done.stderr.startswith(f"refused: {told}" if masks != "-" else "refused: no mask file")
-    assert "Hub repository 'org/" in done.stderr
-    assert told in done.stderr
-
-
-def test_an_id_without_organisation_is_refused_before_anything(ask, file):
-    done = ask("-m", "dam_vllm", "push", file, "masks")
-    assert done.returncode == 2
-    assert "REPOSITORY is 'masks', must be a Hub id of the form" in done.stderr
 
 
 @pytest.mark.parametrize(
