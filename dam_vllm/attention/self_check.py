@@ -34,8 +34,8 @@ def difference(
         device: where they are.
 
     Returns:
-        The largest difference from the oracle; infinite where an output was not written or is no
-        number.
+        The largest difference from the oracle; the largest float32 where an output was not written
+        or is no number.
     """
     masks, generator = _masks(), torch.Generator().manual_seed(0)
     step, blocks = _step(device)
@@ -56,7 +56,7 @@ def difference(
         attention.run(attention.plan(step), LAYER, query, cache, output)
         outputs.append(output.float().cpu())
     found = (outputs[0] - outputs[1]).abs().max()
-    return float(found.nan_to_num(torch.inf))
+    return float(found.nan_to_num(torch.finfo(found.dtype).max))
 
 
 def _masks() -> MaskSet:

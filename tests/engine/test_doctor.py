@@ -42,4 +42,4 @@ def test_the_self_check_compares(device, kernel):
             output[-1] = self.row if self.row is not None else output[0]
 
     assert difference(lambda masks: Errs(masks, None), layout, dtype, device) > 0.01
-    assert difference(lambda masks: Errs(masks, math.nan), layout, dtype, device) == math.inf
+    assert difference(lambda masks: Errs(masks, math.nan), layout, dtype, device) > 1e38
