@@ -48,6 +48,6 @@ audit: .cache/audit/.ready
 	.cache/audit/bin/pip install --quiet bandit==1.9.4 pip-audit==2.10.1
 	touch $@
 
-# The steps of deploy/cpu/Dockerfile in a clean folder, every package of the lock installed anew.
+# The steps of deploy/cpu/Dockerfile in a clean folder, every package installed anew; then it serves.
 image-steps: $(READY)
 	DAM_WHOLE_IMAGE=1 $(BIN)/pytest tests/unit/deploy/test_image_steps.py

@@ -1,21 +1,25 @@
 """The steps of deploy/cpu/Dockerfile, done one by one in a clean folder instead of an image.
 
 Packages of the lock that this environment holds count as installed, unless DAM_WHOLE_IMAGE is set
-(`make image-steps`). Left out are steps of the second stage that need an image's system.
+(`make image-steps`), which also serves. Left out are steps that need an image's system.
 """
 
 import json
 import os
+import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
+import time
 from pathlib import Path
 
 import pytest
+import yaml
 
-from tests.unit.deploy.test_deploy import IMAGES, ROOT, instructions
+from tests.unit.deploy.test_deploy import COMPOSE, IMAGES, ROOT, instructions
 
 pytestmark = pytest.mark.slow
 
@@ -75,14 +79,19 @@ class Steps:
                 target.mkdir(parents=True, exist_ok=True)
                 shutil.copy(origin, target)
 
-    def run(self, *command):
-        """Runs a command as the image would, nothing of this environment on its path."""
-        environment = self.environment | {"OMP_NUM_THREADS": "1"}
+    def start(self, *command, **streams):
+        """Starts a command as the image would, nothing of this environment on its path."""
+        environment = self.environment | {"VLLM_CPU_KVCACHE_SPACE": "1"}
         program = shutil.which(command[0], path=environment["PATH"])
-        return subprocess.run(
-            [program, *command[1:]],
-            cwd=self.place, env=environment, capture_output=True, text=True,
-        )  # fmt: skip
+        return subprocess.Popen(
+            [program, *command[1:]], cwd=self.place, env=environment, text=True, **streams
+        )
+
+    def run(self, *command):
+        """Exit code, output and errors of a command."""
+        process = self.start(*command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        out, error = process.communicate()
+        return process.returncode, out, error
 
 
 def hold_packages(root):
@@ -97,21 +106,35 @@ def hold_packages(root):
 
 
 def test_the_images_steps_give_a_sound_installation(tmp_path):
-    steps, stage = Steps(tmp_path), 0
-    if not os.environ.get("DAM_WHOLE_IMAGE"):
+    steps, stage, whole = Steps(tmp_path), 0, bool(os.environ.get("DAM_WHOLE_IMAGE"))
+    if not whole:
         hold_packages(tmp_path)
     for name, *argument in instructions(IMAGES[0]):
         stage += name == "FROM"
         steps.do(name, " ".join(argument), building=stage == 1)
-    # Packages that count as installed bring no commands along.
-    vllm = steps.run("python", "-m", "vllm.entrypoints.cli.main", "--version")
-    assert "0.32.0" in vllm.stdout, vllm.stderr
-    where = steps.run("python", "-c", "import dam_vllm; print(dam_vllm.__file__)").stdout
-    assert where.startswith(str(tmp_path / VENV))
-    doctor = steps.run("dam-vllm", "doctor", "--json", "--quiet")
-    assert doctor.returncode == 0, doctor.stdout + doctor.stderr
-    assert json.loads(doctor.stdout)["problems"] == []
+    code, where, _ = steps.run("python", "-c", "import dam_vllm; print(dam_vllm.__file__)")
+    assert (code, where.startswith(str(tmp_path / VENV))) == (0, True)
+    code, found, error = steps.run("dam-vllm", "doctor", "--json", "--quiet")
+    assert code == 0, found + error
+    assert json.loads(found)["problems"] == []
     assert (tmp_path / VENV / "configs/balanced.yaml").is_file()
-    # The default of deploy/compose.yaml.
-    demo = tmp_path / VENV / "lib" / PYTHON / "site-packages/dam_vllm/demo/model"
-    assert (demo / "dam/masks.safetensors").is_file()
+    if whole:  # packages that count as installed bring no commands along, as `vllm`
+        serve_and_ask_for_health(steps)
+
+
+def serve_and_ask_for_health(steps):
+    """Starts the server as compose.yaml does, and runs the health check until it is well."""
+    image = dict(instructions(IMAGES[0]))
+    service = yaml.safe_load(COMPOSE[0].read_text())["services"]["vllm"]
+    model = re.search(r":-(.*)\}", service["command"][0])[1]
+    entry = json.loads(image["ENTRYPOINT"])
+    check = json.loads(image["HEALTHCHECK"].split("CMD", 1)[1])
+    assert steps.run(*check)[0] != 0
+    server = steps.start(*entry, steps.inside(model), *service["command"][1:])
+    try:
+        while steps.run(*check)[0] != 0:
+            assert server.poll() is None
+            time.sleep(1)
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.wait(60)
