@@ -50,4 +50,4 @@ audit: .cache/audit/.ready
 
 # The steps of deploy/cpu/Dockerfile in a clean folder, every package installed anew; then it serves.
 image-steps: $(READY)
-	DAM_WHOLE_IMAGE=1 $(BIN)/pytest tests/unit/deploy/test_image_steps.py
+	DAM_WHOLE_IMAGE=1 $(BIN)/pytest -o tmp_path_retention_policy=failed tests/unit/deploy/test_image_steps.py
