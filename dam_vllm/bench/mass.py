@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dam_vllm.bench.estimates import Estimate, Estimated, TradeErrors, bare, trading
+from dam_vllm.bench.estimates import Estimate, Estimated
 from dam_vllm.bench.report import Row
 from dam_vllm.bench.timing import Advance
 from dam_vllm.calibration.fit.inputs import compared_rows
@@ -19,7 +19,7 @@ from dam_vllm.calibration.model import ModelSource
 from dam_vllm.evaluation.agreement import text_windows
 from dam_vllm.masks.file import load_mask_set
 from dam_vllm.masks.fingerprint import fingerprint
-from dam_vllm.masks.mask_set import BoolArray, HeadMode, MaskSet
+from dam_vllm.masks.mask_set import HeadMode, MaskSet
 from dam_vllm.masks.targets import at_target
 from dam_vllm.options import OptionError
 
@@ -40,6 +40,7 @@ class Case:
         windows: of the text.
         questions: of each task of retrieval.
         estimates: what is tried.
+        span: tokens of a token of TAIL.
         period: of DELTA.
     """
 
@@ -48,6 +49,7 @@ class Case:
     windows: int
     questions: int
     estimates: list[Estimate]
+    span: int
     period: int
 
 
@@ -67,7 +69,8 @@ def measure_file(
         Rows of `measure`.
 
     Raises:
-        OptionError: if the text is too short, or the file was made for another model.
+        OptionError: if the text is too short, the file was made for another model, or spans are
+            no whole pages of it.
         TargetError: if the file holds no such choice.
     """
     source = ModelSource(name, None, torch.device("cpu"), "float32")
@@ -76,6 +79,9 @@ def measure_file(
     differs = made.header.fingerprint.mismatch(fingerprint(name))
     if differs:
         raise OptionError(f"--masks {str(masks)!r} was made for another model: {differs} differs")
+    for each in choices:
+        if case.span % _page(each):
+            raise OptionError(f"--span is {case.span}: must be a multiple of {_page(each)}")
     model = source.load()
     yield from measure(case, choices, model, source.tokenizer(), advance)
 
@@ -93,9 +99,9 @@ def measure(
         advance: called once a row.
 
     Yields:
-        "read" is the density, "extra" what the estimate costs in units of dense attention, "tail"
-        how many heads have one or more; "kl" in nats and "top1" of plain text, "kl_tasks" the
-        largest of the tasks, "replies" the share of greedy replies kept token by token.
+        "read" is the density, "extra" what the estimate costs in units of dense attention; "kl" in
+        nats and "top1" of plain text, "kl_tasks" the largest of the tasks, "replies" the share of
+        greedy replies kept token by token.
 
     Raises:
         OptionError: if the text is too short.
@@ -105,30 +111,16 @@ def measure(
     full = [run(model, text.ids, some) for text, some in zip(texts, rows, strict=True)]
     for masks in choices:
         for estimate in case.estimates:
-            served, tail = _heads(masks, estimate, model, texts[0])
+            span = case.span if estimate in (Estimate.TAIL, Estimate.BOTH) else 0
             period = case.period if estimate in (Estimate.DELTA, Estimate.BOTH) else 0
             found = []
             for text, some, logits in zip(texts, rows, full, strict=True):
-                hook = Estimated(served, _page(masks), text.prompt, some, tail, period)
+                hook = Estimated(masks, _page(masks), text.prompt, some, span, period)
                 with hooked(hook):
                     other = run(model, text.ids, some)
                 found.append((text.kind, hook, mean_kl(logits, other), _same(logits, other)))
-            yield {"bench": "mass", "estimate": str(estimate)} | _figures(found, tail)
+            yield {"bench": "mass", "estimate": str(estimate)} | _figures(found)
             advance()
-
-
-def _heads(
-    masks: MaskSet, estimate: Estimate, model: Any, text: FitText
-) -> tuple[MaskSet, BoolArray]:
-    """The masks under an estimate, and bool [layers, kv_heads] which heads have a tail."""
-    tail = np.full(masks.modes.shape, estimate not in (Estimate.NONE, Estimate.DELTA))
-    tail &= masks.modes != HeadMode.DENSE
-    if estimate != Estimate.TRADE:
-        return masks, tail
-    errors = TradeErrors(masks, _page(masks), text.prompt)
-    with hooked(errors):
-        run(model, text.ids)
-    return bare(masks, trading(errors)), tail
 
 
 def _page(masks: MaskSet) -> int:
@@ -136,7 +128,7 @@ def _page(masks: MaskSet) -> int:
     return int(masks.header.parameters.get("fit", {}).get("page", PAGE))
 
 
-def _figures(found: list[tuple[str, Estimated, float, torch.Tensor]], tail: BoolArray) -> Row:
+def _figures(found: list[tuple[str, Estimated, float, torch.Tensor]]) -> Row:
     """A row's figures, from kind, hook, KL and equal best tokens of every text."""
     hooks = [hook for _, hook, _, _ in found]
     plain = [(kl, same) for kind, _, kl, same in found if kind == PLAIN]
@@ -148,7 +140,6 @@ def _figures(found: list[tuple[str, Estimated, float, torch.Tensor]], tail: Bool
     return {
         "read": float(np.mean([hook.read[full] for hook in hooks])),
         "extra": float(np.mean([hook.extra[full] for hook in hooks])),
-        "tails": int(tail.sum()),
         "scored": int((hooks[0].masks.modes == HeadMode.DYNAMIC).sum()),
         "kl": float(np.mean([kl for kl, _ in plain])),
         "top1": float(torch.cat([same for _, same in plain]).float().mean()),
