@@ -24,7 +24,7 @@ from dam_vllm.masks.targets import at_target
 from dam_vllm.options import OptionError
 
 ROWS = 512  # rows of a window whose next token is compared
-SEED = 1  # of the questions; fits have 0 by default
+SEED = 7  # of the questions; fits have 0 by default
 PAGE = 32  # where a file tells no other
 LEAST_TOKENS = 1024
 TARGETS = "agreement with full attention, in float32 by transformers; nothing of it is served"
