@@ -1,12 +1,16 @@
 """The benchmarks' options, checked: one error names option, value and what is allowed."""
 
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from dam_vllm.options import OptionError
 
 if TYPE_CHECKING:
+    from dam_vllm.bench.estimates import Estimate
     from dam_vllm.bench.scattered import Spread
+
+Word = TypeVar("Word", bound=StrEnum)
 
 MIN_PAGE, MAX_PAGE, MAX_CHANNELS = 32, 512, 256
 GPU_PAGES = (16, 32, 64, 128, 256)
@@ -87,13 +91,14 @@ def spreads_option(text: str) -> "list[Spread]":
     """How densities are spread over heads; raises OptionError for other words."""
     from dam_vllm.bench.scattered import Spread
 
-    allowed = [str(each) for each in Spread]
-    wanted = text.split(",")
-    if not set(wanted) <= set(allowed):
-        raise OptionError(
-            f"--spreads is {text!r}: must be comma-separated, of {', '.join(allowed)}"
-        )
-    return [Spread(each) for each in wanted]
+    return _words(text, "--spreads", Spread)
+
+
+def estimates_option(text: str) -> "list[Estimate]":
+    """What stands for pages that are not read; raises OptionError for other words."""
+    from dam_vllm.bench.estimates import Estimate
+
+    return _words(text, "--estimates", Estimate)
 
 
 def window_option(window: int) -> None:
@@ -143,6 +148,14 @@ def dynamic_option(dynamic: int, kv_heads: int) -> None:
     """Raises OptionError for more KV heads than there are."""
     if not 0 <= dynamic <= kv_heads:
         raise OptionError(f"--dynamic is {dynamic}: must be from 0 to {kv_heads} KV heads")
+
+
+def _words(text: str, option: str, of: type[Word]) -> list[Word]:
+    """Some of an enumeration's words, comma-separated."""
+    allowed, wanted = [str(each) for each in of], text.split(",")
+    if not set(wanted) <= set(allowed):
+        raise OptionError(f"{option} is {text!r}: must be comma-separated, of {', '.join(allowed)}")
+    return [of(each) for each in wanted]
 
 
 def _integers(text: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""`dam-vllm bench kernel|tune|scoring|plan|e2e|memory|all`: figures beside a peer in one run."""
+"""`dam-vllm bench kernel|tune|scoring|plan|e2e|memory|mass|all`: figures beside a peer."""
 
 from pathlib import Path
 from typing import Annotated
@@ -216,9 +216,45 @@ def memory(
     benchmarks.finish([benchmarks.memory(masks, plot)], json)
 
 
+@app.command()
+def mass(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of the model.")],
+    text: Annotated[Path, typer.Option(help="Plain text that the masks have not seen.")],
+    masks: Annotated[
+        Path | None, typer.Option(help="Mask file. [dam/masks.safetensors in the model's folder]")
+    ] = None,
+    densities: Annotated[
+        str | None,
+        typer.Option(help="Choices of the file's frontier, as target_density. [as fitted]"),
+    ] = None,
+    length: Annotated[int, typer.Option(help="Tokens of a window and of a question.")] = 8192,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of the text.")] = 3,
+    questions: Annotated[int, typer.Option(min=0, help="Questions of each retrieval task.")] = 1,
+    estimates: Annotated[
+        str, typer.Option(help="What is tried, comma-separated.")
+    ] = "none,tail,delta,both",
+    span: Annotated[
+        int, typer.Option(min=1, help="Tail: tokens that one token stands for, whole pages.")
+    ] = 128,
+    period: Annotated[
+        int, typer.Option(min=1, help="Delta: every so many queries read everything.")
+    ] = 64,
+    json: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """What estimates of the pages not read would gain: KL and equal best tokens, in transformers.
+
+    tail: the mean key and value of a span stand for it; delta: dense queries correct later ones.
+    """
+    made = benchmarks.mass(
+        model, masks, text, densities, length, windows, questions, estimates, span, period
+    )
+    benchmarks.finish([made], json)
+
+
 @app.command(name="all")
 def every(json: Json = None, quiet: Quiet = False) -> None:
-    """All but tune with their defaults, and the crossover; about half an hour."""
+    """All but tune and mass with their defaults, and the crossover; about half an hour."""
     chosen = [
         kernel_benchmarks.kernel(KernelOptions()),
         benchmarks.scoring(HEAD_SIZES, SCORING_LENGTHS, PAGES, CHANNELS, 4, 5),

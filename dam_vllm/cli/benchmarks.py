@@ -116,3 +116,42 @@ def memory(masks: Path | None, plot: Path | None) -> Benchmark:
         memory.total(masks),
         lambda advance: memory.measure(masks, plot, advance),
     )
+
+
+def mass(
+    model: str,
+    masks: Path | None,
+    text: Path,
+    densities: str | None,
+    length: int,
+    windows: int,
+    questions: int,
+    estimates: str,
+    span: int,
+    period: int,
+) -> Benchmark:
+    """Estimates of what is not read."""
+    from dam_vllm.bench import mass
+    from dam_vllm.bench.checks import densities_option, estimates_option, file_option
+    from dam_vllm.options import OptionError
+
+    path = masks or Path(model) / "dam" / "masks.safetensors"
+    file_option(path, "--masks")
+    file_option(text, "--text")
+    wanted = [None] if densities is None else densities_option(densities)
+    tried = estimates_option(estimates)
+    if length < mass.LEAST_TOKENS:
+        raise OptionError(f"--length is {length}: must be at least {mass.LEAST_TOKENS} tokens")
+    return Benchmark(
+        f"what is not read: {model}, {windows} windows of {length} tokens of {text.name}, "
+        f"{questions} questions a task, tail of {span} tokens, delta every {period} queries",
+        mass.TARGETS,
+        len(wanted) * len(tried),
+        lambda advance: mass.measure_file(
+            mass.Case(text, length, windows, questions, tried, span, period),
+            model,
+            path,
+            wanted,
+            advance,
+        ),
+    )

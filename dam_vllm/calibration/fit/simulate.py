@@ -40,7 +40,7 @@ class Simulation:
     ) -> None:
         self.masks, self.page, self.prompt, self.rows = masks, page, prompt, rows
         self.compared = compared
-        self._tables: dict[int | None, PageTables] = {}
+        self._tables: dict[tuple[int, int | None], PageTables] = {}
         # Pages that anchors chose in this pass, bool [query_blocks, pages], until it ends.
         self._chosen: dict[tuple[int, int], torch.Tensor] = {}
 
@@ -53,7 +53,6 @@ class Simulation:
         sparse = sparse[np.argsort(modes[sparse] == HeadMode.REUSE, kind="stable")]
         if not len(sparse):
             return None
-        self._tables = {}
         tokens, kv_heads = states.query.shape[1], len(states.key)
         result = states.query.new_zeros(*states.query.shape[:2], states.value.shape[-1])
         # Sparse heads need full attention for rows alone that masks do not hold for.
@@ -64,13 +63,28 @@ class Simulation:
         if self.compared is not None and states.layer == self.masks.layers - 1:
             masked = torch.tensor(self.compared)
         for head in sparse.tolist():
-            pages = self._pages(states, head)
-            for rows in masked.split(ROWS):
-                found = self._attend(states, head, rows, pages[rows])
-                result[states.query_heads(head), rows] = found
+            found = self.output(states, head, masked, self.pages(states, head))
+            result[states.query_heads(head), masked] = found
         return result
 
-    def _attend(
+    def output(
+        self, states: LayerStates, head: int, rows: torch.Tensor, pages: torch.Tensor
+    ) -> torch.Tensor:
+        """A sparse KV head's output for some queries.
+
+        Args:
+            states: of the layer.
+            head: KV head.
+            rows: int64 [queries], ascending.
+            pages: bool [tokens, pages], what every query reads.
+
+        Returns:
+            [heads_per_kv, queries, head_size].
+        """
+        parts = [self.attend(states, head, some, pages[some]) for some in rows.split(ROWS)]
+        return torch.cat(parts, dim=1)
+
+    def attend(
         self, states: LayerStates, head: int, rows: torch.Tensor, pages: torch.Tensor
     ) -> torch.Tensor:
         """Attention of some queries over their pages bool [queries, pages]; no other is looked at.
@@ -78,21 +92,28 @@ class Simulation:
         Returns:
             [heads_per_kv, queries, head_size].
         """
+        keys, mask = self.keys_read(rows, pages)
+        return attention(states, head, rows, keys, mask)
+
+    def keys_read(
+        self, rows: torch.Tensor, pages: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys int64 [keys] that some queries read, and which reads which bool [queries, keys]."""
         read = pages.any(dim=0).nonzero().squeeze(1)
         keys = (read[:, None] * self.page + torch.arange(self.page)).flatten()
         keys = keys[keys <= rows[-1]]
-        mask = pages[:, keys // self.page] & (keys <= rows[:, None])
-        return _attend(states, head, rows, keys, mask)
+        return keys, pages[:, keys // self.page] & (keys <= rows[:, None])
 
-    def _pages(self, states: LayerStates, head: int) -> torch.Tensor:
+    def pages(self, states: LayerStates, head: int) -> torch.Tensor:
         """Pages that each query reads, bool [tokens, pages]."""
         layer, tokens = states.layer, states.query.shape[1]
         count = ceil_div(tokens, self.page)
         static = self.masks.modes[layer, head] == HeadMode.STATIC
         query_block = None if static else self.page
-        if query_block not in self._tables:
-            self._tables[query_block] = page_tables(self.masks, layer, self.page, query_block)
-        selector = PageSelector([self._tables[query_block].take([head])])
+        if (layer, query_block) not in self._tables:
+            tables = page_tables(self.masks, layer, self.page, query_block)
+            self._tables[layer, query_block] = tables
+        selector = PageSelector([self._tables[layer, query_block].take([head])])
         if static:
             index = torch.arange(ceil_div(tokens, selector.query_block))
             selected = selector.select(index, count)[0, 0]
@@ -153,22 +174,29 @@ def _dense(states: LayerStates, head: int) -> torch.Tensor:
             is_causal=True, scale=states.scale, enable_gqa=True,
         )[0]  # fmt: skip
     position = torch.arange(states.query.shape[1])
-    parts = [
-        _attend(
-            states, head, rows, position[: rows[-1] + 1], position[: rows[-1] + 1] <= rows[:, None]
-        )
-        for rows in position.split(ROWS)
-    ]
+    parts = [full_attention(states, head, rows) for rows in position.split(ROWS)]
     return torch.cat(parts, dim=1)
 
 
-def _attend(
+def full_attention(states: LayerStates, head: int, rows: torch.Tensor) -> torch.Tensor:
+    """Full attention of some queries, ascending: [heads_per_kv, queries, head_size]."""
+    keys = torch.arange(int(rows[-1]) + 1)
+    return attention(states, head, rows, keys, keys <= rows[:, None])
+
+
+def attention(
     states: LayerStates, head: int, rows: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor
 ) -> torch.Tensor:
     """Attention of some queries over some keys under a mask bool [queries, keys]."""
-    query = states.query[states.query_heads(head)][:, rows]
-    key, value = states.key[head, keys], states.value[head, keys]
-    scores = query @ key.t() * states.scale
+    scores = masked_scores(states, head, rows, states.key[head, keys], mask)
+    return scores.softmax(dim=-1) @ states.value[head, keys]
+
+
+def masked_scores(
+    states: LayerStates, head: int, rows: torch.Tensor, key: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
+    """Scores of some queries on [keys, head_size], -inf outside of a mask bool [queries, keys]."""
+    scores = states.query[states.query_heads(head)][:, rows] @ key.t() * states.scale
     if states.softcap:
         scores = states.softcap * torch.tanh(scores / states.softcap)
-    return scores.masked_fill(~mask, float("-inf")).softmax(dim=-1) @ value
+    return scores.masked_fill(~mask, float("-inf"))
