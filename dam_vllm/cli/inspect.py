@@ -35,10 +35,13 @@ def inspect(
 ) -> None:
     """Shows a mask file: layers, density, coverage, parameters and fingerprint."""
     from dam_vllm.masks.file import load_mask_set
+    from dam_vllm.masks.fit_report import check_fit
 
     try:
         masks = load_mask_set(file)
         fit = masks.header.parameters.get("fit")
+        if fit is not None:
+            check_fit(fit, file)
         report = _report(masks, length, page or (fit["page"] if fit else DEFAULT_PAGE))
         if plot is not None:
             _plot(masks, plot)

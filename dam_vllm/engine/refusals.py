@@ -79,9 +79,7 @@ def _repeat_refusals() -> None:
     atexit.register(file.unlink, missing_ok=True)
     earlier = sys.excepthook
 
-    def tell(
-        kind: type[BaseException], error: BaseException, trace: TracebackType | None
-    ) -> None:
+    def tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         earlier(kind, error, trace)
         refused = file.read_text(encoding="utf-8")
         if refused:

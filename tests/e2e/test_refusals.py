@@ -1,4 +1,4 @@
-"""What cannot be served is refused at start: one message, the last line that `vllm serve` prints."""
+"""What cannot be served is refused at start by one message, the last line of `vllm serve`."""
 
 import json
 

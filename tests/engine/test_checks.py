@@ -40,10 +40,15 @@ def config(masks, **changed):
         "speculative_config": None,
         "kv_transfer_config": None,
         "model_config": {
-            "model": MODEL, "revision": None, "use_mla": False, "is_attention_free": False,
-            "is_encoder_decoder": False, "attn_type": "decoder", "hf_config": DEMO,
+            "model": MODEL,
+            "revision": None,
+            "use_mla": False,
+            "is_attention_free": False,
+            "is_encoder_decoder": False,
+            "attn_type": "decoder",
+            "hf_config": DEMO,
             "get_head_size": lambda: DEMO.head_dim,
-        },  # fmt: skip
+        },
         "load_config": {"download_dir": None, "load_format": "auto"},
         "additional_config": {"dam": {"masks": str(masks)}},
     }
@@ -66,9 +71,7 @@ def masks(tmp_path_factory):
 
 def demo_masks(rng):
     """Random masks of the demo model's shape, with dynamic heads."""
-    return random_mask_set(
-        rng, 4, 8, 4, dynamic=True, head_size=32, fingerprint=fingerprint(MODEL)
-    )
+    return random_mask_set(rng, 4, 8, 4, dynamic=True, head_size=32, fingerprint=fingerprint(MODEL))
 
 
 def test_what_fits_is_served(masks):

@@ -17,9 +17,7 @@ DEMO = str(model_dir())
 def files(tmp_path_factory):
     """A folder with mask files."""
     folder = tmp_path_factory.mktemp("refused")
-    other = LlamaConfig(
-        vocab_size=512, hidden_size=64, num_hidden_layers=1, num_attention_heads=2
-    )
+    other = LlamaConfig(vocab_size=512, hidden_size=64, num_hidden_layers=1, num_attention_heads=2)
     other.save_pretrained(folder / "other")
     save_mask_set(streaming(DEMO, 4, 64), folder / "good")
     save_mask_set(streaming(str(folder / "other"), 4, 64), folder / "foreign")
