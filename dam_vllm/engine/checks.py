@@ -25,7 +25,8 @@ from dam_vllm.options import DENSE_BELOW, DamOptions, OptionError, find_masks, p
 
 logger = init_logger("vllm.dam")
 
-PAGE_MULTIPLE = 16
+# What vLLM's CPU kernels and FlashAttention take.
+PAGE_MULTIPLE_CPU, PAGE_MULTIPLE_CUDA = 32, 16
 CACHE_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2")
 
 
@@ -66,10 +67,10 @@ def admit(config: VllmConfig) -> Serving:
         FingerprintError: for a model whose files cannot be read.
     """
     _refuse_platform()
+    _refuse_model(config)
     _refuse_parallelism(config)
     _refuse_cache(config)
     _refuse_draft_model(config)
-    _refuse_model(config)
     model = config.model_config
     options = parse_options(config.additional_config)
     _refuse_options(options)
@@ -149,7 +150,7 @@ def _refuse_other_shape(config: VllmConfig, serving: Serving) -> None:
     pairs = {
         "layers": (masks.layers, len(shape.layer_types)),
         "query heads": (masks.heads, shape.heads),
-        "KV heads": (masks.kv_heads, shape.kv_heads),
+        "KV heads": (masks.kv_heads, model.get_total_num_kv_heads()),
         "layer types": (masks.header.layer_types, shape.layer_types),
     }
     if dynamic is not None:
@@ -245,10 +246,11 @@ def _refuse_draft_model(config: VllmConfig) -> None:
 
 def _refuse_cache(config: VllmConfig) -> None:
     cache = config.cache_config
-    if cache.block_size is not None and cache.block_size % PAGE_MULTIPLE:
+    multiple = PAGE_MULTIPLE_CPU if current_platform.is_cpu() else PAGE_MULTIPLE_CUDA
+    if cache.block_size is not None and cache.block_size % multiple:
         raise OptionError(
             f"--block-size is {cache.block_size}: --attention-backend dam needs pages of a "
-            f"multiple of {PAGE_MULTIPLE} tokens"
+            f"multiple of {multiple} tokens on {current_platform.device_type}"
         )
     if cache.cache_dtype not in CACHE_DTYPES:
         raise OptionError(

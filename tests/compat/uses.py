@@ -11,7 +11,7 @@ CONFIG = ("vllm.config", "VllmConfig")
 BEHIND_ANY = {
     ("vllm.config", "ModelConfig"): [
         "model", "revision", "hf_config", "use_mla", "is_attention_free", "is_encoder_decoder",
-        "attn_type", "get_head_size",
+        "attn_type", "get_head_size", "get_total_num_kv_heads",
     ],
     ("vllm.config", "AttentionConfig"): ["backend", "backend_per_kind"],
     ("vllm.v1.attention.backend", "AttentionMetadataBuilder"): ["_init_reorder_batch_threshold"],

@@ -44,7 +44,7 @@ def configure(files, options, **arguments):
         ({"masks": "foreign"}, {}, "mask file .*foreign was made for another model"),
         ({"mask": "good"}, {}, "unknown option 'dam.mask'; allowed are masks"),
         ({"masks": "good", "kernel": "flash"}, {}, "dam.kernel is 'flash': on CPU"),
-        ({"masks": "good"}, {"block_size": 24}, "--block-size is 24"),
+        ({"masks": "good"}, {"block_size": 16}, "--block-size is 16"),
         ({"masks": "good"}, {"kv_cache_dtype": "int8_per_token_head"},
          "--kv-cache-dtype is int8_per_token_head"),
     ],
