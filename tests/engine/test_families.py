@@ -93,7 +93,10 @@ def serve(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory, texts_file):  # noqa: F811
-    """Function from a family to a folder with a model and calibrated masks, some heads dynamic."""
+    """Function from a family to a folder with a model and two mask files, some heads dynamic.
+
+    "masks" are calibrated; with "every" all pages are read, or chosen.
+    """
 
     @functools.cache
     def make(family):
@@ -104,7 +107,9 @@ def model(tmp_path_factory, texts_file):  # noqa: F811
             Job(Source(folder), str(texts_file), "text", config, folder / "masks", 1.0)
         )
         save_mask_set(some_dynamic(masks), folder / "masks")
-        save_mask_set(dense(str(folder)), folder / "dense")
+        every = some_dynamic(dense(str(folder)))
+        every.dynamic.floors[:] = every.dynamic.caps[:] = ARGUMENTS["max_model_len"]
+        save_mask_set(every, folder / "every")
         return folder
 
     return make
@@ -154,7 +159,7 @@ def distance(first, second):
 @pytest.mark.parametrize("family", SERVED)
 def test_a_family_is_calibrated_and_served(serve, model, family):
     folder = model(family)
-    stock, every = serve(folder), serve(folder, folder / "dense")
+    stock, every = serve(folder), serve(folder, folder / "every")
     assert distance(every, stock) < ROUNDING
     sparse = serve(folder, folder / "masks")
     oracle = serve(folder, folder / "masks", kernel="naive")
