@@ -10,8 +10,9 @@ from pathlib import Path
 import dam_vllm
 
 ROOT = Path(dam_vllm.__file__).parents[1]
-# Not declared as dependencies of every user: vLLM differs by platform, data sets are an extra.
-OPTIONAL = {"vllm", "datasets"}
+# Not declared as dependencies of every user: vLLM differs by platform, what compiles for CPUs comes
+# with it, data sets are an extra.
+OPTIONAL = {"vllm", "llvmlite", "datasets"}
 DISTRIBUTIONS = {"yaml": "pyyaml", "huggingface_hub": "huggingface_hub"}
 
 
