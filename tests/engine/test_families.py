@@ -126,6 +126,14 @@ def some_dynamic(masks):
     return replace(masks, modes=modes, dynamic=dynamic)
 
 
+def window(folder, tokens):
+    """Masks that keep the latest tokens; all of one reach, as those of a fit are."""
+    masks = streaming(str(folder), 1, 48)
+    diagonals = masks.diagonals.copy()
+    diagonals[..., tokens:] = False
+    return replace(masks, diagonals=diagonals)
+
+
 def fitted(folder):
     """A mask file whose heads' modes were fitted on random tokens."""
     capture.register()
@@ -133,8 +141,7 @@ def fitted(folder):
     draw = np.random.default_rng(fresh_seed())
     lengths = (560, 540, 520)
     prompts = [(kind, draw.integers(3, 63, n).tolist()) for n in lengths for kind in FIT_KINDS]
-    patterns = [Pattern(f"window {window}", partial(streaming, str(folder), 1, window))
-                for window in (1, 48)]  # fmt: skip
+    patterns = [Pattern(f"window {each}", partial(window, folder, each)) for each in (1, 48)]
     store = folder / "fit"
     store.mkdir()
     inputs = FitInputs(
