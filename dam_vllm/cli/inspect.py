@@ -18,11 +18,13 @@ FIT_HIDDEN = {"curves", "heads", "texts"}
 
 
 def inspect(
-    file: Annotated[Path, typer.Argument(help="Mask file (.safetensors).")],
+    file: Annotated[
+        str, typer.Argument(help="Mask file, or folder or Hub id that holds dam/masks.safetensors.")
+    ],
     length: Annotated[int, typer.Option(min=1, help="Prompt length of the density shown.")] = 8192,
     page: Annotated[
         int | None,
-        typer.Option(min=1, help="Tokens a KV-cache page [default: those of the fit, else 16]."),
+        typer.Option(min=1, help="Tokens a KV-cache page (default: those of the fit, else 16)."),
     ] = None,
     plot: Annotated[
         Path | None,
@@ -36,18 +38,16 @@ def inspect(
     """Shows a mask file: layers, density, coverage, parameters and fingerprint."""
     from dam_vllm.masks.file import load_mask_set
     from dam_vllm.masks.fit_report import check_fit
+    from dam_vllm.options import mask_file
 
-    try:
-        masks = load_mask_set(file)
-        fit = masks.header.parameters.get("fit")
-        if fit is not None:
-            check_fit(fit, file)
-        report = _report(masks, length, page or (fit["page"] if fit else DEFAULT_PAGE))
-        if plot is not None:
-            _plot(masks, plot)
-    except (ValueError, OSError) as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(2) from None
+    path = mask_file(file)
+    masks = load_mask_set(path)
+    fit = masks.header.parameters.get("fit")
+    if fit is not None:
+        check_fit(fit, path)
+    report = _report(masks, length, page or (fit["page"] if fit else DEFAULT_PAGE))
+    if plot is not None:
+        _plot(masks, plot)
     if as_json:
         typer.echo(json.dumps(report, indent=2))
     else:

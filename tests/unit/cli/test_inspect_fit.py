@@ -4,10 +4,9 @@ import dataclasses
 import json
 
 import pytest
-import typer
 from typer.testing import CliRunner
 
-from dam_vllm.cli.inspect import inspect
+from dam_vllm.cli.main import app
 from dam_vllm.masks.budget import BudgetKind
 from dam_vllm.masks.file import save_mask_set
 
@@ -40,9 +39,7 @@ KINDS = (
 
 
 def run(*arguments):
-    app = typer.Typer()
-    app.command()(inspect)
-    return CliRunner().invoke(app, [str(each) for each in arguments])
+    return CliRunner().invoke(app, ["inspect", *map(str, arguments)])
 
 
 @pytest.fixture
@@ -129,7 +126,7 @@ def test_a_report_that_cannot_be_shown_is_refused(random_masks, tmp_path, fit, m
     save_mask_set(dataclasses.replace(masks, header=header), file)
     for arguments in ((), ("--json",), ("--plot", tmp_path / "masks.png")):
         shown = run(file, *arguments)
-        assert shown.exit_code == 2
+        assert shown.exit_code == 1
         assert shown.output.startswith(f"Error: mask file {file}: {message}")
         assert len(shown.output.splitlines()) == 1
 
