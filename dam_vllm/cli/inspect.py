@@ -37,10 +37,14 @@ def inspect(
 ) -> None:
     """Shows a mask file: layers, density, coverage, parameters and fingerprint."""
     from dam_vllm.masks.file import load_mask_set
+    from dam_vllm.masks.fit_report import check_fit
     from dam_vllm.options import mask_file
 
-    masks = load_mask_set(mask_file(file))
+    path = mask_file(file)
+    masks = load_mask_set(path)
     fit = masks.header.parameters.get("fit")
+    if fit is not None:
+        check_fit(fit, path)
     report = _report(masks, length, page or (fit["page"] if fit else DEFAULT_PAGE))
     if plot is not None:
         _plot(masks, plot)

@@ -1,7 +1,8 @@
 """What is served and whether it can be: options, mask file, model and parallelism.
 
-Everything here is decided once a process, when the first attention layer is built, which is
-before weights are loaded. Each refusal is one error that names the option or file.
+Everything here is decided once a process: in vLLM's first one before it starts any other
+(`refusals.py`), in a worker when the first attention layer is built, which is before weights are
+loaded. Each refusal is one error that names the option or file.
 """
 
 import functools
@@ -17,13 +18,15 @@ from vllm.platforms import current_platform
 from dam_vllm.masks.file import load_mask_set
 from dam_vllm.masks.fingerprint import fingerprint
 from dam_vllm.masks.mask_set import HeadMode, MaskSet
+from dam_vllm.masks.model_shape import model_shape
 from dam_vllm.masks.sharding import shards
 from dam_vllm.masks.targets import TargetError, at_target
 from dam_vllm.options import DENSE_BELOW, DamOptions, OptionError, find_masks, parse_options
 
 logger = init_logger("vllm.dam")
 
-PAGE_MULTIPLE = 16
+# What vLLM's CPU kernels and FlashAttention take.
+PAGE_MULTIPLE_CPU, PAGE_MULTIPLE_CUDA = 32, 16
 CACHE_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2")
 
 
@@ -61,16 +64,14 @@ def admit(config: VllmConfig) -> Serving:
     Raises:
         OptionError: for an option, file or configuration that cannot be honoured.
         MaskFileError: for a missing or damaged mask file.
+        FingerprintError: for a model whose files cannot be read.
     """
+    _refuse_platform()
+    _refuse_model(config)
     _refuse_parallelism(config)
     _refuse_cache(config)
     _refuse_draft_model(config)
     model = config.model_config
-    if model.use_mla:
-        raise OptionError(
-            f"--attention-backend dam: model {model.model} has multi-head latent attention "
-            f"(MLA), which DAM does not serve; leave the option away"
-        )
     options = parse_options(config.additional_config)
     _refuse_options(options)
     serving = _load(
@@ -80,6 +81,7 @@ def admit(config: VllmConfig) -> Serving:
         config.load_config.download_dir,
         config.load_config.load_format == "dummy",
     )
+    _refuse_other_shape(config, serving)
     _refuse_connector(config, serving)
     _refuse_far_anchors(config, serving)
     return serving
@@ -116,6 +118,49 @@ def _load(
 def may_free_heads(options: DamOptions) -> bool:
     """Whether pages of single KV heads may be freed, not of whole layers alone."""
     return options.kv_free == "head" or (options.kv_free == "auto" and current_platform.is_cpu())
+
+
+def _refuse_platform() -> None:
+    if not (current_platform.is_cpu() or current_platform.is_cuda()):
+        raise OptionError(
+            f"--attention-backend dam: it serves on CPU and CUDA, not on "
+            f"{current_platform.device_name}; leave the option away"
+        )
+
+
+def _refuse_model(config: VllmConfig) -> None:
+    """Refuses models of a kind that DAM does not serve."""
+    model = config.model_config
+    kinds = {
+        "multi-head latent attention (MLA)": model.use_mla,
+        "no attention layers": model.is_attention_free,
+        "an encoder": model.is_encoder_decoder or model.attn_type == "encoder_only",
+    }
+    for kind in (kind for kind, found in kinds.items() if found):
+        raise OptionError(
+            f"--attention-backend dam: model {model.model} has {kind}, which DAM does not serve; "
+            f"leave the option away"
+        )
+
+
+def _refuse_other_shape(config: VllmConfig, serving: Serving) -> None:
+    """Refuses masks with other layers or heads than the model, whatever their fingerprint."""
+    model, masks = config.model_config, serving.masks
+    shape, dynamic = model_shape(model.hf_config), masks.dynamic
+    pairs = {
+        "layers": (masks.layers, len(shape.layer_types)),
+        "query heads": (masks.heads, shape.heads),
+        "KV heads": (masks.kv_heads, model.get_total_num_kv_heads()),
+        "layer types": (masks.header.layer_types, shape.layer_types),
+    }
+    if dynamic is not None:
+        pairs["channels a head"] = (dynamic.rotations.shape[-1], model.get_head_size())
+    for what, (held, wanted) in pairs.items():
+        if held != wanted:
+            raise OptionError(
+                f"mask file {serving.file} does not fit {model.model}: it has {what} {held}, the "
+                f"model {wanted}; calibrate {model.model} itself"
+            )
 
 
 def _refuse_options(options: DamOptions) -> None:
@@ -201,10 +246,11 @@ def _refuse_draft_model(config: VllmConfig) -> None:
 
 def _refuse_cache(config: VllmConfig) -> None:
     cache = config.cache_config
-    if cache.block_size is not None and cache.block_size % PAGE_MULTIPLE:
+    multiple = PAGE_MULTIPLE_CPU if current_platform.is_cpu() else PAGE_MULTIPLE_CUDA
+    if cache.block_size is not None and cache.block_size % multiple:
         raise OptionError(
             f"--block-size is {cache.block_size}: --attention-backend dam needs pages of a "
-            f"multiple of {PAGE_MULTIPLE} tokens"
+            f"multiple of {multiple} tokens on {current_platform.device_type}"
         )
     if cache.cache_dtype not in CACHE_DTYPES:
         raise OptionError(

@@ -87,12 +87,6 @@ class DamCUDABackend(FlashAttentionBackend):
     def supports_device_cpu_query_lens_mismatch(cls) -> bool:
         return False
 
-    @classmethod
-    def supports_combination(cls, *args: Any, **kwargs: Any) -> str | None:
-        if not current_platform.is_cuda():
-            return f"DAM serves on CPU and CUDA, not on {current_platform.device_name}"
-        return super().supports_combination(*args, **kwargs)
-
 
 class DamCUDAImpl(DamImpl, FlashAttentionImpl):
     """Runs a step's plan, or FlashAttention where every page is read.

@@ -1,4 +1,4 @@
-"""Makes the backend `DAM` selectable: enum member, pickling, and the CPU platform's choice.
+"""Makes the backend `DAM` selectable: enum member, pickling, the CPU platform's choice, refusals.
 
 vLLM 0.32's `register_backend` adds the member, but two gaps are left. A dynamic member does
 not survive pickling into spawned processes, which unpickle the configuration before plugins
@@ -12,6 +12,7 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backends import registry
 
 from dam_vllm.engine.private import warn_untested
+from dam_vllm.engine.refusals import refuse_early
 
 NAME = "DAM"
 # A platform is served by a backend here and an implementation of `attention.interface`.
@@ -26,7 +27,7 @@ def member() -> registry.AttentionBackendEnum:
     known = registry.AttentionBackendEnum.__members__.get(NAME)
     if known is not None:
         return known
-    # Other platforms are refused by the validation of CUDA's backend, by name.
+    # On other platforms `admit` refuses, by name.
     platform = current_platform.device_type
     registry.register_backend(NAME, BACKENDS.get(platform, BACKENDS["cuda"]))
     added = registry.AttentionBackendEnum[NAME]
@@ -35,10 +36,10 @@ def member() -> registry.AttentionBackendEnum:
 
 
 def register_backend() -> None:
-    """Registers the backend and lets the CPU platform honour it; idempotent."""
+    """Registers the backend, refuses early, lets the CPU platform honour it; idempotent."""
     if NAME not in registry.AttentionBackendEnum.__members__:
         warn_untested()
-    member()
+    refuse_early(member())
     if current_platform.is_cpu():
         _honour_choice(type(current_platform))
 

@@ -9,6 +9,11 @@ from tests.compat.source import Class, Source
 CONFIG = ("vllm.config", "VllmConfig")
 # What is taken of objects whose class our code does not tell.
 BEHIND_ANY = {
+    ("vllm.config", "ModelConfig"): [
+        "model", "revision", "hf_config", "use_mla", "is_attention_free", "is_encoder_decoder",
+        "attn_type", "get_head_size", "get_total_num_kv_heads",
+    ],
+    ("vllm.config", "AttentionConfig"): ["backend", "backend_per_kind"],
     ("vllm.v1.attention.backend", "AttentionMetadataBuilder"): ["_init_reorder_batch_threshold"],
     ("vllm.v1.attention.backends.cpu_attn", "CPUAttentionMetadataBuilder"): [
         "_set_isa_to_layers", "isa", "block_size"

@@ -41,6 +41,7 @@ class Setup:
         cache_dtype: of the KV cache.
         new: tokens that each prompt is answered with.
         v2: whether vLLM takes its Model Runner V2.
+        guessed: tokens that are guessed from n-grams at a time, and verified in one step.
     """
 
     masks: str | None = "random"
@@ -54,6 +55,7 @@ class Setup:
     cache_dtype: str = "auto"
     new: int = NEW_TOKENS
     v2: bool = False
+    guessed: int = 0
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Answers:
         together: of each prompt, all asked at once.
         preempted: requests that were preempted.
         hits: tokens that were found in the prefix cache.
+        guesses: tokens that were guessed and verified.
         log: what the engine printed.
     """
 
@@ -72,6 +75,7 @@ class Answers:
     together: list[tuple[list[int], list[float]]]
     preempted: int
     hits: int
+    guesses: int
     log: str
 
 
@@ -150,7 +154,8 @@ def answers(mask_files, prompts, seed, engines):
         assert len(found) == 1, printed[-6000:]
         result = json.loads(found[0].removeprefix(RESULT))
         alone, together = ([chosen(each) for each in result[key]] for key in ("alone", "together"))
-        return Answers(alone, together, result["preempted"], result["hits"], printed)
+        counts = (result[name] for name in ("preempted", "hits", "guesses"))
+        return Answers(alone, together, *counts, printed)
 
     return ask
 
@@ -176,6 +181,9 @@ def arguments(setup, mask_files):
         "enable_prefix_caching": setup.prefix_caching,
         "enforce_eager": setup.eager,
     }
+    if setup.guessed:
+        guess = {"method": "ngram", "num_speculative_tokens": setup.guessed}
+        result["speculative_config"] = guess | {"prompt_lookup_min": 1, "prompt_lookup_max": 2}
     if setup.masks:
         options = {"masks": str(mask_files[setup.masks])} | json.loads(setup.options)
         result |= {"attention_backend": "dam", "additional_config": {"dam": options}}

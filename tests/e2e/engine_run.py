@@ -117,7 +117,7 @@ class Watch:
 
     def __init__(self, engine, pool, poison):
         self.pool, self.engine, self.poison = pool, engine, poison
-        self.peak = self.most_poisoned = self.preempted = self.hits = 0
+        self.peak = self.most_poisoned = self.preempted = self.hits = self.guesses = 0
         self._poisoned = set()
         self._schedule = engine.scheduler.schedule
         engine.scheduler.schedule = self.schedule
@@ -127,6 +127,7 @@ class Watch:
         self.peak = max(self.peak, self.pool.num_gpu_blocks - 1 - self.pool.get_num_free_blocks())
         self.preempted += len(output.preempted_req_ids or ())
         self.hits += sum(request.num_computed_tokens for request in output.scheduled_new_reqs)
+        self.guesses += sum(map(len, output.scheduled_spec_decode_tokens.values()))
         if self.poison:
             self._fill()
         return output

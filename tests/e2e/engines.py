@@ -42,6 +42,7 @@ def answer(setup):
         "together": together,
         "preempted": watch.preempted,
         "hits": watch.hits,
+        "guesses": watch.guesses,
     }
 
 

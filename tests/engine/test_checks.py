@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from transformers import AutoConfig
 
 from dam_vllm.demo import model_dir
 from dam_vllm.masks.baselines import streaming
@@ -22,6 +23,7 @@ from tests.frontiers import with_frontier
 pytestmark = pytest.mark.engine
 
 MODEL = str(model_dir())
+DEMO = AutoConfig.from_pretrained(MODEL)
 
 
 def config(masks, **changed):
@@ -37,7 +39,17 @@ def config(masks, **changed):
         "cache_config": {"block_size": 32, "cache_dtype": "auto"},
         "speculative_config": None,
         "kv_transfer_config": None,
-        "model_config": {"model": MODEL, "revision": None, "use_mla": False},
+        "model_config": {
+            "model": MODEL,
+            "revision": None,
+            "use_mla": False,
+            "is_attention_free": False,
+            "is_encoder_decoder": False,
+            "attn_type": "decoder",
+            "hf_config": DEMO,
+            "get_head_size": lambda: DEMO.head_dim,
+            "get_total_num_kv_heads": lambda: DEMO.num_key_value_heads,
+        },
         "load_config": {"download_dir": None, "load_format": "auto"},
         "additional_config": {"dam": {"masks": str(masks)}},
     }
@@ -58,6 +70,11 @@ def masks(tmp_path_factory):
     return file
 
 
+def demo_masks(rng):
+    """Random masks of the demo model's shape, with dynamic heads."""
+    return random_mask_set(rng, 4, 8, 4, dynamic=True, head_size=32, fingerprint=fingerprint(MODEL))
+
+
 def test_what_fits_is_served(masks):
     from dam_vllm.engine.checks import admit
 
@@ -72,9 +89,15 @@ def test_what_fits_is_served(masks):
         ({"parallel_config": {"decode_context_parallel_size": 2}}, "--decode-context-parallel-s"),
         ({"parallel_config": {"prefill_context_parallel_size": 4}}, "-parallel-size is 4"),
         ({"parallel_config": {"use_ubatching": True}}, "--enable-dbo .*plans one batch at a time"),
-        ({"cache_config": {"block_size": 24}}, "--block-size is 24"),
+        (
+            {"cache_config": {"block_size": 48}},
+            "--block-size is 48: .*multiple of 32 tokens on cpu",
+        ),
         ({"cache_config": {"cache_dtype": "nvfp4"}}, "--kv-cache-dtype is nvfp4"),
         ({"model_config": {"use_mla": True}}, "multi-head latent attention"),
+        ({"model_config": {"is_attention_free": True}}, "has no attention layers"),
+        ({"model_config": {"is_encoder_decoder": True}}, "has an encoder"),
+        ({"model_config": {"attn_type": "encoder_only"}}, "has an encoder"),
         ({"speculative_config": {"method": "draft_model"}}, "--speculative-config names a draft"),
     ],
 )
@@ -85,12 +108,47 @@ def test_refused(masks, changed, message):
         admit(config(masks, **changed))
 
 
+def test_other_platforms_are_refused(masks, monkeypatch):
+    from dam_vllm.engine import checks
+
+    no = {"is_cpu": lambda: False, "is_cuda": lambda: False, "device_name": "rocm"}
+    monkeypatch.setattr(checks, "current_platform", SimpleNamespace(**no))
+    with pytest.raises(OptionError, match="it serves on CPU and CUDA, not on rocm"):
+        checks.admit(config(masks))
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ({"layers": 3}, "it has layers 3, the model 4"),
+        ({"heads": 4}, "it has query heads 4, the model 8"),
+        ({"kv_heads": 2}, "it has KV heads 2, the model 4"),
+        ({"head_size": 16}, "it has channels a head 16, the model 32"),
+        ({"layer_types": ["full", "full", "sliding", "full"]}, "it has layer types .*'sliding'"),
+    ],
+)
+def test_masks_of_another_shape_are_refused_whatever_their_fingerprint(
+    tmp_path, rng, shape, message
+):
+    from dam_vllm.engine.checks import admit
+
+    whole = {"layers": 4, "heads": 8, "kv_heads": 4, "head_size": 32} | shape
+    types = whole.pop("layer_types", None)
+    made = random_mask_set(rng, **whole, dynamic=True, fingerprint=fingerprint(MODEL))
+    if types is not None:
+        made.header.layer_types = types
+        for array in (made.columns, made.diagonals, made.true_bits, made.modes):
+            array[2] = 0
+    save_mask_set(made, tmp_path / "masks")
+    with pytest.raises(OptionError, match=f"masks does not fit {MODEL}: {message}"):
+        admit(config(tmp_path / "masks"))
+
+
 def test_rotated_pages_stay_in_the_process(tmp_path, rng):
     from dam_vllm.engine.checks import admit
 
     file = tmp_path / "masks.safetensors"
-    identity = fingerprint(MODEL)
-    save_mask_set(random_mask_set(rng, 4, 8, 4, dynamic=True, fingerprint=identity), file)
+    save_mask_set(demo_masks(rng), file)
     assert admit(config(file)).masks.dynamic is not None
     with pytest.raises(OptionError, match="--kv-transfer-config names Some"):
         admit(config(file, kv_transfer_config={"kv_connector": "Some"}))
@@ -99,8 +157,8 @@ def test_rotated_pages_stay_in_the_process(tmp_path, rng):
 def test_a_target_chooses_from_the_frontier(tmp_path, rng):
     from dam_vllm.engine.checks import admit
 
-    file, identity = tmp_path / "masks.safetensors", fingerprint(MODEL)
-    each = [random_mask_set(rng, 4, 8, 4, dynamic=True, fingerprint=identity) for _ in range(4)]
+    file = tmp_path / "masks.safetensors"
+    each = [demo_masks(rng) for _ in range(4)]
     each = [dataclasses.replace(masks, dynamic=each[0].dynamic) for masks in each]
     save_mask_set(with_frontier(each), file)
     for target, point in (({}, 0), ({"target_density": 0.2}, 2), ({"target_error": 0.02}, 3)):
@@ -113,12 +171,10 @@ def test_a_target_chooses_from_the_frontier(tmp_path, rng):
 @pytest.fixture(scope="module")
 def following(tmp_path_factory):
     """Function from pairs of a follower and its anchor, (layer, KV head) each, to a mask file."""
-    folder, identity = tmp_path_factory.mktemp("following"), fingerprint(MODEL)
+    folder = tmp_path_factory.mktemp("following")
 
     def make(pairs):
-        masks = random_mask_set(
-            np.random.default_rng(0), 4, 8, 4, dynamic=True, fingerprint=identity
-        )
+        masks = demo_masks(np.random.default_rng(0))
         anchors = np.full((4, 4, 2), -1, np.int32)
         for follower, anchor in pairs.items():
             masks.modes[follower], anchors[follower] = HeadMode.REUSE, anchor
@@ -240,7 +296,7 @@ def test_other_weights(tmp_path, mode, accepted):
 def test_options_of_other_platforms_are_refused(masks, monkeypatch, cpu, options, message):
     from dam_vllm.engine import checks
 
-    platform = SimpleNamespace(is_cpu=lambda: cpu, device_name="cpu" if cpu else "GPU")
+    platform = SimpleNamespace(is_cpu=lambda: cpu, is_cuda=lambda: not cpu)
     monkeypatch.setattr(checks, "current_platform", platform)
     asked = config(masks, additional_config={"dam": {"masks": str(masks), **options}})
     if message is None:

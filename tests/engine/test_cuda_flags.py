@@ -1,7 +1,5 @@
 """What the CUDA backend says of itself to vLLM's validation."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -9,15 +7,13 @@ pytestmark = pytest.mark.engine
 
 
 @pytest.fixture
-def refusals(monkeypatch):
+def refusals():
     """Function that gives vLLM's reasons against a configuration, as a Hopper GPU would."""
     from vllm.platforms.interface import DeviceCapability
 
     from dam_vllm.engine import cuda
 
-    def ask(capability=(9, 0), cuda_platform=True, **changed):
-        platform = SimpleNamespace(is_cuda=lambda: cuda_platform, device_name="rocm")
-        monkeypatch.setattr(cuda, "current_platform", platform)
+    def ask(capability=(9, 0), **changed):
         asked = {
             "head_size": 128, "dtype": torch.bfloat16, "kv_cache_dtype": "auto", "block_size": 32,
             "use_mla": False, "has_sink": False, "use_sparse": False, "use_mm_prefix": False,
@@ -39,7 +35,6 @@ def test_what_fits_is_served(refusals, size):
 @pytest.mark.parametrize(
     ("changed", "reason"),
     [
-        ({"cuda_platform": False}, "DAM serves on CPU and CUDA, not on rocm"),
         ({"capability": (7, 5)}, "compute capability"),
         ({"dtype": torch.float32}, "dtype"),
         ({"head_size": 320}, "head_size"),

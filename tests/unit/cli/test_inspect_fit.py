@@ -4,10 +4,9 @@ import dataclasses
 import json
 
 import pytest
-import typer
 from typer.testing import CliRunner
 
-from dam_vllm.cli.inspect import inspect
+from dam_vllm.cli.main import app
 from dam_vllm.masks.budget import BudgetKind
 from dam_vllm.masks.file import save_mask_set
 
@@ -40,9 +39,7 @@ KINDS = (
 
 
 def run(*arguments):
-    app = typer.Typer()
-    app.command()(inspect)
-    return CliRunner().invoke(app, [str(each) for each in arguments])
+    return CliRunner().invoke(app, ["inspect", *map(str, arguments)])
 
 
 @pytest.fixture
@@ -96,6 +93,42 @@ def test_the_curve_is_drawn_beside_the_masks(fitted, tmp_path):
     assert shown.exit_code == 0, shown.output
     for name in ("masks.png", "masks-curve.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def without(*path):
+    """FIT with an entry taken out."""
+    found = json.loads(json.dumps(FIT))
+    *way, last = path
+    place = found
+    for each in way:
+        place = place[each]
+    del place[last]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("fit", "message"),
+    [
+        ({"page": 32}, "parameter 'fit.target_error' is missing"),
+        (without("chosen", "loss"), "parameter 'fit.chosen.loss' is missing"),
+        (without("proven", 1, "density"), "parameter 'fit.proven.1.density' is missing"),
+        (without("curves", "0.5", 0, "loss"), "parameter 'fit.curves.0.5.0.loss' is missing"),
+        (without("lengths", slice(None)), "parameter 'fit.lengths' is []: List should have"),
+        (FIT | {"chosen": "x"}, "parameter 'fit.chosen' is 'x': Input should be"),
+        (FIT | {"check": {"a": 1}}, "parameter 'fit.check.a' is 1: Input should be"),
+        (FIT | {"target_density": "<b>"}, "parameter 'fit.target_density' is '<b>': Input"),
+    ],
+)
+def test_a_report_that_cannot_be_shown_is_refused(random_masks, tmp_path, fit, message):
+    masks = random_masks()
+    header = masks.header.model_copy(update={"parameters": {"fit": fit}})
+    file = tmp_path / "masks.safetensors"
+    save_mask_set(dataclasses.replace(masks, header=header), file)
+    for arguments in ((), ("--json",), ("--plot", tmp_path / "masks.png")):
+        shown = run(file, *arguments)
+        assert shown.exit_code == 1
+        assert shown.output.startswith(f"Error: mask file {file}: {message}")
+        assert len(shown.output.splitlines()) == 1
 
 
 def test_static_masks_have_no_fit_to_show(random_masks, tmp_path):

@@ -1,0 +1,104 @@
+"""Refusals where a person sees them: from vLLM's first process, as the last line of its output.
+
+What needs no weights is refused before vLLM starts any other process: `LLM(...)` raises the error,
+the command `vllm` ends with its message. What only a worker can tell, when it builds layers, vLLM
+reports as "Engine core initialization failed"; the worker leaves the message in a file, and the
+command repeats it at its end.
+"""
+
+import atexit
+import functools
+import logging
+import multiprocessing
+import os
+import sys
+import tempfile
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+
+from dam_vllm.engine.checks import admit
+from dam_vllm.masks.file import MaskFileError
+from dam_vllm.masks.fingerprint import FingerprintError
+from dam_vllm.options import OptionError
+
+REFUSALS = (OptionError, MaskFileError, FingerprintError)
+# Names the file in which workers leave what they refuse.
+TOLD = "DAM_VLLM_REFUSAL"
+
+
+def refuse_early(backend: Any) -> None:
+    """Lets every process refuse what it can; idempotent.
+
+    Args:
+        backend: the enum member that chooses DAM.
+    """
+    if multiprocessing.parent_process() is not None:
+        _leave_refusals()
+    elif not hasattr(EngineArgs.create_engine_config, "__wrapped__"):
+        _check_configurations(backend)
+
+
+def _check_configurations(backend: Any) -> None:
+    stock = EngineArgs.create_engine_config
+
+    @functools.wraps(stock)
+    def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> VllmConfig:
+        config = stock(self, *args, **kwargs)
+        attention = config.attention_config
+        if backend not in (attention.backend, *attention.backend_per_kind.values()):
+            return config
+        try:
+            admit(config)
+        except REFUSALS as error:
+            if _is_command():
+                sys.exit(f"Error: {error}")
+            raise
+        if _is_command():
+            _repeat_refusals()
+        return config
+
+    EngineArgs.create_engine_config = create_engine_config
+
+
+def _is_command() -> bool:
+    """Whether this process is the command `vllm`, not a program that uses the library."""
+    return "vllm.entrypoints.cli.main" in sys.modules
+
+
+def _repeat_refusals() -> None:
+    """Ends the command with what a worker refused, where that ended it."""
+    if TOLD in os.environ:
+        return
+    handle, name = tempfile.mkstemp(prefix="dam-vllm-refusal-")
+    os.close(handle)
+    file, os.environ[TOLD] = Path(name), name
+    atexit.register(file.unlink, missing_ok=True)
+    earlier = sys.excepthook
+
+    def tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        earlier(kind, error, trace)
+        refused = file.read_text(encoding="utf-8")
+        if refused:
+            print(f"Error: {refused}", file=sys.stderr)
+
+    sys.excepthook = tell
+
+
+class _Leave(logging.Handler):
+    """Leaves the message of a refusal that vLLM logs."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, REFUSALS):
+            Path(os.environ[TOLD]).write_text(str(error), encoding="utf-8")
+
+
+def _leave_refusals() -> None:
+    logger = logging.getLogger("vllm")
+    known = any(isinstance(each, _Leave) for each in logger.handlers)
+    if TOLD in os.environ and not known:
+        logger.addHandler(_Leave())
