@@ -12,6 +12,9 @@ $(READY): pyproject.toml deploy/cpu/requirements.lock deploy/cpu/vllm-command/py
 	$(BIN)/pip install --quiet --no-deps -r deploy/cpu/requirements.lock
 	$(BIN)/pip install --quiet --no-deps ./deploy/cpu/vllm-command
 	$(BIN)/pip install --quiet --no-deps --editable .
+	# Tests of the viewer drive a browser; without one they are skipped.
+	command -v chromedriver >/dev/null || test "$$(id -u)" != 0 || \
+	  (apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium chromium-driver)
 	touch $@
 
 demo: $(READY)

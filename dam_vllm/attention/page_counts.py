@@ -48,11 +48,12 @@ class PageCounts:
             device: where pages are planned.
         """
         self.layers, self.first_head = tuple(layers), first_head
-        phases, whole = len(PHASES), {"dtype": torch.int64, "device": device}
-        self.pages = torch.zeros(phases, 2, len(layers), heads, **whole)
-        self.steps = torch.zeros(phases, len(DENSITIES), **whole)
+        phases = len(PHASES)
         self.densities = torch.zeros(phases, dtype=torch.float64, device=device)
-        self._closed = torch.zeros(phases, 2, **whole)
+        zeros = self.densities.long().new_zeros
+        self.pages = zeros(phases, 2, len(layers), heads)
+        self.steps = zeros(phases, len(DENSITIES))
+        self._closed = zeros(phases, 2)
         self.whole = np.zeros((phases, len(layers)), np.int64)
         self.whole_steps = np.zeros(phases, np.int64)
         self.plan_seconds, self.rehearsed = 0.0, False

@@ -1,6 +1,7 @@
 """Answers of the endpoint, from masks and counts."""
 
 import base64
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,16 +51,6 @@ def served(
     if "fit" in parameters:
         fit = parameters["fit"].items()
         parameters["fit"] = {name: value for name, value in fit if name not in LONG}
-    layers = [
-        Layer(
-            layer=layer,
-            type=kind,
-            heads=[describe(masks, layer, head) for head in range(masks.kv_heads)]
-            if kind == "full"
-            else [],
-        )
-        for layer, kind in enumerate(header.layer_types)
-    ]
     return Served(
         masks=file.name,
         kind=header.kind,
@@ -70,7 +61,7 @@ def served(
         options=_without_folders(options.model_dump()),
         page=page,
         dense_until=dense_until,
-        layers=layers,
+        layers=describe_all(masks),
         versions={"dam-vllm": __version__, **versions},
     )
 
@@ -84,6 +75,19 @@ def _without_folders(value: Any) -> Any:
     if isinstance(value, str) and Path(value).expanduser().is_absolute():
         return Path(value).name
     return value
+
+
+def describe_all(masks: MaskSet) -> list[Layer]:
+    """Modes of all KV heads."""
+    heads = range(masks.kv_heads)
+    return [
+        Layer(
+            layer=layer,
+            type=kind,
+            heads=[describe(masks, layer, head) for head in heads] if kind == "full" else [],
+        )
+        for layer, kind in enumerate(masks.header.layer_types)
+    ]
 
 
 def describe(masks: MaskSet, layer: int, head: int) -> Head:
@@ -167,6 +171,14 @@ def head_mask(masks: MaskSet, layer: int, head: int, cells: np.ndarray) -> HeadM
         cells=len(cells),
         image=base64.b64encode(np.round(cells * 255).astype(np.uint8).tobytes()).decode(),
     )
+
+
+def head_masks(masks: MaskSet) -> Iterator[HeadMask]:
+    """`head_mask` of every KV head that has one."""
+    for layer, kind in enumerate(masks.header.layer_types):
+        if kind == "full":
+            for head, cells in enumerate(images(masks, layer)):
+                yield head_mask(masks, layer, head, cells)
 
 
 def _numbers(table: np.ndarray | None, layer: int, own: slice) -> list[float | None] | None:
