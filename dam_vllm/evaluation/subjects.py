@@ -15,6 +15,8 @@ from dam_vllm.masks.file import save_mask_set
 from dam_vllm.masks.rounding import ceil_div
 from dam_vllm.server import Server
 
+# Groups of plugins that vLLM loads where VLLM_PLUGINS is not set (vllm/plugins/__init__.py).
+LOADED = ("general", "platform", "io_processor", "stat_logger")
 START_SECONDS = 1800.0
 SPARE_PAGES = 64
 
@@ -80,11 +82,10 @@ def masks_arguments(masks: Path, dense_below: int) -> list[str]:
 def plugins() -> str:
     """Names of vLLM's plugins that are loaded anyway, and ours, whose endpoint tells pages."""
     given = os.environ.get("VLLM_PLUGINS")
-    names = [] if given is None else given.split(",")
-    if given is None:
-        groups = (each for each in entry_points() if each.group.startswith("vllm."))
-        names = [each.name for each in groups if each.group != "vllm.endpoint_plugins"]
-    return ",".join(sorted({*names, "dam"}))
+    if given is not None:
+        return ",".join(sorted({*given.split(","), "dam"}))
+    loaded = (each for group in LOADED for each in entry_points(group=f"vllm.{group}_plugins"))
+    return ",".join(sorted({*(each.name for each in loaded), "dam"}))
 
 
 def token_bytes(config: Any) -> int | None:
