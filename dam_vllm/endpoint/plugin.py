@@ -4,6 +4,7 @@ from argparse import Namespace
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
+from fastapi.concurrency import run_in_threadpool
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
 from dam_vllm.endpoint import answers
@@ -42,7 +43,8 @@ class DamEndpoint:
             dam = getattr(request.app.state, "dam", None)
             if dam is not None:
                 self.collector.snapshot = await dam.live.counts(PATIENCE)
-            return Response(generate_latest(told), headers={"Content-Type": CONTENT_TYPE_LATEST})
+            text = await run_in_threadpool(generate_latest, told)
+            return Response(text, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
         app.get("/metrics", include_in_schema=False)(metrics)
 
