@@ -1,6 +1,7 @@
 """What a running server tells: two API servers, keys, metrics, endpoint and viewer in a browser."""
 
 import json
+import os
 from contextlib import contextmanager
 
 import httpx
@@ -25,11 +26,16 @@ LONG, SHORT, NEW = 2200, 300, 40
 
 
 @contextmanager
-def serve(options, *arguments):
+def serve(options, *arguments, tensor_parallel=1):
     common = ["--attention-backend=dam", "--enforce-eager", "--max-model-len=4096"]
     common += [f"--block-size={PAGE}", "--kv-cache-memory-bytes=50000000", f"--api-key={KEY}"]
     common += ["--additional-config", json.dumps({"dam": {"dense_below": DENSE_BELOW, **options}})]
+    cores = sorted(os.sched_getaffinity(0))
+    ranks = (str(cores[rank % len(cores)]) for rank in range(tensor_parallel))
     environment = {"VLLM_PLUGINS": "dam", "HF_HUB_OFFLINE": "1"}
+    if tensor_parallel > 1:
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(ranks)
+    common.append(f"--tensor-parallel-size={tensor_parallel}")
     with Server(MODEL, [*common, *arguments], environment) as server:
         yield Asked(server)
 
@@ -175,7 +181,7 @@ def test_ranks_and_freed_pages(tmp_path):
     masks = streaming(MODEL, 16, 256)
     save_mask_set(masks, tmp_path / "window.safetensors")
     options = {"masks": str(tmp_path / "window.safetensors"), "dense_below": 0}
-    with serve(options, "--tensor-parallel-size=2", "--max-num-batched-tokens=1024") as asked:
+    with serve(options, "--max-num-batched-tokens=1024", tensor_parallel=2) as asked:
         asked.complete(LONG, seed=3)
         told, found = asked.get("/dam/density").json(), asked.metrics()
     assert len(told["heads"]) == 16
