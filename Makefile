@@ -1,15 +1,15 @@
-# make setup | demo | test | test-fast | style | compat | bench; everything runs in .venv
+# make setup | demo | test | test-fast | style | compat | bench | image-steps | audit; all in .venv
 PYTHON ?= python3.11
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo test test-fast style compat bench
+.PHONY: setup demo test test-fast style compat bench image-steps audit
 
 setup: $(READY)
 
-$(READY): pyproject.toml deploy/cpu/requirements.lock deploy/cpu/vllm-command/pyproject.toml
+$(READY): pyproject.toml $(wildcard deploy/cpu/*.lock) deploy/cpu/vllm-command/pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --no-deps -r deploy/cpu/requirements.lock
+	$(BIN)/pip install --quiet --no-deps -r deploy/cpu/requirements.lock -r deploy/cpu/development.lock
 	$(BIN)/pip install --quiet --no-deps ./deploy/cpu/vllm-command
 	$(BIN)/pip install --quiet --no-deps --editable .
 	# Tests of the viewer drive a browser; without one they are skipped.
@@ -42,3 +42,17 @@ bench: $(READY)
 # Static: every name of vLLM that we use, in each release that we support.
 compat: $(READY)
 	$(BIN)/python -m tests.compat installed 0.32 0.33
+
+# Security: our code, and what is known of the lock's packages (asks the package index).
+audit: .cache/audit/.ready
+	.cache/audit/bin/bandit --quiet --recursive --configfile pyproject.toml dam_vllm
+	.cache/audit/bin/pip-audit --no-deps --disable-pip --requirement deploy/cpu/requirements.lock
+
+.cache/audit/.ready:
+	$(PYTHON) -m venv .cache/audit
+	.cache/audit/bin/pip install --quiet bandit==1.9.4 pip-audit==2.10.1
+	touch $@
+
+# The steps of deploy/cpu/Dockerfile in a clean folder, every package installed anew; then it serves.
+image-steps: $(READY)
+	DAM_WHOLE_IMAGE=1 $(BIN)/pytest -o tmp_path_retention_policy=failed tests/unit/deploy/test_image_steps.py

@@ -6,8 +6,10 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from dam_vllm.hub import MASKS_IN_REPOSITORY, HubError, fetch, is_hub_id
+
 MASKS_VARIABLE = "DAM_MASKS"
-MASKS_IN_MODEL = "dam/masks.safetensors"
+MASKS_IN_MODEL = MASKS_IN_REPOSITORY
 KEY = "dam"
 
 
@@ -114,35 +116,53 @@ def find_masks(options: DamOptions, model: str, revision: str | None = None) -> 
         OptionError: if there is none; the message names the places that were looked at.
     """
     given = options.masks or os.environ.get(MASKS_VARIABLE)
-    if given is None:
-        found = _in_repository(model, revision)
-        if found is None:
-            raise OptionError(
-                f'no mask file: set --additional-config \'{{"{KEY}": {{"masks": PATH}}}}\' or '
-                f"{MASKS_VARIABLE}, or put {MASKS_IN_MODEL} beside the model's weights "
-                f"({model}); `dam-vllm calibrate` makes one"
-            )
-        return found
+    if not given:
+        return _of_model(model, revision)
     name = "dam.masks" if options.masks else MASKS_VARIABLE
-    if Path(given).is_file():
-        return Path(given)
-    found = _in_repository(given, None)
-    if found is None:
+    try:
+        file = mask_file(given)
+    except HubError as error:
+        raise OptionError(f"{name} is {given!r}: {error}") from None
+    if not file.is_file():
         raise OptionError(
             f"{name} is {given!r}: must be a mask file, or a folder or Hugging Face Hub id "
             f"that holds {MASKS_IN_MODEL}"
         )
-    return found
+    return file
 
 
-def _in_repository(place: str, revision: str | None) -> Path | None:
-    """The mask file in a folder or in a Hub repository, or None."""
-    if Path(place).is_dir():
-        file = Path(place) / MASKS_IN_MODEL
-        return file if file.is_file() else None
-    from huggingface_hub import hf_hub_download
+def mask_file(place: str) -> Path:
+    """The mask file that a path or a Hub id names.
 
-    try:
-        return Path(hf_hub_download(place, MASKS_IN_MODEL, revision=revision))
-    except Exception:  # an invalid id, no such file, no network: for the caller all the same
-        return None
+    Args:
+        place: a file, a folder that holds `dam/masks.safetensors`, or the Hub id of such one.
+
+    Returns:
+        The file, which may be missing where a path was given.
+
+    Raises:
+        HubError: if it is a Hub id whose file cannot be had.
+    """
+    path = Path(place)
+    if path.is_dir():
+        return path / MASKS_IN_MODEL
+    return fetch(place) if is_hub_id(place) and not path.exists() else path
+
+
+def _of_model(model: str, revision: str | None) -> Path:
+    """The mask file beside a model's weights."""
+    why = ""
+    if Path(model).is_dir():
+        file = Path(model) / MASKS_IN_MODEL
+        if file.is_file():
+            return file
+    else:
+        try:
+            return fetch(model, revision)
+        except HubError as error:
+            why = f". {error}"
+    raise OptionError(
+        f'no mask file: set --additional-config \'{{"{KEY}": {{"masks": PATH}}}}\' or '
+        f"{MASKS_VARIABLE}, or put {MASKS_IN_MODEL} beside the model's weights "
+        f"({model}); `dam-vllm calibrate` makes one{why}"
+    )

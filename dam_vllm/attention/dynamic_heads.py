@@ -72,10 +72,9 @@ class DynamicHeads:
         )
 
     def logits(self, max_scores: torch.Tensor) -> torch.Tensor:
-        """Scaled and capped scores in float32."""
-        # A factor with a dimension makes one pass of conversion and product.
-        logits = max_scores * torch.tensor([self.scale], device=max_scores.device)
-        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
+        """Scales and caps float32 scores, in their place."""
+        logits = max_scores.mul_(self.scale)
+        return logits.div_(self.softcap).tanh_().mul_(self.softcap) if self.softcap else logits
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,13 @@ import torch
 
 from dam_vllm.attention.cuda.attention import CUDAAttention, Limits
 from dam_vllm.attention.cuda.choices import Choices
+from dam_vllm.attention.cuda.choosing import choice_bytes
 from dam_vllm.attention.cuda.dynamic import DeviceChoosing
 from dam_vllm.attention.cuda.flash import Flash
 from dam_vllm.attention.cuda.layer import DeviceLayer, HeadSet
 from dam_vllm.attention.cuda.paged import Softmax
 from dam_vllm.attention.cuda.rotation import DeviceRotation
 from dam_vllm.attention.cuda.scratch import Scratch
-from dam_vllm.attention.cuda.select import choice_bytes
 from dam_vllm.attention.dynamic_heads import DynamicHeads, ReusingHeads
 from dam_vllm.attention.interface import Step
 from dam_vllm.attention.layout import KVLayout

@@ -15,7 +15,7 @@ from dam_vllm.calibration.errors import CalibrationError
 from dam_vllm.calibration.static.maps import MapSums
 
 STATE = "state.json"
-PASS = "pass.safetensors"
+PASS = "pass.safetensors"  # nosec B105
 MAP = "maps"
 
 MapKind = Literal["tokens", "pages"]

@@ -1,7 +1,9 @@
 """What calibration raises."""
 
+from dam_vllm.options import OptionError
 
-class CalibrationError(ValueError):
+
+class CalibrationError(OptionError):
     """An input that cannot be honoured; the message names it, its value and what is allowed."""
 
 

@@ -6,6 +6,7 @@ from dam_vllm.calibration.static.build import with_densities
 from dam_vllm.masks.file import load_mask_set, save_mask_set
 from dam_vllm.masks.mask_set import MaskSet
 from dam_vllm.masks.targets import at_target
+from dam_vllm.options import OptionError
 
 
 def retarget(
@@ -26,10 +27,10 @@ def retarget(
     Raises:
         MaskFileError: for a missing or damaged file.
         TargetError: for a target that the file's frontier does not reach.
-        ValueError: if not exactly one target is given.
+        OptionError: if not exactly one target is given.
     """
     if (target_density is None) == (target_error is None):
-        raise ValueError(
+        raise OptionError(
             f"--target-density is {target_density} and --target-error is {target_error}: "
             f"--retarget needs exactly one of them"
         )

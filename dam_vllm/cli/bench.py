@@ -19,6 +19,7 @@ from dam_vllm.cli.e2e_benchmark import (
 )
 from dam_vllm.cli.e2e_benchmark import e2e as e2e_benchmark
 from dam_vllm.cli.kernel_benchmarks import BATCHES, CHUNKS, CPU, GPU, SPREADS, KernelOptions, Phase
+from dam_vllm.cli.program import Quiet
 
 app = typer.Typer(help="Measure speed beside a peer in the same run.", no_args_is_help=True)
 
@@ -71,7 +72,7 @@ def kernel(
             f"where they take long.{_defaults('rounds')}",
         ),
     ] = None,
-    phase: Annotated[Phase | None, typer.Option(help="GPU: what is timed. [all]")] = None,
+    phase: Annotated[Phase | None, typer.Option(help="GPU: what is timed (default: all).")] = None,
     batches: Annotated[
         str | None, typer.Option(help=f"GPU: requests that decode together. [{BATCHES}]")
     ] = None,
@@ -90,6 +91,7 @@ def kernel(
         ),
     ] = None,
     json: Json = None,
+    quiet: Quiet = False,
 ) -> None:
     """One layer's attention: dam beside dense attention and torch flex_attention.
 
@@ -111,6 +113,7 @@ def tune(
     batch: Annotated[int, typer.Option(min=1, help="Requests decoding.")] = TUNED_BATCH,
     rounds: Rounds = 10,
     json: Json = None,
+    quiet: Quiet = False,
 ) -> None:
     """Block sizes of the Triton kernel for the GPU at hand, as lines for attention/tuning.py."""
     benchmarks.finish([kernel_benchmarks.tune(head_sizes, page, tokens, batch, rounds)], json)
@@ -125,6 +128,7 @@ def scoring(
     heads_per_kv: Annotated[int, typer.Option(min=1, help="Query heads a KV head.")] = 4,
     rounds: Rounds = 5,
     json: Json = None,
+    quiet: Quiet = False,
 ) -> None:
     """Choosing pages by token scores, against the dense attention that it replaces."""
     benchmarks.finish(
@@ -139,6 +143,7 @@ def plan(
     rounds: Rounds = ROUNDS,
     enforce_eager: Eager = False,
     json: Json = None,
+    quiet: Quiet = False,
 ) -> None:
     """The step's plan as a share of a 16k prefill and of decoding 8 requests at 4k."""
     benchmarks.finish([benchmarks.plan(page, window, rounds, enforce_eager)], json)
@@ -188,6 +193,7 @@ def e2e(
     crossover: Crossover = False,
     enforce_eager: Eager = False,
     json: Json = None,
+    quiet: Quiet = False,
 ) -> None:
     """`vllm serve`, stock and dam, asked in turn by `vllm bench serve`: TTFT, TPOT, requests/s."""
     options = E2eOptions(
@@ -204,13 +210,14 @@ def memory(
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Image of the pages held by tokens.")] = None,
     json: Json = None,
+    quiet: Quiet = False,
 ) -> None:
     """Requests that fit into the KV cache, pages held, and throughput, dense against dam."""
     benchmarks.finish([benchmarks.memory(masks, plot)], json)
 
 
 @app.command(name="all")
-def every(json: Json = None) -> None:
+def every(json: Json = None, quiet: Quiet = False) -> None:
     """All but tune with their defaults, and the crossover; about half an hour."""
     chosen = [
         kernel_benchmarks.kernel(KernelOptions()),

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dam_vllm.cli.program import PROGRESS
+
 EAGER = ("--enforce-eager",)
 FILE_WIDTH = 130  # where output goes to a file, no column needs to be cut
 Rows = Sequence[dict[str, Any]]
@@ -52,7 +54,7 @@ def finish(benchmarks: Sequence[Benchmark], json: Path | None) -> None:
         if not console.is_terminal:
             console.width = max(wide, benchmark.width)
         new: list[dict[str, Any]] = []
-        with progress(console, benchmark.title, benchmark.total) as advance:
+        with progress(PROGRESS, benchmark.title, benchmark.total) as advance:
             for row in benchmark.run(advance):
                 new.append(row)
                 if json is not None:

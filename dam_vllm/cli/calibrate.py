@@ -8,6 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dam_vllm.calibration.settings import CalibrationConfig, FitConfig, meaning
+from dam_vllm.cli.program import INTERRUPTED, PROGRESS, Quiet
+from dam_vllm.options import OptionError
+
 if TYPE_CHECKING:
     import torch
 
@@ -26,40 +30,21 @@ DataOption = Annotated[
 ]
 OutputOption = Annotated[Path, typer.Option(help="Mask file to write (.safetensors).")]
 ConfigOption = Annotated[
-    Path | None, typer.Option(help="YAML file of settings; the options below go before it.")
+    list[Path] | None,
+    typer.Option(
+        help="YAML file of settings, see `dam-vllm settings`; given again, a file goes before "
+        "those named earlier, and the options below before all."
+    ),
 ]
 FieldOption = Annotated[str, typer.Option(help="Key of the text in JSONL and data sets.")]
-PclOption = Annotated[
-    int | None,
-    typer.Option(
-        help="Pattern Capture Length in tokens [default: the longest that memory, model "
-        "and texts allow]."
-    ),
-]
-ReachOption = Annotated[
-    int | None,
-    typer.Option(
-        help="Length in tokens up to which columns and diagonals are looked for on maps of "
-        "pages, beyond the PCL [default: the PCL]."
-    ),
-]
-TargetErrorOption = Annotated[
-    float | None,
-    typer.Option(
-        help="Fit every KV head's mode: the lowest density whose predicted KL of the next "
-        "token stays below this, in nats; by default what the settings say."
-    ),
-]
+PclOption = Annotated[int | None, typer.Option(help=meaning(CalibrationConfig, "pcl"))]
+ReachOption = Annotated[int | None, typer.Option(help=meaning(CalibrationConfig, "reach"))]
+TargetErrorOption = Annotated[float | None, typer.Option(help=meaning(FitConfig, "target_error"))]
 TargetDensityOption = Annotated[
-    float | None,
-    typer.Option(help="Fit every KV head's mode: the lowest error with at most this density."),
+    float | None, typer.Option(help=meaning(FitConfig, "target_density"))
 ]
 TargetKvMemoryOption = Annotated[
-    float | None,
-    typer.Option(
-        help="With one of the two: the largest share of KV heads that keep all their KV-cache "
-        "pages while serving; those of the others are freed."
-    ),
+    float | None, typer.Option(help=meaning(FitConfig, "target_kv_memory"))
 ]
 RetargetOption = Annotated[
     Path | None,
@@ -68,15 +53,15 @@ RetargetOption = Annotated[
         "beside; takes seconds, and neither MODEL nor --data."
     ),
 ]
-TextsOption = Annotated[int | None, typer.Option(help="Largest number of windows.")]
-BatchSizeOption = Annotated[int | None, typer.Option(help="Windows a forward pass.")]
-SeedOption = Annotated[int | None, typer.Option(help="Of the choice and split of texts.")]
+TextsOption = Annotated[int | None, typer.Option(help=meaning(CalibrationConfig, "texts"))]
+BatchSizeOption = Annotated[int | None, typer.Option(help=meaning(CalibrationConfig, "batch_size"))]
+SeedOption = Annotated[int | None, typer.Option(help=meaning(CalibrationConfig, "seed"))]
 MemoryGibOption = Annotated[
     float | None,
-    typer.Option(help="Memory for attention maps, in GiB [default: half of what is free]."),
+    typer.Option(help="Memory for attention maps, in GiB (default: half of what is free)."),
 ]
 DeviceOption = Annotated[
-    str | None, typer.Option(help="cpu, cuda or cuda:N [default: cuda where there is one].")
+    str | None, typer.Option(help="cpu, cuda or cuda:N (default: cuda where there is one).")
 ]
 DtypeOption = Annotated[
     str,
@@ -104,6 +89,7 @@ def calibrate(
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
     revision: RevisionOption = None,
+    quiet: Quiet = False,
 ) -> None:
     """Calibrates a model's masks on texts (DAM, Stage 1) and writes a mask file.
 
@@ -112,7 +98,7 @@ def calibrate(
     from dam_vllm.calibration.errors import CalibrationStopped
     from dam_vllm.calibration.model import ModelSource
     from dam_vllm.calibration.pipeline import Job
-    from dam_vllm.calibration.settings import load_config
+    from dam_vllm.calibration.settings_file import load_config
 
     overrides = {
         "pcl": pcl,
@@ -124,34 +110,30 @@ def calibrate(
         "target_density": target_density,
         "target_kv_memory": target_kv_memory,
     }
-    try:
-        _check(memory_gib, dtype, output)
-        if retarget is not None:
-            _retarget(retarget, output, target_density, target_error, (model, data))
-            return
-        if model is None or data is None:
-            raise ValueError(
-                f"MODEL is {model!r} and --data is {data!r}: both must be given, unless "
-                f"--retarget is"
-            )
-        job = Job(
-            source=ModelSource(model, revision, _device(device), dtype),
-            data=data,
-            field=field,
-            config=load_config(config, overrides),
-            output=output,
-            memory_gib=memory_gib,
+    _check(memory_gib, dtype, output)
+    if retarget is not None:
+        _retarget(retarget, output, target_density, target_error, (model, data))
+        return
+    if model is None or data is None:
+        raise OptionError(
+            f"MODEL is {model!r} and --data is {data!r}: both must be given, unless --retarget is"
         )
+    job = Job(
+        source=ModelSource(model, revision, _device(device), dtype),
+        data=data,
+        field=field,
+        config=load_config(config or [], overrides),
+        output=output,
+        memory_gib=memory_gib,
+    )
+    try:
         _run(job)
     except CalibrationStopped:
         typer.echo(
             f"Stopped; what is done lies in {job.checkpoint}. The same command goes on from there.",
             err=True,
         )
-        raise typer.Exit(130) from None
-    except (ValueError, OSError) as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(2) from None
+        raise typer.Exit(INTERRUPTED) from None
 
 
 def _retarget(
@@ -165,7 +147,7 @@ def _retarget(
 
     for name, value in zip(("MODEL", "--data"), unused, strict=True):
         if value is not None:
-            raise ValueError(f"{name} is {value!r}, must be left away with --retarget")
+            raise OptionError(f"{name} is {value!r}, must be left away with --retarget")
     masks = retarget(file, output, target_density, target_error)
     chosen = masks.header.parameters["fit"]["chosen"]
     typer.echo(
@@ -178,11 +160,11 @@ def _check(memory_gib: float | None, dtype: str, output: Path) -> None:
     from dam_vllm.calibration.model import DTYPES
 
     if memory_gib is not None and memory_gib <= 0:
-        raise ValueError(f"--memory-gib is {memory_gib}, must be more than 0")
+        raise OptionError(f"--memory-gib is {memory_gib}, must be more than 0")
     if dtype != "auto" and dtype not in DTYPES:
-        raise ValueError(f"--dtype is {dtype!r}, must be one of auto, {', '.join(DTYPES)}")
+        raise OptionError(f"--dtype is {dtype!r}, must be one of auto, {', '.join(DTYPES)}")
     if output.is_dir():
-        raise ValueError(f"--output is {str(output)!r}, a folder; must be a file")
+        raise OptionError(f"--output is {str(output)!r}, a folder; must be a file")
 
 
 def _device(name: str | None) -> "torch.device":
@@ -197,14 +179,13 @@ def _device(name: str | None) -> "torch.device":
             raise RuntimeError(f"{device.type} is not served")
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(
+        raise OptionError(
             f"--device is {name!r}, must be cpu, cuda or cuda:N as this machine has: {reason}"
         ) from error
     return device
 
 
 def _run(job: "Job") -> None:
-    from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
     from transformers.utils import logging
 
@@ -212,14 +193,13 @@ def _run(job: "Job") -> None:
     from dam_vllm.calibration.progress import Reporter
 
     logging.disable_progress_bar()
-    console = Console(stderr=True)
     columns = (
         TextColumn("calibrating"),
         BarColumn(),
         TextColumn("{task.percentage:.0f}%"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console) as bar, _stop_flag() as stopped:
+    with Progress(*columns, console=PROGRESS) as bar, _stop_flag() as stopped:
         task = bar.add_task("", total=None)
         masks = calibrate(
             job,

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dam_vllm.cli.program import PROGRESS, Quiet
+
 if TYPE_CHECKING:
     from dam_vllm.demo.run import Row
 
@@ -17,6 +19,7 @@ def demo(
     lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens.")] = "2048,4096,8192",
     seed: Annotated[int, typer.Option(help="Of the questions.")] = 0,
     output: Annotated[Path, typer.Option(help="Folder for masks and picture.")] = Path("out/demo"),
+    quiet: Quiet = False,
 ) -> None:
     """Serves the demo model dense, with static masks and with fitted ones, and asks all three.
 
@@ -40,7 +43,7 @@ def demo(
     masks = {"static (paper)": _calibrate(output), "fitted": model_dir() / MASKS_IN_MODEL}
     for name, file in masks.items():
         plot_masks(load_mask_set(file), output / f"{name.split()[0]}.png")
-    with Progress(console=console) as bar:
+    with Progress(console=PROGRESS) as bar:
         total = (1 + len(masks)) * samples * len(sizes)
         task = bar.add_task("asking three servers over HTTP", total=total)
         rows = serve_and_ask(masks, sizes, samples, seed, lambda: bar.advance(task))
@@ -52,6 +55,7 @@ def demo(
 
 def _lengths(text: str) -> list[int]:
     from dam_vllm.demo.run import MAX_LENGTH, REPLY_TOKENS
+    from dam_vllm.options import OptionError
 
     # The chat template adds a few tokens to the prompt.
     most = MAX_LENGTH - REPLY_TOKENS - 16
@@ -60,7 +64,7 @@ def _lengths(text: str) -> list[int]:
     except ValueError:
         values = []
     if not values or not all(256 <= value <= most for value in values):
-        raise ValueError(
+        raise OptionError(
             f"--lengths is {text!r}, must be numbers from 256 to {most}, e.g. 512,4096"
         )
     return values
@@ -77,7 +81,7 @@ def _calibrate(output: Path) -> Path:
         model=str(folder / "model"),
         data=str(folder / "texts.jsonl"),
         output=masks,
-        config=folder / "paper.yaml",
+        config=[folder / "paper.yaml"],
     )
     return masks
 

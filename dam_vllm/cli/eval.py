@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from dam_vllm.cli.program import INTERRUPTED, PROGRESS, Quiet
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -53,9 +55,10 @@ def spread(args: Sequence[str], option: str) -> list[str]:
 
 ModelArgument = Annotated[str, typer.Argument(help="Folder or Hugging Face Hub id of the model.")]
 MasksOption = Annotated[
-    list[Path] | None,
+    list[str] | None,
     typer.Option(
-        metavar="FILE...", help="Mask files to compare, one or more; without, dense alone."
+        metavar="FILE...",
+        help="Mask files, folders or Hub ids to compare, one or more; without, dense alone.",
     ),
 ]
 TasksOption = Annotated[str, typer.Option(help="Comma-separated, among these.")]
@@ -121,6 +124,7 @@ def evaluate(
     write: WriteOption = False,
     fresh: FreshOption = False,
     serve_args: ServeArgsOption = "",
+    quiet: Quiet = False,
 ) -> None:
     """Asks a model questions over long texts through vLLM, with each mask file and without.
 
@@ -132,38 +136,34 @@ def evaluate(
     from dam_vllm.evaluation.checks import output_options
     from dam_vllm.evaluation.prepare import prepare
     from dam_vllm.evaluation.state import State
+    from dam_vllm.options import mask_file
 
     logging.disable_progress_bar()
-    files = masks or []
-    try:
-        output_options(json, plot, write, len(files))
-        job = prepare(
-            model=model,
-            masks=files,
-            tasks=tasks,
-            lengths=lengths,
-            samples=samples,
-            seed=seed,
-            page=page,
-            dense_below=dense_below,
-            streaming=streaming,
-            text=text,
-            windows=windows,
-            serve_args=serve_args,
-        )
-        if fresh:
-            shutil.rmtree(job.folder, ignore_errors=True)
-        state = State(job.folder)
-    except (ValueError, OSError) as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(2) from None
+    places = masks or []
+    files = [mask_file(place) for place in places]
+    output_options(json, plot, write, places)
+    job = prepare(
+        model=model,
+        masks=files,
+        tasks=tasks,
+        lengths=lengths,
+        samples=samples,
+        seed=seed,
+        page=page,
+        dense_below=dense_below,
+        streaming=streaming,
+        text=text,
+        windows=windows,
+        serve_args=serve_args,
+    )
+    if fresh:
+        shutil.rmtree(job.folder, ignore_errors=True)
+    state = State(job.folder)
     _report(job, state, _ask(job, state), json, plot, write)
 
 
 def _ask(job: "Job", state: "State") -> "list[Place]":
-    """Measures, and ends with one line where it cannot."""
-    from dam_vllm.server import ServerError
-
+    """Measures, and says where an interrupted evaluation goes on."""
     try:
         return _measure(job, state)
     except KeyboardInterrupt:
@@ -171,14 +171,10 @@ def _ask(job: "Job", state: "State") -> "list[Place]":
             f"Stopped; answers so far lie in {job.folder}. The same command goes on from there.",
             err=True,
         )
-        raise typer.Exit(130) from None
-    except ServerError as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(1) from None
+        raise typer.Exit(INTERRUPTED) from None
 
 
 def _measure(job: "Job", state: "State") -> "list[Place]":
-    from rich.console import Console
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -197,7 +193,7 @@ def _measure(job: "Job", state: "State") -> "list[Place]":
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bar, _sigterm_as_interrupt():
+    with Progress(*columns, console=PROGRESS) as bar, _sigterm_as_interrupt():
         task = bar.add_task("", total=None)
 
         def progress(name: str, done: int, total: int) -> None:

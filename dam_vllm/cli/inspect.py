@@ -18,11 +18,13 @@ FIT_HIDDEN = {"curves", "heads", "texts"}
 
 
 def inspect(
-    file: Annotated[Path, typer.Argument(help="Mask file (.safetensors).")],
+    file: Annotated[
+        str, typer.Argument(help="Mask file, or folder or Hub id that holds dam/masks.safetensors.")
+    ],
     length: Annotated[int, typer.Option(min=1, help="Prompt length of the density shown.")] = 8192,
     page: Annotated[
         int | None,
-        typer.Option(min=1, help="Tokens a KV-cache page [default: those of the fit, else 16]."),
+        typer.Option(min=1, help="Tokens a KV-cache page (default: those of the fit, else 16)."),
     ] = None,
     plot: Annotated[
         Path | None,
@@ -39,18 +41,15 @@ def inspect(
 ) -> None:
     """Shows a mask file: layers, density, coverage, parameters and fingerprint."""
     from dam_vllm.masks.file import load_mask_set
+    from dam_vllm.options import mask_file
 
-    try:
-        masks = load_mask_set(file)
-        fit = masks.header.parameters.get("fit")
-        report = _report(masks, length, page or (fit["page"] if fit else DEFAULT_PAGE))
-        if plot is not None:
-            _plot(masks, plot)
-        if html is not None:
-            _write_page(masks, file, html, report)
-    except (ValueError, OSError) as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(2) from None
+    masks = load_mask_set(mask_file(file))
+    fit = masks.header.parameters.get("fit")
+    report = _report(masks, length, page or (fit["page"] if fit else DEFAULT_PAGE))
+    if plot is not None:
+        _plot(masks, plot)
+    if html is not None:
+        _write_page(masks, mask_file(file), html, report)
     if as_json:
         typer.echo(json.dumps(report, indent=2))
     else:

@@ -6,27 +6,32 @@ import sys
 import typer
 
 from dam_vllm import __version__
-from dam_vllm.bench.client import ClientError
 from dam_vllm.cli import masks
 from dam_vllm.cli.bench import app as bench
 from dam_vllm.cli.calibrate import calibrate
 from dam_vllm.cli.demo import demo
+from dam_vllm.cli.doctor import doctor
 from dam_vllm.cli.eval import ManyMasks, evaluate
 from dam_vllm.cli.inspect import inspect
-from dam_vllm.server import ServerError
+from dam_vllm.cli.program import Program
+from dam_vllm.cli.push import push
+from dam_vllm.cli.settings import settings
 
 app = typer.Typer(
+    cls=Program,
     help="Calibrated sparse attention (DAM) for vLLM.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
 app.command()(calibrate)
+app.command()(settings)
 app.command()(inspect)
+app.command()(push)
 app.command("eval", cls=ManyMasks)(evaluate)
 app.add_typer(masks.app, name="masks")
 app.add_typer(bench, name="bench")
 app.command()(demo)
+app.command()(doctor)
 
 
 def _version(wanted: bool) -> None:
@@ -37,17 +42,15 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True),
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Print the version."
+    ),
 ) -> None:
     pass
 
 
 def main() -> None:
-    """Entry point; a bad value or a child that failed ends with one message, no traceback."""
+    """Entry point."""
     # As an exception it stops the servers that a command has started.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        app()
-    except (ValueError, ServerError, ClientError) as error:
-        typer.echo(f"Error: {error}", err=True)
-        sys.exit(2 if isinstance(error, ValueError) else 1)
+    app()

@@ -11,12 +11,12 @@ from vllm.v1.attention.backends import flash_attn
 from dam_vllm.attention.chosen_pages import ChosenPages
 from dam_vllm.attention.cuda.attention import CUDAAttention, static_sets
 from dam_vllm.attention.cuda.choices import Choices, rows_of
+from dam_vllm.attention.cuda.choosing import choice_bytes
 from dam_vllm.attention.cuda.dynamic import DeviceChoosing
 from dam_vllm.attention.cuda.flash import Descales, Flash
 from dam_vllm.attention.cuda.layer import DeviceLayer
 from dam_vllm.attention.cuda.paged import Softmax
 from dam_vllm.attention.cuda.scratch import Scratch
-from dam_vllm.attention.cuda.select import choice_bytes
 from dam_vllm.attention.dynamic_heads import DynamicHeads, ReusingHeads
 from dam_vllm.engine.checks import Serving, admit
 from dam_vllm.engine.kv_free.cuda_groups import CUDAGroups

@@ -74,7 +74,9 @@ def serve_args_option(text: str) -> tuple[str, ...]:
         raise OptionError(f"--serve-args is {text!r}, must be shell words: {error}") from None
 
 
-def output_options(json_file: Path | None, plot: Path | None, write: bool, masks: int) -> None:
+def output_options(
+    json_file: Path | None, plot: Path | None, write: bool, masks: Sequence[str]
+) -> None:
     """Refuses outputs that could not be written once all is measured."""
     for option, path in (("--json", json_file), ("--plot", plot)):
         if path is not None and path.is_dir():
@@ -83,6 +85,12 @@ def output_options(json_file: Path | None, plot: Path | None, write: bool, masks
         raise OptionError(f"--plot is {str(plot)!r}, must end in {', '.join(IMAGES)}")
     if write and not masks:
         raise OptionError("--write stores a report in mask files; name them with --masks")
+    for place in masks:
+        if write and not Path(place).exists():
+            raise OptionError(
+                f"--write stores a report in mask files, {place!r} is none here: download it, or "
+                f"leave the option away"
+            )
 
 
 def masks_option(files: Sequence[Path], served: Fingerprint) -> list[Subject]:

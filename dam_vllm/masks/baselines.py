@@ -6,6 +6,7 @@ from transformers import AutoConfig
 from dam_vllm.masks.fingerprint import FingerprintError, fingerprint
 from dam_vllm.masks.mask_set import Header, HeadMode, MaskSet, pack_lower
 from dam_vllm.masks.model_shape import model_shape
+from dam_vllm.options import OptionError
 
 
 def dense(model: str) -> MaskSet:
@@ -35,12 +36,12 @@ def streaming(model: str, sinks: int, window: int) -> MaskSet:
         The mask set, for any weights of that shape.
 
     Raises:
-        ValueError: if `sinks` or `window` is below 1.
+        OptionError: if `sinks` or `window` is below 1.
         FingerprintError: if there is no such model.
     """
     for name, value in (("--sinks", sinks), ("--window", window)):
         if value < 1:
-            raise ValueError(f"{name} is {value}, must be at least 1 token")
+            raise OptionError(f"{name} is {value}, must be at least 1 token")
     index = np.arange(max(sinks, window))
     parameters = {"sinks": sinks, "window": window}
     return _uniform(model, "streaming", index < sinks, index < window, HeadMode.STATIC, parameters)

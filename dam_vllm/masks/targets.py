@@ -7,13 +7,14 @@ import numpy as np
 from dam_vllm.masks.dynamic_arrays import Dynamic
 from dam_vllm.masks.frontier_arrays import MEASURES, unpack_pattern
 from dam_vllm.masks.mask_set import HeadMode, MaskSet
+from dam_vllm.options import OptionError
 
 OF_ONE_CHOICE = ("heads", "check")
 """What a fit tells of the choice that it took, and of no other."""
 DYNAMIC_FIELDS = ("channels", "kinds", "budgets", "floors", "caps", "expected")
 
 
-class TargetError(ValueError):
+class TargetError(OptionError):
     """A target that the mask file's frontier does not reach."""
 
 

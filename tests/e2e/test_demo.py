@@ -35,11 +35,12 @@ def test_demo_goes_the_whole_way(tmp_path):
 
 
 def test_shipped_masks_are_fitted():
-    """What serving finds beside the demo model: its own, with dynamic heads and a check."""
+    """What serving finds beside the demo model: with dynamic heads, a KL and a frontier."""
     masks = load_mask_set(model_dir() / MASKS_IN_MODEL)
     assert masks.header.fingerprint == fingerprint(str(model_dir()))
     assert (masks.modes == HeadMode.DYNAMIC).any()
-    assert masks.header.parameters["fit"]["check"].keys() == {"plain", "lines", "kv", "needle"}
+    assert masks.header.parameters["fit"]["chosen"]["loss"] < 0.01
+    assert masks.frontier is not None
 
 
 @pytest.mark.parametrize("lengths", ["100", "4k", "9000", ""])

@@ -26,7 +26,7 @@ def use_cuda_backend() -> None:
     """Puts the CUDA backend and what it needs of a GPU in the CPU's place."""
     from vllm.v1.attention.backends import flash_attn
 
-    from dam_vllm.attention.cuda import scratch, select  # noqa: F401
+    from dam_vllm.attention.cuda import choosing, scratch  # noqa: F401
     from dam_vllm.engine import checks, registration
     from tests.unit.attention.cuda.varlen_oracle import varlen
 

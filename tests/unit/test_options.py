@@ -43,6 +43,8 @@ def places(tmp_path, monkeypatch):
 def test_option_comes_before_variable_before_model(places, monkeypatch, tmp_path):
     model = str(tmp_path / "model")
     assert find_masks(parse_options({}), model) == places["model"]
+    monkeypatch.setenv("DAM_MASKS", "")
+    assert find_masks(parse_options({}), model) == places["model"]
     monkeypatch.setenv("DAM_MASKS", str(places["variable"]))
     assert find_masks(parse_options({}), model) == places["variable"]
     options = parse_options({"dam": {"masks": str(places["option"])}})

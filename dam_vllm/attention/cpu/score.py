@@ -5,14 +5,17 @@ hold most of every score (Loki, arXiv 2406.02542). Matrix products have the same
 for a query whatever else is in the batch, so that scores do not depend on it.
 """
 
+from typing import Protocol
+
 import torch
 
+from dam_vllm.attention.cpu import llvm
+from dam_vllm.attention.cpu.page_max import CompiledScores
 from dam_vllm.attention.cpu.workspace import WORKSPACE
 
 # Keys whose scores lie in the cache between product and maximum. On an EPYC of the third generation
 # (AVX2), for 1024 rows, 16 channels and 4096 keys on one core: 4.0 ms with 512, 4.6 with 256, 5.0
-# with 128, 6.7 with 4096; 3.3 for the product alone. In bfloat16, which such a processor
-# has no products of, it takes 100, and float32 leaves scores all their digits.
+# with 128, 6.7 with 4096; 3.3 for the product alone.
 KEY_BLOCK = 512
 
 
@@ -29,28 +32,40 @@ def max_scores_of_rows(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     return torch.matmul(query[:, None], keys).amax(-1).transpose(0, 1)
 
 
-def max_scores_of_span(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """Scores pages for many rows over the same keys: prefill.
+class SpanScores(Protocol):
+    """Scores pages for many rows over the same keys: prefill."""
 
-    Args:
-        query: float32 [rows, channels].
-        keys: float32 [pages, channels, page], contiguous.
+    def keys(self, keys: torch.Tensor) -> torch.Tensor:
+        """Keys, float32 [pages, channels, page], as `max_scores` takes them, pages first."""
 
-    Returns:
-        float32 [pages, rows].
-    """
-    (pages, channels, page), rows = keys.shape, len(query)
-    block = max(1, KEY_BLOCK // page)
-    transposed = query.t().contiguous()
-    result = query.new_empty(pages, rows)
-    # Fresh memory would cost as much as the product itself.
-    (scratch,) = WORKSPACE.take(1, (block * page, rows), torch.float32)
-    for start in range(0, pages, block):
-        tokens = keys[start : start + block].transpose(1, 2).reshape(-1, channels)
-        scores = scratch[: len(tokens)]
-        torch.mm(tokens, transposed, out=scores)
-        torch.amax(scores.view(-1, page, rows), dim=1, out=result[start : start + block])
-    return result
+    def max_scores(self, query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """Scores float32 [rows, channels] over such keys: float32 [pages, rows]."""
+
+
+def span_scores(channels: int, page: int, dtype: torch.dtype) -> SpanScores:
+    """What scores queries of a dtype in so many channels: compiled where that can be had."""
+    return CompiledScores.of(channels, page, dtype) if llvm.compiles() else TorchScores()
+
+
+class TorchScores:
+    """By torch's products and maxima."""
+
+    def keys(self, keys: torch.Tensor) -> torch.Tensor:
+        return keys
+
+    def max_scores(self, query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        (pages, channels, page), rows = keys.shape, len(query)
+        block = max(1, KEY_BLOCK // page)
+        transposed = query.t().contiguous()
+        result = query.new_empty(pages, rows)
+        # Fresh memory would cost as much as the product itself.
+        (scratch,) = WORKSPACE.take(1, (block * page, rows), torch.float32)
+        for start in range(0, pages, block):
+            tokens = keys[start : start + block].transpose(1, 2).reshape(-1, channels)
+            scores = scratch[: len(tokens)]
+            torch.mm(tokens, transposed, out=scores)
+            torch.amax(scores.view(-1, page, rows), dim=1, out=result[start : start + block])
+        return result
 
 
 def max_scores_of_own_page(

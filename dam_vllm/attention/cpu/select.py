@@ -13,7 +13,7 @@ import torch
 from dam_vllm.attention.cpu.score import (
     max_scores_of_own_page,
     max_scores_of_rows,
-    max_scores_of_span,
+    span_scores,
 )
 from dam_vllm.attention.dynamic_heads import DynamicHeads
 from dam_vllm.attention.query_blocks import QueryBlocks
@@ -90,7 +90,6 @@ def choose_dynamic(
     static = dynamic.static.select(query_blocks.index, pages)[0]
     chosen = torch.zeros_like(static)
     single = query_blocks.stop - query_blocks.start == 1
-    query = query.float()
     if single.any():
         chosen[:, single] = _choose_decode(
             dynamic, query, keys, query_blocks.take(single), tables, static[:, single]
@@ -120,7 +119,7 @@ def _choose_decode(
     place = (query_blocks.stop - 1) % keys.page
     for at, channels in enumerate(dynamic.channels):
         cached = keys.gather(channels, tables[at, query_blocks.request, : static.shape[2]])
-        asked = query[at, query_blocks.row, :, :channels]
+        asked = query[at, query_blocks.row, :, :channels].float()
         max_scores = max_scores_of_rows(asked, cached)
         max_scores[own, each] = max_scores_of_own_page(asked[:, None], cached[each, own], place)
         logits = dynamic.logits(max_scores).masked_fill_(after[..., None], float("-inf"))
@@ -151,12 +150,14 @@ def _choose_prefill(
     size = span_tokens(page, heads_per_kv)
     base, end = start // size * size, ceil_div(stop, size) * size
     row = int(query_blocks.row[0])
-    asked = query.new_zeros(end - base, heads_per_kv, channels)
+    asked = torch.zeros(end - base, heads_per_kv, channels)
     asked[start - base : stop - base] = query[row : row + stop - start, :, :channels]
     ids = torch.zeros(end // page, dtype=table.dtype)
     known = min(len(table), end // page)
     ids[:known] = table[:known]
     cached = keys.gather(channels, ids)
+    scores_of = span_scores(channels, page, query.dtype)
+    packed = scores_of.keys(cached)
     static = dynamic.static.select(torch.arange(base // page, end // page), end // page)[0, at]
     result = torch.zeros(end // page, max(pages, end // page), dtype=torch.bool)
     for first in range(base, end, size):
@@ -164,7 +165,7 @@ def _choose_prefill(
         rows = asked[first - base : first - base + size].view(
             len(index), page, heads_per_kv, channels
         )
-        max_scores = max_scores_of_span(rows.view(-1, channels), cached[: index[-1] + 1])
+        max_scores = scores_of.max_scores(rows.view(-1, channels), packed[: index[-1] + 1])
         logits = dynamic.logits(max_scores).view(-1, len(index), page * heads_per_kv)
         own = max_scores_of_own_page(rows, cached[index], torch.zeros_like(index))
         _hide_later_pages(logits, dynamic.logits(own))

@@ -6,16 +6,10 @@ import torch
 import triton
 import triton.language as tl
 
+from dam_vllm.attention.cuda.page_scores import PageBlocks, PageMaxScores, Rows
 from dam_vllm.attention.cuda.plan import MOVING, page_arguments, static_pages
 from dam_vllm.attention.cuda.query_blocks import DeviceQueryBlocks
-from dam_vllm.attention.cuda.score import (
-    LOWEST,
-    PageBlocks,
-    PageMaxScores,
-    Rows,
-    lanes,
-    query_block_of_rows,
-)
+from dam_vllm.attention.cuda.score import LOWEST, lanes, query_block_of_rows
 from dam_vllm.attention.cuda.scratch import Room
 from dam_vllm.masks.page_tables import PageSelector
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from dam_vllm.attention.cpu.attention import CPUAttention, CPULayer
-from dam_vllm.attention.cpu.score import max_scores_of_span
+from dam_vllm.attention.cpu.score import span_scores
 from dam_vllm.attention.cpu.select import CachedKeys, span_tokens
 from dam_vllm.attention.dynamic_heads import DynamicHeads
 from dam_vllm.attention.interface import Step
@@ -267,12 +267,14 @@ def dynamic_steps(prompt: Prompt, masks: MaskSet) -> DynamicSteps:
 
     cached, scoring = gather(), grouped[..., :channels].transpose(0, 1).float()
     size = span_tokens(shape.page, grouped.shape[2])
+    scores = span_scores(channels, shape.page, grouped.dtype)
 
     def product() -> torch.Tensor:
         for asked, held in zip(scoring, cached, strict=True):
+            packed = scores.keys(held)
             for first in range(0, asked.shape[0], size):
                 rows = asked[first : first + size].flatten(0, 1)
-                found = max_scores_of_span(rows, held[: (first + size) // shape.page])
+                found = scores.max_scores(rows, packed[: (first + size) // shape.page])
         return found
 
     def select() -> torch.Tensor:

@@ -1,16 +1,9 @@
-from pathlib import Path
-
 import pytest
+import yaml
 
 from dam_vllm.calibration.errors import CalibrationError
-from dam_vllm.calibration.settings import CalibrationConfig, load_config
-
-CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_shipped_configs_load(path):
-    load_config(path, {})
+from dam_vllm.calibration.settings import Amplification, CalibrationConfig, FitConfig
+from dam_vllm.calibration.settings_file import described, load_config
 
 
 def test_defaults_are_the_papers():
@@ -22,19 +15,49 @@ def test_defaults_are_the_papers():
 def test_options_go_before_the_file(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("pcl: 64\nseed: 3\namplification: {lambda: 0.25}\n")
-    config = load_config(file, {"pcl": 32, "seed": None})
+    config = load_config([file], {"pcl": 32, "seed": None})
     assert (config.pcl, config.seed, config.amplification.lambda_) == (32, 3, 0.25)
 
 
 def test_targets_of_the_fit(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("held_out: 0.2\nfit: {target_error: 0.1, page: 64}\n")
-    config = load_config(file, {"target_kv_memory": 0.5})
+    config = load_config([file], {"target_kv_memory": 0.5})
     assert (config.fit.target_error, config.fit.target_kv_memory) == (0.1, 0.5)
-    config = load_config(file, {"target_density": 0.2})
+    config = load_config([file], {"target_density": 0.2})
     assert (config.fit.target_error, config.fit.target_density, config.fit.page) == (None, 0.2, 64)
     with pytest.raises(CalibrationError, match="exactly one of them must be given"):
-        load_config(None, {"held_out": 0.2, "target_kv_memory": 0.5})
+        load_config([], {"held_out": 0.2, "target_kv_memory": 0.5})
+
+
+def test_a_file_goes_before_those_named_earlier(tmp_path):
+    low, high = tmp_path / "low.yaml", tmp_path / "high.yaml"
+    low.write_text("pcl: 64\nseed: 3\nfit: {target_error: 0.1, page: 64}\n")
+    high.write_text("seed: 4\nfit: {target_density: 0.2, plain: 7}\n")
+    config = load_config([low, high], {})
+    assert (config.pcl, config.seed, config.fit.page, config.fit.plain) == (64, 4, 64, 7)
+    assert (config.fit.target_error, config.fit.target_density) == (None, 0.2)
+    high.write_text("mu: 2")
+    with pytest.raises(CalibrationError, match=r"low\.yaml, .*high\.yaml: mu is 2"):
+        load_config([low, high], {})
+
+
+def test_settings_are_written_with_what_they_mean_and_read_back(tmp_path):
+    config = load_config([], {"pcl": 64, "target_density": 0.2})
+    file = tmp_path / "written.yaml"
+    file.write_text(described(config))
+    assert load_config([file], {}) == config
+    lines = file.read_text().splitlines()
+    assert (
+        lines.index("tau: 0.3")
+        == lines.index("# Threshold of the true mask, on the amplified scale.") + 1
+    )
+    assert yaml.safe_load(described(load_config([], {})))["fit"] is None
+
+
+@pytest.mark.parametrize("schema", [CalibrationConfig, FitConfig, Amplification])
+def test_every_setting_is_explained(schema):
+    assert [name for name, field in schema.model_fields.items() if not field.description] == []
 
 
 @pytest.mark.parametrize(
@@ -56,11 +79,11 @@ def test_errors_name_key_value_and_what_is_allowed(tmp_path, text, message):
     file = tmp_path / "c.yaml"
     file.write_text(text)
     with pytest.raises(CalibrationError) as error:
-        load_config(file, {})
+        load_config([file], {})
     assert message in str(error.value)
     assert str(file) in str(error.value)
 
 
 def test_a_missing_file_is_named():
     with pytest.raises(CalibrationError, match=r"--config is 'none\.yaml', must be a YAML file"):
-        load_config("none.yaml", {})
+        load_config(["none.yaml"], {})

@@ -3,21 +3,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import typer
 from typer.testing import CliRunner
 
 from dam_vllm.calibration.static.build import DENSITY_PAGE
-from dam_vllm.cli.calibrate import calibrate
-from dam_vllm.cli.inspect import inspect
+from dam_vllm.cli.main import app
 from dam_vllm.masks.density import density
 from dam_vllm.masks.file import load_mask_set, save_mask_set
 from tests.frontiers import KL, with_frontier
 from tests.unit.calibration.conftest import model_folder, texts_file  # noqa: F401 - fixtures
 from tests.unit.cli.test_inspect_fit import FIT
-
-app = typer.Typer()
-app.command()(calibrate)
-app.command()(inspect)
 
 
 def run(*arguments):
@@ -49,7 +43,7 @@ def test_inspect_refuses_damaged_files(tmp_path, content):
     if content is not None:
         file.write_bytes(content)
     shown = run("inspect", file)
-    assert shown.exit_code == 2
+    assert shown.exit_code == 1
     assert shown.output.startswith("Error: ")
     assert str(file) in shown.output
     assert len(shown.output.splitlines()) == 1

@@ -34,12 +34,14 @@ class PlainKernel:
         for row, length in enumerate(batch.seq_lens.tolist()):
             first, last = batch.query_start_loc[row : row + 2].tolist()
             table = batch.block_table[row, : -(-length // page)].long()
-            key = by_channel[table].transpose(1, 2).reshape(-1, 1, SIZE)[:length]
-            value = values[table].reshape(-1, 1, SIZE)[:length]
+            key = by_channel[table].transpose(1, 2).reshape(-1, SIZE)[:length]
+            value = values[table].reshape(-1, SIZE)[:length]
             mask = torch.ones(last - first, length, dtype=torch.bool).tril(length - last + first)
-            output[first:last] = masked_attention(
-                query[first:last], key, value, mask.expand(query.shape[1], -1, -1), layer.scale
-            )
+            # Products of single precision would round by how many rows they have.
+            asked, key, value = (each.double() for each in (query[first:last], key, value))
+            scores = torch.einsum("qhd,kd->hqk", asked, key) * layer.scale
+            weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
+            output[first:last] = torch.einsum("hqk,kd->qhd", weights, value)
 
 
 class Model:

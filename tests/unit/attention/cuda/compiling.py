@@ -19,9 +19,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from dam_vllm.attention.cuda.choosing import choose_on_device
 from dam_vllm.attention.cuda.dynamic import DeviceDynamic
 from dam_vllm.attention.cuda.query_blocks import DeviceQueryBlocks
-from dam_vllm.attention.cuda.select import choose_on_device
 from dam_vllm.attention.dynamic_heads import DynamicHeads
 from dam_vllm.masks.budget import TopK, TopP
 from dam_vllm.masks.page_tables import PageSelector, PageTables

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dam_vllm.attention.cuda import scratch, select, shares
+from dam_vllm.attention.cuda import choosing, scratch, shares
 from dam_vllm.attention.cuda.query_blocks import DeviceQueryBlocks
 
 
@@ -39,16 +39,16 @@ def test_a_room_is_given_again_and_never_too_small():
 @pytest.mark.parametrize("page", [16, 48, 128])
 def test_choices_fit_into_what_the_largest_step_needs(rng, monkeypatch, page):
     """Nothing is allocated while serving, whatever a step's size."""
-    monkeypatch.setattr(select, "SCRATCH", 3 << 20)
+    monkeypatch.setattr(choosing, "SCRATCH", 3 << 20)
     launch = type("Kernel", (), {"__getitem__": lambda self, grid: lambda *a, **given: None})()
     for name in ("_sum_chunks", "_share_pages"):
         monkeypatch.setattr(shares, name, launch)
     monkeypatch.setattr(shares, "page_arguments", lambda selector: {})
     for name in ("score_pages", "choose_pages"):
-        monkeypatch.setattr(select, name, lambda *args: None)
+        monkeypatch.setattr(choosing, name, lambda *args: None)
     heads, members, slots, width = 3, 2, 40, 70
     room = scratch.Room.new(
-        select.choice_bytes(heads, slots, width, page, members, page), torch.device("cpu")
+        choosing.choice_bytes(heads, slots, width, page, members, page), torch.device("cpu")
     )
     assert room.nbytes < (8 << 20)
     outside = []
@@ -65,7 +65,7 @@ def test_choices_fit_into_what_the_largest_step_needs(rng, monkeypatch, page):
         blocks = DeviceQueryBlocks(ints[:few], ints[:few], ints, ints, page, most)
         query, keys = empty(5, 7, members, 16), empty(9, page, 16)
         chosen = empty(heads, few, narrow, dtype=torch.uint8)
-        select.choose_on_device(
+        choosing.choose_on_device(
             dynamic, chosen, ints[:heads], query, keys, None, blocks, narrow, None, room
         )
     assert outside == []

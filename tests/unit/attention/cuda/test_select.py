@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from dam_vllm.attention.cuda import score, select, shares
+from dam_vllm.attention.cuda import choosing, score, select, shares
+from dam_vllm.attention.cuda.choosing import choose_on_device
 from dam_vllm.attention.cuda.dynamic import DeviceDynamic
 from dam_vllm.attention.cuda.query_blocks import DeviceQueryBlocks, query_block_slots
-from dam_vllm.attention.cuda.select import choose_on_device
 from dam_vllm.attention.cuda.shares import share_pages
 from dam_vllm.attention.dynamic_heads import DynamicHeads
 from dam_vllm.attention.oracle import dynamic_mask, page_mask
@@ -326,10 +326,10 @@ def shared(case, requests, page, device, dynamic):
                 own = int(offset) + start // page
                 queries = min(request.stop, (own + 1) * page) - max(start, own * page)
                 if queries > 0 and (queries > 1) == (rows.queries > 1):
-                    shares_of[int(row), own] = page_shares.bits[:, slot, : own + 1].cpu()
+                    shares_of[int(row), own] = page_shares.bits[:, slot, : own + 1].cpu().clone()
         return page_shares
 
-    with patch.object(select, "share_pages", keep):
+    with patch.object(choosing, "share_pages", keep):
         chosen = Batch(case, requests, page, device).choose(dynamic)
     assert len(shares_of) == sum(each.shape[1] for each in chosen)
     return chosen, shares_of
@@ -373,8 +373,8 @@ def test_batch_and_launches_change_nothing(rng, device, random_masks, monkeypatc
 
     check(mine[:1])
     check([others[1], mine[1]])
-    monkeypatch.setattr(select, "SCRATCH", 1)
-    monkeypatch.setattr(select, "SLOT_STEP", 4)
+    monkeypatch.setattr(choosing, "SCRATCH", 1)
+    monkeypatch.setattr(choosing, "SLOT_STEP", 4)
     monkeypatch.setattr(score, "PROGRAMS", 1)
     check(together)
 
