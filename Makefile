@@ -12,6 +12,11 @@ $(READY): pyproject.toml $(wildcard deploy/cpu/*.lock) deploy/cpu/vllm-command/p
 	$(BIN)/pip install --quiet --no-deps -r deploy/cpu/requirements.lock -r deploy/cpu/development.lock
 	$(BIN)/pip install --quiet --no-deps ./deploy/cpu/vllm-command
 	$(BIN)/pip install --quiet --no-deps --editable .
+	# Tests of the viewer drive a browser; without one they are skipped.
+	command -v chromedriver >/dev/null || test "$$(id -u)" != 0 \
+	  || (apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+	  apt-get install -qq -y --no-install-recommends chromium chromium-driver) \
+	  || echo "no Chromium: tests of the viewer are skipped"
 	touch $@
 
 demo: $(READY)

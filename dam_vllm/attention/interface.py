@@ -23,6 +23,8 @@ class Step:
         tokens: query rows, without padding.
         max_query_len: most queries of a request.
         max_seq_len: most tokens of a request, or more.
+        seq_lens_cpu: int32 [requests], `seq_lens` on the CPU, or upper bounds where tokens are
+            guessed ahead; None where vLLM does not tell.
     """
 
     query_start_loc: torch.Tensor
@@ -32,6 +34,7 @@ class Step:
     tokens: int
     max_query_len: int
     max_seq_len: int
+    seq_lens_cpu: torch.Tensor | None = None
 
 
 class Runner(Protocol):

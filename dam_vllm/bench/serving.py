@@ -94,7 +94,7 @@ def _attention(
         limits=Limits(case.batch, case.rows, case.tokens),
         scratch=_scratch(case, selection, device),
         dense_below=0,
-        counted=False,
+        counts=None,
         device=device,
     )
 

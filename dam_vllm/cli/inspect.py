@@ -33,6 +33,10 @@ def inspect(
             "choose from to NAME-curve, which heads reuse whose pages to NAME-reuse."
         ),
     ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(help="Write the viewer of these masks to this page (.html), data included."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Shows a mask file: layers, density, coverage, parameters and fingerprint."""
@@ -48,6 +52,8 @@ def inspect(
     report = _report(masks, length, page or (fit["page"] if fit else DEFAULT_PAGE))
     if plot is not None:
         _plot(masks, plot)
+    if html is not None:
+        _write_page(masks, mask_file(file), html, report)
     if as_json:
         typer.echo(json.dumps(report, indent=2))
     else:
@@ -62,6 +68,28 @@ def _plot(masks: "MaskSet", path: Path) -> None:
         plot_reuse(masks, path.with_stem(f"{path.stem}-reuse"))
     if "fit" in masks.header.parameters:
         plot_curve(masks.header.parameters["fit"], path.with_stem(f"{path.stem}-curve"))
+
+
+def _write_page(masks: "MaskSet", file: Path, path: Path, report: dict[str, Any]) -> None:
+    """The viewer that servers have, with the density that is expected."""
+    from dam_vllm.endpoint.answers import describe_all, head_masks
+    from dam_vllm.endpoint.page import page
+    from dam_vllm.files import replacing
+
+    density = [
+        {"layer": entry["layer"], "head": head, "density": value}
+        for entry in report["layers"]
+        for head, value in enumerate(entry.get("density_kv", []))
+    ]
+    served = {"masks": file.name, "kind": report["kind"], "pcl": masks.pcl, "page": report["page"]}
+    data = {
+        "served": served | {"layers": [each.model_dump() for each in describe_all(masks)]},
+        "note": f"expected for a prompt of {report['length']} tokens",
+        "density": density,
+        "masks": {f"{each.layer}/{each.head}": each.model_dump() for each in head_masks(masks)},
+    }
+    with replacing(path) as temporary:
+        temporary.write_text(page(data), encoding="utf-8")
 
 
 def _report(masks: "MaskSet", length: int, page: int) -> dict[str, Any]:

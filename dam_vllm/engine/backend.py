@@ -11,6 +11,7 @@ from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata
 from dam_vllm.attention.chosen_pages import ChosenPages
 from dam_vllm.attention.interface import SparseAttention, Step
 from dam_vllm.attention.layout import KVLayout
+from dam_vllm.attention.page_counts import PageCounts
 from dam_vllm.attention.rotation import HeadRotation
 from dam_vllm.engine.checks import Serving, admit
 from dam_vllm.engine.kv_free.apply import free_kv_heads
@@ -32,6 +33,7 @@ def step_of(common: CommonAttentionMetadata) -> Step:
         tokens=common.num_actual_tokens,
         max_query_len=common.max_query_len,
         max_seq_len=common.max_seq_len,
+        seq_lens_cpu=common.seq_lens_cpu_upper_bound,
     )
 
 
@@ -103,8 +105,12 @@ def set_up_layers(config: VllmConfig) -> None:
     local, device = shard(serving.masks.kv_heads), torch.device(current_platform.device_type)
     chosen: ChosenPages[Any] = ChosenPages.of_masks(serving.masks, local)
     ours = [name for name, layer in attention.items() if hasattr(layer, "impl")]
-    for name, index in masked_layers(ours, attention, serving).items():
+    masked = masked_layers(ours, attention, serving)
+    counting = attention[ours[0]].impl.counting
+    counts = counting(sorted(masked.values()), local.heads, local.start, device)
+    for name, index in masked.items():
         impl = attention[name].impl
+        impl.counts = counts
         impl.rotation = impl.rotations.of_layer(serving.masks, index, local, device)
         impl.chosen = chosen
     free_kv_heads(config)
@@ -115,14 +121,17 @@ class DamImpl:
 
     Attributes:
         rotations: how the platform rotates.
+        counting: how it counts.
         config: vLLM's configuration.
         rotation: of the layer's dynamic heads, or None.
         chosen: the worker's; what dynamic heads chose, for those that reuse it.
+        counts: the worker's, of what masked layers read; of nothing in other layers.
         groups: holds the layer where its KV heads lie in several of vLLM's cache groups
             (`dam_vllm.engine.kv_free.head_groups`), else None.
     """
 
     rotations: type[HeadRotation] = HeadRotation
+    counting: type[PageCounts] = PageCounts
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -148,6 +157,7 @@ class DamImpl:
             )
         self.rotation: HeadRotation | None = None
         self.chosen: ChosenPages[Any] = ChosenPages()
+        self.counts = PageCounts((), 0, 0, torch.device("cpu"))
         self.groups: Any = None
         self.loaded = False
 

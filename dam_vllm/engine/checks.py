@@ -91,11 +91,8 @@ def admit(config: VllmConfig) -> Serving:
 def _load(
     options: DamOptions, model: str, revision: str | None, cache_dir: str | None, dummy: bool
 ) -> Serving:
-    file = find_masks(options, model, revision)
-    try:
-        masks = at_target(load_mask_set(file), options.target_density, options.target_error)
-    except TargetError as error:
-        raise OptionError(f"--additional-config: dam.{error} (mask file {file})") from None
+    serving = _read(options, model, revision)
+    file, masks = serving.file, serving.masks
     strict = options.fingerprint == "strict" and masks.header.fingerprint.weights is not None
     served = fingerprint(model, revision, cache_dir, weights=strict and not dummy)
     difference = masks.header.fingerprint.mismatch(served)
@@ -112,6 +109,21 @@ def _load(
             f'set "fingerprint": "config" in --additional-config to accept masks of a model of '
             f"the same shape"
         )
+    return serving
+
+
+def serving_of(config: VllmConfig) -> Serving:
+    """What the workers of a configuration serve with, which have checked that it can be."""
+    model = config.model_config
+    return _read(parse_options(config.additional_config), model.model, model.revision)
+
+
+def _read(options: DamOptions, model: str, revision: str | None) -> Serving:
+    file = find_masks(options, model, revision)
+    try:
+        masks = at_target(load_mask_set(file), options.target_density, options.target_error)
+    except TargetError as error:
+        raise OptionError(f"--additional-config: dam.{error} (mask file {file})") from None
     return Serving(options, file, masks)
 
 

@@ -179,6 +179,7 @@ class DamCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         self.groups = attention[layer_names[0]].impl.groups
         own = layer_names if self.groups is None else list(self.groups.units)
         masked = masked_layers(own, attention, self.serving)
+        self.counts = attention[next(iter(masked), layer_names[0])].impl.counts
         self.all_masked = len(masked) == len(layer_names)
         self.oracle: SparseAttention | None = None
         self.sparse: CPUAttention | None = None
@@ -222,6 +223,7 @@ class DamCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             ),
             layout=self.layout,
             chosen=chosen_pages(self.serving, attention[next(iter(layers))].impl, page),
+            counts=self.counts,
         )
 
     def _read_plain_layout(self, layer_names: list[str]) -> None:
@@ -237,7 +239,8 @@ class DamCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         common, step = common_attn_metadata, step_of(common_attn_metadata)
         if self.groups is not None:
             metadata = self._geometry(common)
-            metadata.planned = self.groups.hand_in(self.names, step, common.slot_mapping)
+            with self.counts.planning():
+                metadata.planned = self.groups.hand_in(self.names, step, common.slot_mapping)
             return metadata
         if self.sparse is None or int(step.seq_lens.max()) <= self.sparse.dense_until:
             metadata = self._stock(common_prefix_len, common, fast_build)
@@ -250,7 +253,8 @@ class DamCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             metadata = self._geometry(common)
         else:
             metadata = self._stock(common_prefix_len, common, fast_build)
-        metadata.planned = Planned(self.sparse, self.sparse.plan(step))
+        with self.counts.planning():
+            metadata.planned = Planned(self.sparse, self.sparse.plan(step))
         return metadata
 
     @staticmethod

@@ -12,6 +12,7 @@ from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend, FlashAttentionImpl
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
+from dam_vllm.attention.cuda.counts import DeviceCounts
 from dam_vllm.attention.cuda.rotation import DeviceRotation, quantise
 from dam_vllm.attention.cuda.scratch import Scratch
 from dam_vllm.attention.layout import FP8_DTYPES
@@ -103,6 +104,7 @@ class DamCUDAImpl(DamImpl, FlashAttentionImpl):
     """
 
     rotations = DeviceRotation
+    counting = DeviceCounts
     can_return_lse_for_decode = False
     supports_dcp = False
 

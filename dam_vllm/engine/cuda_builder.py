@@ -22,7 +22,6 @@ from dam_vllm.attention.interface import Planned, SparseAttention
 from dam_vllm.attention.layout import FP8_DTYPES, KVLayout
 from dam_vllm.engine.backend import chosen_pages, oracle_attention, step_of
 from dam_vllm.engine.checks import admit
-from dam_vllm.engine.counters import counting
 from dam_vllm.engine.cuda_layers import device_layer, grouped, warm_up, worker_scratch
 from dam_vllm.engine.private import single_queries_first
 from dam_vllm.engine.report import log_masks
@@ -80,7 +79,7 @@ class DamCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
                 "--attention-backend dam: this model's KV pages are padded to the size of other "
                 "layers' state, which DAM does not serve on CUDA; leave the option away"
             )
-        self.counting = counting(vllm_config)
+        self.counts = attention[next(iter(self.masked), layer_names[0])].impl.counts
         self.all_masked = len(self.masked) == len(layer_names)
         cache_dtype = vllm_config.cache_config.cache_dtype
         # Queries that come unquantised FlashAttention does not take beside a quantised cache.
@@ -127,7 +126,7 @@ class DamCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
             ),
             scratch=scratch,
             dense_below=self.serving.dense_below,
-            counted=self.counting,
+            counts=self.counts,
             device=self.device,
             unit=None if self.groups is None else self.groups.heads,
         )
@@ -142,6 +141,13 @@ class DamCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
             return AttentionCGSupport.NEVER
         return cls._cudagraph_support
 
+    def build_for_cudagraph_capture(
+        self, common_attn_metadata: CommonAttentionMetadata
+    ) -> DamCUDAMetadata:
+        metadata = super().build_for_cudagraph_capture(common_attn_metadata)
+        self.counts.rehearsed = True
+        return metadata
+
     def build(
         self,
         common_prefix_len: int,
@@ -153,7 +159,8 @@ class DamCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
             stock = super().build(common_prefix_len, common_attn_metadata, fast_build=True)
             metadata = DamCUDAMetadata(**vars(stock))
             slots = common_attn_metadata.slot_mapping
-            metadata.planned = self.groups.hand_in(self.names, step, slots)
+            with self.counts.planning():
+                metadata.planned = self.groups.hand_in(self.names, step, slots)
             return metadata
         sparse = bool(self.masked) and (self.always or step.max_seq_len > self.dense_until)
         # Without a layer that takes it, FlashAttention's schedule is not worth its launch.
@@ -163,7 +170,8 @@ class DamCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
         if self.oracle is not None:
             metadata.planned = Planned(self.oracle, self.oracle.plan(step))
         elif self.sparse is not None and sparse:
-            metadata.planned = Planned(self.sparse, self.sparse.plan(step))
-        elif self.sparse is not None and self.counting:
+            with self.counts.planning():
+                metadata.planned = Planned(self.sparse, self.sparse.plan(step))
+        elif self.sparse is not None:
             self.sparse.count_dense(step)
         return metadata

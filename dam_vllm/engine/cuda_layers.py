@@ -101,6 +101,7 @@ def device_layer(
         kv_heads=local.heads,
         softmax=softmax,
         flash=flash,
+        index=index,
     )
 
 

@@ -110,7 +110,7 @@ def triton_attention(masks: MaskSet) -> SparseAttention:
         limits=Limits(len(REQUESTS), tokens, length),
         scratch=Scratch(tokens, 0, torch.float16, device),
         dense_below=0,
-        counted=False,
+        counts=None,
         device=device,
     )
 

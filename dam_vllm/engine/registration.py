@@ -11,6 +11,7 @@ from typing import Any
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends import registry
 
+from dam_vllm.engine.counters import add_methods
 from dam_vllm.engine.private import warn_untested
 from dam_vllm.engine.refusals import refuse_early
 
@@ -36,10 +37,11 @@ def member() -> registry.AttentionBackendEnum:
 
 
 def register_backend() -> None:
-    """Registers the backend, refuses early, lets the CPU platform honour it; idempotent."""
+    """Registers the backend, refuses early, lets CPUs honour it and counts be read; idempotent."""
     if NAME not in registry.AttentionBackendEnum.__members__:
         warn_untested()
     refuse_early(member())
+    add_methods()
     if current_platform.is_cpu():
         _honour_choice(type(current_platform))
 

@@ -60,6 +60,7 @@ class HttpClient:
         from openai import OpenAI
 
         self.url, self.model, self.chat = url, model, chat
+        self._pages = (0, 0)
         self._openai = OpenAI(base_url=url, api_key="-", timeout=TIMEOUT, max_retries=0)
 
     def ask(self, prompt: str, tokens: int) -> Reply:
@@ -93,19 +94,19 @@ class HttpClient:
     def logprobs(self, ids: list[int]) -> Logprobs:
         """See `Client`."""
         body = {"prompt": ids, "max_tokens": 1, "temperature": 0, "prompt_logprobs": TOP}
-        reply = self._post(f"{self.url}/completions", {"model": self.model, **body})
+        reply = self._ask("POST", f"{self.url}/completions", {"model": self.model, **body})
         return read_logprobs(ids, reply["choices"][0]["prompt_logprobs"])
 
     def pages(self) -> tuple[int, int]:
-        """See `Client`; the server needs the counters' worker extension and its dev mode."""
-        url = f"{self.url.removesuffix('/v1')}/collective_rpc"
-        ranks = self._post(url, {"method": "dam_pages"})["results"]
-        return sum(rank["read"] for rank in ranks), sum(rank["dense"] for rank in ranks)
+        """See `Client`; the server needs the endpoint."""
+        told = self._ask("GET", f"{self.url.removesuffix('/v1')}/dam/density")["prefill"]
+        before, self._pages = self._pages, (told["read"], told["dense"])
+        return told["read"] - before[0], told["dense"] - before[1]
 
-    def _post(self, url: str, body: dict[str, Any]) -> Any:
+    def _ask(self, method: str, url: str, body: dict[str, Any] | None = None) -> Any:
         import httpx
 
-        reply = httpx.post(url, json=body, timeout=TIMEOUT)
+        reply = httpx.request(method, url, json=body, timeout=TIMEOUT)
         if reply.is_error:
             raise RuntimeError(f"{url} answers {reply.status_code}: {reply.text[:500]}")
         return reply.json()

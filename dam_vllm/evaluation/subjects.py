@@ -1,8 +1,10 @@
 """The server that answers for a subject: stock vLLM, or the `dam` backend with its masks."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from importlib.metadata import entry_points
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,7 +15,8 @@ from dam_vllm.masks.file import save_mask_set
 from dam_vllm.masks.rounding import ceil_div
 from dam_vllm.server import Server
 
-COUNTERS = "dam_vllm.engine.counters.PageCounters"
+# Groups of plugins that vLLM loads where VLLM_PLUGINS is not set (vllm/plugins/__init__.py).
+LOADED = ("general", "platform", "io_processor", "stat_logger")
 START_SECONDS = 1800.0
 SPARE_PAGES = 64
 
@@ -40,7 +43,7 @@ def starter(settings: Settings, chat: bool) -> Start:
                 file = Path(folder) / "masks.safetensors"
                 save_mask_set(subject.masks, file)
             own = [] if file is None else masks_arguments(file, settings.dense_below)
-            environment = {} if file is None else {"VLLM_SERVER_DEV_MODE": "1"}
+            environment = {} if file is None else {"VLLM_PLUGINS": plugins()}
             arguments = [*common, *own, *settings.serve_args]
             with Server(settings.model, arguments, environment, START_SECONDS) as server:
                 yield HttpClient(server.url, settings.model, chat)
@@ -67,14 +70,22 @@ def common_arguments(settings: Settings) -> list[str]:
 
 
 def masks_arguments(masks: Path, dense_below: int) -> list[str]:
-    """Arguments that make a server read a mask file and count pages."""
+    """Arguments that make a server read a mask file."""
     options = {"dam": {"masks": str(masks.resolve()), "dense_below": dense_below}}
     return [
         "--attention-backend=dam",
         "--additional-config",
         json.dumps(options),
-        f"--worker-extension-cls={COUNTERS}",
     ]
+
+
+def plugins() -> str:
+    """Names of vLLM's plugins that are loaded anyway, and ours, whose endpoint tells pages."""
+    given = os.environ.get("VLLM_PLUGINS")
+    if given is not None:
+        return ",".join(sorted({*given.split(","), "dam"}))
+    loaded = (each for group in LOADED for each in entry_points(group=f"vllm.{group}_plugins"))
+    return ",".join(sorted({*(each.name for each in loaded), "dam"}))
 
 
 def token_bytes(config: Any) -> int | None:

@@ -1,5 +1,6 @@
 """Draws the masks of all heads, what a fit could choose from, and which heads reuse whose pages."""
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from dam_vllm.masks.mask_set import FloatArray, HeadMode, MaskSet
-from dam_vllm.masks.rounding import ceil_div
-from dam_vllm.masks.rule import token_mask
+from dam_vllm.masks.pictures import plot_end, shares
 
-MAX_CELLS = 128
-MAX_ROWS = 16
-"""Rows of a cell that are looked at; they lie evenly in a cell that has more."""
 INCHES = 1.5
 Place = tuple[int, int]
 MODE_COLORS = {
@@ -55,38 +52,25 @@ def plot_masks(masks: MaskSet, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def plot_end(masks: MaskSet) -> int:
-    """Tokens that are drawn: twice the PCL, or the reach where it is more."""
-    return max(2 * masks.pcl, masks.reach)
-
-
-def shares(masks: MaskSet, layer: int) -> FloatArray:
-    """Share of attended pairs in cells of a layer's masks up to `plot_end`.
+def picture(image: FloatArray, masks: MaskSet, title: str) -> bytes:
+    """Draws one mask as `plot_masks` does.
 
     Args:
-        masks: the mask set.
-        layer: global layer index.
+        image: float32 [cells, cells], see `shares`.
+        masks: the mask set that it is of.
+        title: of the picture.
 
     Returns:
-        float32 [heads, cells, cells], at most MAX_CELLS cells a side.
+        A PNG.
     """
-    end = plot_end(masks)
-    side = ceil_div(end, MAX_CELLS)
-    cells = ceil_div(end, side)
-    near = token_mask(masks, layer, 0, masks.pcl)
-    result = np.zeros((masks.heads, cells, cells), dtype=np.float32)
-    for cell in range(cells):
-        start, stop = cell * side, min((cell + 1) * side, end)
-        count = min(stop - start, MAX_ROWS)
-        seen = np.zeros((masks.heads, count, cells * side), dtype=bool)
-        for slot in range(count):
-            row = start + slot * (stop - start) // count
-            if row < masks.pcl:
-                seen[:, slot, : masks.pcl] = near[:, row]
-            else:
-                seen[:, slot, : row + 1] = token_mask(masks, layer, row, row + 1)[:, 0]
-        result[:, cell] = seen.reshape(masks.heads, count, cells, side).mean(axis=(1, 3))
-    return result
+    figure, drawn = Figure((5, 5), layout="constrained"), io.BytesIO()
+    axes = figure.subplots()
+    _draw(axes, np.sqrt(image), masks.pcl, plot_end(masks))
+    axes.set_title(title, fontsize=9)
+    axes.set_xlabel("key position")
+    axes.set_ylabel("query position")
+    figure.savefig(drawn, dpi=110, format="png")
+    return drawn.getvalue()
 
 
 def _draw(axes: Axes, image: FloatArray, pcl: int, end: int) -> None:

@@ -30,6 +30,25 @@ BEHIND_ANY = {
     ("vllm.v1.attention.backends.flash_attn", "FlashAttentionMetadataBuilder"): [
         "max_num_splits", "aot_schedule", "max_cudagraph_size", "device", "vllm_config",
     ],
+    ("vllm.v1.attention.backend", "CommonAttentionMetadata"): ["seq_lens_cpu_upper_bound"],
+    ("vllm.v1.core.block_pool", "BlockPool"): ["get_num_free_blocks"],
+    ("vllm.v1.worker.worker_base", "WorkerBase"): ["vllm_config"],
+    ("vllm.v1.engine.core", "EngineCore"): ["model_executor"],
+    ("vllm.v1.engine.core_client", "AsyncMPClient"): [
+        "call_utility_all_async", "engine_ranks_managed"
+    ],
+    ("vllm.v1.engine.async_llm", "AsyncLLM"): ["engine_core", "logger_manager", "vllm_config"],
+    ("vllm.v1.metrics.loggers", "StatLoggerManager"): ["engine_indexes", "stat_loggers"],
+    ("vllm.v1.metrics.stats", "IterationStats"): ["finished_requests"],
+    ("vllm.v1.metrics.stats", "FinishedRequestStats"): [
+        "num_prompt_tokens", "num_generation_tokens"
+    ],
+    ("vllm.entrypoints.serve.middleware.authenticate", "AuthenticationMiddleware"): [
+        "verify_token"
+    ],
+    ("vllm.plugins.endpoint_plugins.interface", "EndpointPlugin"): [
+        "name", "required_tasks", "attach_router", "init_state"
+    ],
 }  # fmt: skip
 # What a module sets on objects of another class.
 SET_ON_OTHERS = {

@@ -98,6 +98,7 @@ def backend(monkeypatch, random_masks, rng, device):
             page_size_padded=padded,
         )  # fmt: skip
         made.rotation = made.rotations.of_layer(masks, 0, Shard(*local), device)
+        made.counts = made.counting([0], kv_heads, local[0], device)
         monkeypatch.setattr(shared, "set_up_layers", lambda config: None)
         made.asks = made.supports_quant_query_input
         made.process_weights_after_loading(dtype)
@@ -146,6 +147,7 @@ class Steps:
             num_actual_tokens=int(new.sum()), max_query_len=int(new.max()),
             max_seq_len=int(lens.max()), block_table_tensor=table.to(self.device),
             slot_mapping=torch.zeros(int(new.sum()), dtype=torch.int64, device=self.device),
+            seq_lens_cpu_upper_bound=lens,
         )  # fmt: skip
 
     def run(self, served, metadata):
@@ -432,17 +434,12 @@ def test_flash_is_refused_where_it_cannot_serve(backend, options, stored, messag
         backend(stored=stored, dtype=torch.bfloat16, **options)
 
 
-def test_pages_are_counted_as_they_are_read(backend, rng, device, monkeypatch):
-    from dam_vllm.attention.page_counts import COUNTS
-    from dam_vllm.engine import cuda_builder
-    from dam_vllm.engine.counters import PageCounters
-
-    monkeypatch.setattr(cuda_builder, "counting", lambda config: True)
+def test_pages_are_counted_as_they_are_read(backend, rng, device):
     served = backend(dense_below=0)
     steps = Steps(rng, device, torch.float32, None)
-    COUNTS.read = COUNTS.dense = 0
     steps.run(served, served.builder.build(0, steps.step(served, MIXED)))
-    query_block, read, dense = 128, 0, 0
+    query_block = 128
+    read, dense = np.zeros((2, 2, KV_HEADS), int)
     for stop, count in MIXED:
         for first in range((stop - count) // query_block * query_block, stop, query_block):
             rows = range(max(first, stop - count), min(first + query_block, stop))
@@ -450,12 +447,33 @@ def test_pages_are_counted_as_they_are_read(backend, rng, device, monkeypatch):
             seen = mask[::GROUP, -1]
             padded = np.pad(seen, ((0, 0), (0, -seen.shape[1] % PAGE)))
             pages = padded.reshape(KV_HEADS, -1, PAGE).any(axis=2)
-            read += pages.sum() * len(rows) * (count > 1)
-            dense += pages.size * len(rows) * (count > 1)
-    assert PageCounters().dam_pages() == {"read": read, "dense": dense}
+            read[int(count == 1)] += pages.sum(axis=1) * len(rows)
+            dense[int(count == 1)] += pages.shape[1] * len(rows)
+    told = served.impl.counts.report()
+    assert told["read"] == {"prefill": [read[0].tolist()], "decode": [read[1].tolist()]}
+    assert told["dense"] == {"prefill": [dense[0].tolist()], "decode": [dense[1].tolist()]}
+    densities = read.sum(axis=1) / dense.sum(axis=1)
+    assert list(told["densities"].values()) == pytest.approx(densities)
+    assert [sum(each) for each in told["steps"].values()] == [1, 1]
+    assert told["plan_seconds"] > 0
     served.builder.dense_until = LONGEST
     served.builder.build(0, steps.step(served, MIXED))
-    assert PageCounters().dam_pages() == {"read": dense, "dense": dense}
+    later = served.impl.counts.report()
+    for phase, each in zip(("prefill", "decode"), dense, strict=True):
+        assert later["read"][phase] == [(np.array(told["read"][phase][0]) + each).tolist()]
+        assert later["dense"][phase] == [(2 * each).tolist()]
+        assert later["steps"][phase][-1] == told["steps"][phase][-1] + 1
+
+
+def test_capturing_a_graph_counts_nothing(backend, rng, device):
+    served = backend(dense_below=0, kernel="triton")
+    steps = Steps(rng, device, torch.float32, None)
+    common = steps.step(served, DECODE)
+    captured = served.builder.build_for_cudagraph_capture(common)
+    steps.run(served, captured)
+    assert served.impl.counts.report()["dense"]["decode"] == [[0] * KV_HEADS]
+    steps.run(served, captured)  # a replay
+    assert served.impl.counts.report()["dense"]["decode"] == [[13 + 1 + 20 + 2] * KV_HEADS]
 
 
 def test_padded_pages_are_refused(backend):
@@ -466,7 +484,16 @@ def test_padded_pages_are_refused(backend):
 @pytest.mark.parametrize("mode", ["static", "dynamic"])
 def test_kernels_are_compiled_before_the_first_request(backend, rng, device, monkeypatch, mode):
     """What the layer launches is launched once, for prefill and for decoding."""
-    from dam_vllm.attention.cuda import merge, paged, plan, rotation, score, select, shares
+    from dam_vllm.attention.cuda import (
+        counts,
+        merge,
+        paged,
+        plan,
+        rotation,
+        score,
+        select,
+        shares,
+    )  # fmt: skip
 
     launched, watched = set(), set()
 
@@ -478,7 +505,7 @@ def test_kernels_are_compiled_before_the_first_request(backend, rng, device, mon
             launched.add(self.name)
             return self.kernel[grid]
 
-    for module in (merge, paged, plan, rotation, score, select, shares):
+    for module in (counts, merge, paged, plan, rotation, score, select, shares):
         source = Path(module.__file__).read_text()
         for name in vars(module).copy():
             if re.search(rf"(?<!\w){name}\[\(", source):
@@ -486,7 +513,7 @@ def test_kernels_are_compiled_before_the_first_request(backend, rng, device, mon
                 monkeypatch.setattr(module, name, Watched(name, getattr(module, name)))
     assert watched == {
         "_attend_kernel", "_merge_kernel", "_plan_kernel", "_score_pages", "_sum_chunks",
-        "_share_pages", "_choose_pages", "_rotate",
+        "_share_pages", "_choose_pages", "_rotate", "_close_step",
     }  # fmt: skip
     served = backend(kernel="triton", mode=mode, dense_below=0)
     warmed = launched.copy()

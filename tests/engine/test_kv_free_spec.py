@@ -99,14 +99,19 @@ class Cache:
 
 
 def test_the_middle_is_freed_while_a_request_runs():
-    cache = Cache(200, caching=False)
+    from dam_vllm.engine.kv_free.spec import BoundedAttentionManager
+
+    cache, before = Cache(200, caching=False), BoundedAttentionManager.freed_pages
     request = cache.request(list(range(1000)))
     assert cache.prefill(request) <= MOST
     first, last = BOUNDS.unread(1000 - 1000 % CHUNK)
     assert cache.held(request) == [*range(first), *range(last, 63)]
     assert cache.held(request, group=0) == list(range(63))
+    freed = BoundedAttentionManager.freed_pages - before
+    assert freed == last - first
     cache.manager.free(request)
     assert cache.is_whole()
+    assert BoundedAttentionManager.freed_pages - before == freed  # not those of its end
 
 
 def test_nothing_is_freed_below_the_start():

@@ -82,6 +82,7 @@ def test_the_code_map_is_the_code():
             assert (package / room / file).is_file(), f"{room}{file}"
     for room in (
         "masks/",
+        "endpoint/",
         "attention/",
         "attention/cpu/",
         "attention/cuda/",

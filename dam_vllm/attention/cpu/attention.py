@@ -17,7 +17,7 @@ from dam_vllm.attention.cpu.workspace import WORKSPACE
 from dam_vllm.attention.dynamic_heads import DynamicHeads, ReusingHeads
 from dam_vllm.attention.interface import Step
 from dam_vllm.attention.layout import KVLayout
-from dam_vllm.attention.page_counts import COUNTS
+from dam_vllm.attention.page_counts import PageCounts
 from dam_vllm.attention.query_blocks import QueryBlocks, cut_query_blocks
 from dam_vllm.masks.page_tables import PageSelector
 from dam_vllm.masks.rounding import ceil_div
@@ -142,6 +142,7 @@ class CPUAttention:
         kernel: computes attention over selected pages.
         layout: of the cache.
         chosen: bool [query blocks, pages] of what anchors chose in this step.
+        counts: counts what is read, or None.
     """
 
     served: Mapping[str, CPULayer]
@@ -149,11 +150,16 @@ class CPUAttention:
     kernel: PagedKernel
     layout: KVLayout
     chosen: ChosenPages[torch.Tensor] = field(default_factory=ChosenPages)
+    counts: PageCounts | None = None
     _rows: Mapping[str, int] = field(init=False)
+    _fixed_heads: tuple[torch.Tensor, torch.Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
         rows = {name: row for row, name in enumerate(self.served)}
         object.__setattr__(self, "_rows", rows)
+        fixed = [(row, head) for row, name in enumerate(rows) for head in self.served[name].fixed]
+        row, head = torch.tensor(fixed, dtype=torch.int64).view(-1, 2).unbind(1)
+        object.__setattr__(self, "_fixed_heads", (row, head))
 
     @property
     def layers(self) -> Mapping[str, CPULayer]:
@@ -175,13 +181,11 @@ class CPUAttention:
         """The step's plan over virtual pages of all layers and heads, wherever they lie."""
         blocks = cut_query_blocks(step.query_start_loc, step.seq_lens, self.selector.query_block)
         plan, new = build_plan(self.selector, blocks, where), step.query_start_loc.diff()
-        fixed: dict[str, VirtualBatch | None] = {}
-        for row, (name, layer) in enumerate(self.served.items()):
-            fixed[name] = self._fixed(plan, row, layer.fixed)
-            if step.max_query_len > 1:
-                pages = ceil_div(plan.seq_lens[row], self.selector.page)
-                read = pages.view(self.selector.heads, -1)[layer.fixed]
-                COUNTS.add_prefill(read, blocks, new, self.selector.page)
+        self._count_fixed(plan, blocks, new)
+        fixed = {
+            name: self._fixed(plan, row, layer.fixed)
+            for row, (name, layer) in enumerate(self.served.items())
+        }
         chosen = cut_query_blocks(step.query_start_loc, step.seq_lens, self.selector.page)
         return CPUPlan(fixed, chosen, new, where, step.tokens)
 
@@ -201,10 +205,12 @@ class CPUAttention:
 
     def count_dense(self, step: Step) -> None:
         """Counts what a step reads all of whose queries read everything."""
-        if step.max_query_len > 1:
-            heads = self.selector.layers * self.selector.heads
-            block, page = self.selector.query_block, self.selector.page
-            COUNTS.add_dense(step.query_start_loc, step.seq_lens, block, page, heads)
+        if self.counts is not None:
+            layers = [layer.index for layer in self.served.values()]
+            self.counts.add_whole(
+                layers, step.query_start_loc, step.seq_lens, self.selector.query_block,
+                self.selector.page,
+            )  # fmt: skip
 
     def run(
         self,
@@ -260,12 +266,28 @@ class CPUAttention:
     def _chosen(self, plan: CPUPlan, layer: str, selected: torch.Tensor) -> VirtualBatch:
         """Virtual sequences of a layer's dynamic and reusing heads."""
         assert plan.chosen is not None
-        COUNTS.add_prefill(selected.sum(-1), plan.chosen, plan.new, self.selector.page)
         heads = torch.tensor(self.served[layer].choosing)
         where = plan.where.take(self._rows[layer], heads)
         made = plan_pages(selected[None], where, plan.chosen, self.selector.page)
         table, lens, starts = made.block_table[0], made.seq_lens[0], made.query_start_loc
+        if self.counts is not None:
+            pages = ceil_div(lens, self.selector.page).view(len(heads), -1)
+            row = torch.full_like(heads, self.counts.row(self.served[layer].index))
+            self.counts.add((row, heads), pages, plan.chosen, plan.new, self.selector.page)
         return VirtualBatch(heads, table, lens, starts, self.kernel.schedule(starts, lens))
+
+    def _count_fixed(self, plan: Plan, query_blocks: QueryBlocks, new: torch.Tensor) -> None:
+        """Counts a new step's heads whose pages are known; the worker's first layer begins it."""
+        if self.counts is None:
+            return
+        indices = [layer.index for layer in self.served.values()]
+        if self.counts.layers[0] in indices:
+            self.counts.begin_step()
+        rows, heads = self._fixed_heads
+        pages = ceil_div(plan.seq_lens, self.selector.page)
+        pages = pages.view(self.selector.layers, self.selector.heads, -1)[rows, heads]
+        counted = torch.tensor([self.counts.row(index) for index in indices])[rows]
+        self.counts.add((counted, heads), pages, query_blocks, new, self.selector.page)
 
     def _fixed(self, plan: Plan, row: int, heads: Sequence[int]) -> VirtualBatch | None:
         """A layer's part of a plan that covers all KV heads, cut to some of them."""

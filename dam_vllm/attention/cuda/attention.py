@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from dam_vllm.attention.cuda.bundle import Bundle, Part, PlanMemory
+from dam_vllm.attention.cuda.counts import DeviceCounts
 from dam_vllm.attention.cuda.layer import DeviceLayer, HeadSet, LayerRun, Paged, layer_runs
 from dam_vllm.attention.cuda.query_blocks import DeviceQueryBlocks, query_block_slots
 from dam_vllm.attention.cuda.scratch import Scratch
@@ -18,7 +19,6 @@ from dam_vllm.attention.cuda.token_bits import TokenBits
 from dam_vllm.attention.cuda.tuning import processors
 from dam_vllm.attention.interface import Step
 from dam_vllm.attention.layout import KVLayout
-from dam_vllm.attention.page_counts import COUNTS
 from dam_vllm.masks.mask_set import HeadMode, MaskSet
 from dam_vllm.masks.page_tables import dense_until, query_block_size
 from dam_vllm.masks.rounding import ceil_div
@@ -51,7 +51,7 @@ class CUDAAttention:
         limits: of steps.
         scratch: memory for plans, queries and outputs.
         dense_below: positions below it read everything.
-        counted: whether the pages of prefills are counted.
+        counts: counts what is read, or None.
         device: where queries are.
         unit: KV heads a cache group holds of a block, where a layer's lie in several groups (`tell`
             says where, steps have block tables [groups, requests, n]); else None.
@@ -63,7 +63,7 @@ class CUDAAttention:
     limits: Limits
     scratch: Scratch
     dense_below: int
-    counted: bool
+    counts: DeviceCounts | None
     device: torch.device
     unit: int | None = None
     _sizes: Sequence[int] = field(init=False)
@@ -85,11 +85,17 @@ class CUDAAttention:
         object.__setattr__(self, "_runs", self._bundle())
 
     @property
+    def _indices(self) -> list[int]:
+        return [layer.index for layer in self.served.values()]
+
+    @property
     def layers(self) -> Mapping[str, DeviceLayer]:
         return self.served
 
     def plan(self, step: Step) -> tuple[Part, ...]:
         """Requests with one query, then those with more; vLLM puts them in this order."""
+        if self.counts is not None and self.counts.layers[0] in self._indices:
+            self.counts.begin_step()
         decodes, width = _decodes(step), self._width(step)
         parts = []
         if decodes:
@@ -179,13 +185,14 @@ class CUDAAttention:
             for name in self.served:
                 output = torch.empty_like(query, dtype=dtypes[2])
                 self.run(planned, name, query, cache, output)
+        if self.counts is not None:
+            self.counts.clear()
 
     def count_dense(self, step: Step) -> None:
-        """Counts what a step reads all of whose queries read everything; waits for the device."""
-        if step.max_query_len > 1:
-            heads = sum(layer.kv_heads for layer in self.served.values())
-            lens = step.seq_lens.cpu()
-            COUNTS.add_dense(step.query_start_loc_cpu, lens, max(self._sizes), self.page, heads)
+        """Counts what a step reads all of whose queries read everything."""
+        if self.counts is not None and step.seq_lens_cpu is not None:
+            starts, lens = step.query_start_loc_cpu, step.seq_lens_cpu
+            self.counts.add_whole(self._indices, starts, lens, max(self._sizes), self.page)
 
     def _bundle(self) -> dict[str, LayerRun]:
         """Puts layers together as far as their plans fit into the memory for them."""
@@ -207,8 +214,14 @@ class CUDAAttention:
             own = names[first : first + count]
             layers = [self.served[name] for name in own]
             tables = [[(each.ids, each.tables) for each in layer.static] for layer in layers]
-            bundle = Bundle.of(tables, most, query_block, self.dense_below, memory, self.unit)
-            made = layer_runs(layers, bundle, self.scratch, self._each, self.counted, self.unit)
+            heads = [
+                (each.index, head) for each in layers for one in each.static for head in one.ids
+            ]
+            tally = None if self.counts is None else self.counts.tally(heads)
+            bundle = Bundle.of(
+                tables, most, query_block, self.dense_below, memory, self.unit, tally
+            )
+            made = layer_runs(layers, bundle, self.scratch, self._each, self.counts, self.unit)
             runs |= dict(zip(own, made, strict=True))
         return runs
 

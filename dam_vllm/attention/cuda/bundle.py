@@ -11,6 +11,7 @@ from itertools import chain
 
 import torch
 
+from dam_vllm.attention.cuda.counts import Tally
 from dam_vllm.attention.cuda.plan import DevicePlan, Homes, Places, plan_heads
 from dam_vllm.attention.cuda.query_blocks import DeviceQueryBlocks
 from dam_vllm.attention.cuda.scratch import Scratch
@@ -114,6 +115,7 @@ class Bundle:
         by_head: their places in prefill.
         by_slot: their places in decoding, beside those of dynamic heads.
         memory: where plans lie.
+        tally: where the heads are counted, or None.
     """
 
     sets: Sequence[Sequence[int]]
@@ -124,6 +126,7 @@ class Bundle:
     by_head: Places
     by_slot: Places
     memory: PlanMemory
+    tally: Tally | None
 
     @classmethod
     def of(
@@ -134,6 +137,7 @@ class Bundle:
         dense_below: int,
         memory: PlanMemory,
         unit: int | None = None,
+        tally: Tally | None = None,
     ) -> "Bundle":
         """Bundles layers.
 
@@ -145,6 +149,7 @@ class Bundle:
             memory: where plans lie.
             unit: KV heads a cache group holds of a block, where they lie in several; their homes
                 are told later.
+            tally: where the heads are counted, or None.
         """
         device = memory.table.device
         ids = [[head for heads, _ in sets for head in heads] for sets in layers]
@@ -163,6 +168,7 @@ class Bundle:
             by_head=Places.by_head([*chain(*sizes)], device),
             by_slot=Places.by_slot(ids, kv_heads, device),
             memory=memory,
+            tally=tally,
         )
 
     def whole(self, part: Part) -> DevicePlan:
@@ -179,6 +185,7 @@ class Bundle:
             plan_heads(
                 plan, self.homes.offsets, self.selector, part.query_blocks[self.query_block],
                 part.block_table, part.tokens, self.homes.scale, groups=self.homes.groups,
+                tally=self.tally,
             )  # fmt: skip
 
     def layer(self, plan: DevicePlan, number: int, part: Part) -> DevicePlan:

@@ -13,14 +13,13 @@ import torch
 from dam_vllm.attention.cuda import flash
 from dam_vllm.attention.cuda.bundle import Bundle, Part
 from dam_vllm.attention.cuda.choosing import choose_on_device
+from dam_vllm.attention.cuda.counts import DeviceCounts, Tally
 from dam_vllm.attention.cuda.dynamic import DeviceChoosing
 from dam_vllm.attention.cuda.paged import Softmax, attend_paged
 from dam_vllm.attention.cuda.plan import DevicePlan, Homes, Places, plan_heads
 from dam_vllm.attention.cuda.scratch import Scratch
 from dam_vllm.attention.cuda.token_bits import TokenBits
-from dam_vllm.attention.page_counts import COUNTS
 from dam_vllm.masks.page_tables import PageTables
-from dam_vllm.masks.rounding import ceil_div
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,7 @@ class DeviceLayer:
         kv_heads: how many heads there are.
         softmax: scales and soft-capping.
         flash: FlashAttention, or None for the Triton kernel.
+        index: global layer index.
     """
 
     static: Sequence[HeadSet]
@@ -57,6 +57,7 @@ class DeviceLayer:
     kv_heads: int
     softmax: Softmax
     flash: flash.Flash | None
+    index: int = 0
 
 
 class Paged(NamedTuple):
@@ -80,7 +81,7 @@ class LayerRun:
         each: int32, 0, 1, 2, ...
         chosen: places of choosing heads in a plan of their own, and in the bundle's for decoding.
         homes: where choosing heads lie, or None without any.
-        counted: whether the pages of prefills are counted.
+        tally: where choosing heads are counted, or None.
     """
 
     layer: DeviceLayer
@@ -90,7 +91,7 @@ class LayerRun:
     each: torch.Tensor
     chosen: tuple[Places, Places] | None
     homes: Homes | None
-    counted: bool
+    tally: Tally | None
 
     def attend(self, paged: Paged, part: Part) -> None:
         """Computes a part's attention.
@@ -113,10 +114,6 @@ class LayerRun:
             )
         else:
             self._flash_prefill(paged, part, whole)
-        if self.counted and not part.decodes:
-            for row, each in enumerate(self.layer.static):
-                plan = self.bundle.set(whole, self.number, row, part)
-                self._count(plan, self.bundle.query_block, len(each.ids), part, each.tables.page)
 
     def _triton(self, paged: Paged, part: Part, whole: DevicePlan) -> None:
         """Everything by the Triton kernel, a launch for each set of heads."""
@@ -174,35 +171,19 @@ class LayerRun:
             )  # fmt: skip
         plan_heads(
             plan, self.homes.offsets, choosing.static, query_blocks, part.block_table, part.tokens,
-            self.homes.scale, (chosen, choosing.rows), self.homes.groups,
+            self.homes.scale, (chosen, choosing.rows), self.homes.groups, self.tally,
         )  # fmt: skip
-        if self.counted and not part.decodes:
-            page = choosing.static.page
-            self._count(plan, page, len(choosing.heads), part, page)
         return [plan]
-
-    def _count(self, plan: DevicePlan, size: int, heads: int, part: Part, page: int) -> None:
-        """Counts a set of heads of a prefill's plan, without waiting for the device."""
-        query_blocks = part.query_blocks[size]
-        slots = len(query_blocks)
-        assert plan.starts is not None
-        pages = ceil_div(plan.seq_lens.view(heads, slots), page)
-        request = query_blocks.request.long()
-        end = query_blocks.seq_lens[request]
-        first = end - query_blocks.query_start_loc.diff()[request]
-        start = torch.maximum((first // size + query_blocks.offset) * size, first)
-        queries = plan.starts[: slots + 1].diff()
-        COUNTS.add(pages, queries, start + queries, page)
 
 
 def layer_runs(
     layers: Sequence[DeviceLayer], bundle: Bundle, scratch: Scratch, each: torch.Tensor,
-    counted: bool, unit: int | None = None,
+    counts: DeviceCounts | None, unit: int | None = None,
 ) -> Iterator[LayerRun]:  # fmt: skip
     """The layers of a bundle, in its order; `unit` as for `Bundle.of`."""
     device = each.device
     for number, layer in enumerate(layers):
-        chosen = homes = None
+        chosen = homes = tally = None
         if layer.choosing is not None:
             heads = layer.choosing.heads
             ids: list[list[int]] = [[] for _ in layers]
@@ -212,4 +193,6 @@ def layer_runs(
             homes = Homes.of_heads(heads, layer.kv_heads)
             if unit is not None:
                 homes = Homes.unknown(len(heads), unit, device)
-        yield LayerRun(layer, bundle, number, scratch, each, chosen, homes, counted)
+            if counts is not None:
+                tally = counts.tally([(layer.index, head) for head in ids[number]])
+        yield LayerRun(layer, bundle, number, scratch, each, chosen, homes, tally)

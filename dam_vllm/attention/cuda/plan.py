@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from dam_vllm.attention.cuda.counts import Tally
 from dam_vllm.attention.cuda.query_blocks import DeviceQueryBlocks, query_block_at
 from dam_vllm.masks.page_tables import PageSelector
 
@@ -62,7 +63,7 @@ BLOCK = 1024
 MOVING = [
     "request_ptr", "offset_ptr", "query_start_ptr", "request_len_ptr", "seq_len_ptr", "start_ptr",
     "table_ptr", "page_ptr", "head_ptr", "group_ptr", "place_ptr", "block_ptr", "chosen_ptr",
-    "row_ptr",
+    "row_ptr", "count_ptr", "cell_ptr",
 ]  # fmt: skip
 
 
@@ -196,6 +197,7 @@ def plan_heads(
     kv_heads: int,
     chosen: tuple[torch.Tensor, torch.Tensor] | None = None,
     groups: torch.Tensor | None = None,
+    tally: Tally | None = None,
 ) -> None:
     """Fills in a plan: one launch.
 
@@ -212,7 +214,10 @@ def plan_heads(
         chosen: pages beyond the selector's, or None: uint8 [rows, slots, width], 1 where one is
             read, and int32 [n], the row of each head.
         groups: int32 [n], the block table of each head, or None where there is one for all.
+        tally: where the heads are counted, or None.
     """
+    decodes = query_blocks.most_queries == 1
+    counts, cells, dense = tally.arguments(decodes) if tally else (None, None, 0)
     _plan_kernel[(len(query_blocks), len(heads))](
         plan.table,
         plan.pages,
@@ -223,12 +228,15 @@ def plan_heads(
         plan.places.numbers,
         block_table,
         *(chosen or (None, None)),
+        counts,
+        cells,
         *query_blocks.arguments,
         **page_arguments(selector),
         number_stride=plan.places.numbers.stride(0),
         group_stride=block_table.stride(0),
         block_stride=block_table.stride(-2),
         chosen_stride=0 if chosen is None else chosen[0].stride(0),
+        count_stride=dense,
         slots=len(query_blocks),
         step=plan.places.step,
         rows=rows,
@@ -256,6 +264,7 @@ def sequence_at(slot, at, place_ptr, number_stride, slots, step):
         "group_stride",
         "block_stride",
         "chosen_stride",
+        "count_stride",
         "slots",
         "step",
         "rows",
@@ -265,11 +274,12 @@ def sequence_at(slot, at, place_ptr, number_stride, slots, step):
 )
 def _plan_kernel(
     table_ptr, page_ptr, seq_len_ptr, start_ptr, head_ptr, group_ptr, place_ptr, block_ptr,
-    chosen_ptr, row_ptr,
+    chosen_ptr, row_ptr, count_ptr, cell_ptr,
     request_ptr, offset_ptr, query_start_ptr, request_len_ptr,
     near_ptr, columns_ptr, distances_ptr,
     near_blocks, near_pages, columns, distances, dense_blocks,
-    number_stride, group_stride, block_stride, chosen_stride, slots, step, rows, kv_heads, width,
+    number_stride, group_stride, block_stride, chosen_stride, count_stride,
+    slots, step, rows, kv_heads, width,
     QUERY_BLOCK: tl.constexpr, PAGE: tl.constexpr, OWN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One slot and one head: walks the pages up to the last, keeps those that are read."""
@@ -303,6 +313,11 @@ def _plan_kernel(
         count += tl.sum(read.to(tl.int32), 0)
     length = tl.where(count > 0, (count - 1) * PAGE + stop - last_page * PAGE, 0)
     tl.store(seq_len_ptr + sequence, length)
+    if count_ptr is not None:
+        cell = count_ptr + tl.load(cell_ptr + at)
+        queries = tl.maximum(stop - start, 0).to(tl.int64)
+        tl.atomic_add(cell, count * queries, sem="relaxed")
+        tl.atomic_add(cell + count_stride, (last_page + 1) * queries, sem="relaxed")
     if start_ptr is not None:
         number = tl.load(place_ptr + 2 * number_stride + at)
         # Each set has an entry more than sequences: where its last one ends.

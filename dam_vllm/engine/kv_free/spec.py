@@ -8,7 +8,7 @@ backend must not read them.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from vllm.config import VllmConfig
 from vllm.utils.math_utils import cdiv
@@ -50,8 +50,13 @@ class BoundedAttentionSpec(AttentionSpec):
 
 
 class BoundedAttentionManager(SingleTypeKVCacheManager):
-    """Frees the pages between sinks and window while a request runs."""
+    """Frees the pages between sinks and window while a request runs.
 
+    Attributes:
+        freed_pages: given back to the pool before their request ended, by all managers.
+    """
+
+    freed_pages: ClassVar[int] = 0
     kv_cache_spec: BoundedAttentionSpec
 
     def __init__(self, kv_cache_spec: BoundedAttentionSpec, **kwargs: Any) -> None:
@@ -86,7 +91,10 @@ class BoundedAttentionManager(SingleTypeKVCacheManager):
         num_prompt_tokens: int | None = None,
     ) -> None:
         first, last = self.kv_cache_spec.bounds.unread(processed_computed_tokens)
+        before = self.block_pool.get_num_free_blocks()
         give_back(self, request_id, first, last)
+        freed = self.block_pool.get_num_free_blocks() - before
+        BoundedAttentionManager.freed_pages += freed
 
     @classmethod
     def find_longest_cache_hit(

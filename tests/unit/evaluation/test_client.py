@@ -13,14 +13,16 @@ PAUSE = 0.2  # after the first part, which is empty
 
 
 class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        if self.path != "/dam/density":
+            return self._send(404, "text/plain", "not here")
+        self.server.asked += 1
+        told = {"prefill": {"read": 7 * self.server.asked, "dense": 20 * self.server.asked}}
+        return self._send(200, "application/json", json.dumps(told))
+
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.requests.append((self.path, body))
-        if self.path.endswith("collective_rpc") and body["method"] != "dam_pages":
-            return self._send(500, "application/json", "{}")
-        if self.path == "/collective_rpc":
-            ranks = [{"read": 3, "dense": 10}, {"read": 4, "dense": 10}]
-            return self._send(200, "application/json", json.dumps({"results": ranks}))
         if "prompt_logprobs" in body:
             if body["prompt"] == [0]:
                 return self._send(400, "text/plain", "too short")
@@ -54,7 +56,7 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.requests = []
+    server.requests, server.asked = [], 0
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     yield server
@@ -79,8 +81,9 @@ def test_reply_is_joined_and_greedy(server, chat):
     assert asked == "What?"
 
 
-def test_pages_are_summed_over_ranks(server):
-    assert client(server, True).pages() == (7, 20)
+def test_pages_are_those_since_the_last_call(server):
+    asked = client(server, True)
+    assert [asked.pages(), asked.pages(), asked.pages()] == [(7, 20)] * 3
 
 
 def test_logprobs(server):

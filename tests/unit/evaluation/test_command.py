@@ -233,4 +233,9 @@ def test_servers_are_stock_or_masked(monkeypatch, tmp_path):
     assert masked[: len(stock) - 1] == stock[:-1]
     assert "--attention-backend=dam" in masked
     assert '"dense_below": 64' in masked[masked.index("--additional-config") + 1]
-    assert environment == {"VLLM_SERVER_DEV_MODE": "1"}
+    assert "dam" in environment["VLLM_PLUGINS"].split(",")
+
+
+def test_plugins_stay_those_that_were_chosen(monkeypatch):
+    monkeypatch.setenv("VLLM_PLUGINS", "mine")
+    assert subjects.plugins() == "dam,mine"

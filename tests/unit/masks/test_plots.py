@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
 
-from dam_vllm.masks import plots
+from dam_vllm.masks import pictures
 from dam_vllm.masks.mask_set import HeadMode
-from dam_vllm.masks.plots import plot_curve, plot_end, plot_masks, plot_reuse, shares
+from dam_vllm.masks.pictures import plot_end, shares
+from dam_vllm.masks.plots import plot_curve, plot_masks, plot_reuse
 from dam_vllm.masks.rule import token_mask
 
 FIT = {
@@ -29,8 +30,8 @@ def by_definition(masks, layer, side, cells):
 @pytest.mark.parametrize(("pcl", "reach", "end"), [(31, None, 62), (31, 50, 62), (31, 150, 150)])
 @pytest.mark.parametrize("max_cells", [8, 128])
 def test_shares_equal_the_definition(reaching_masks, monkeypatch, pcl, reach, end, max_cells):
-    monkeypatch.setattr(plots, "MAX_CELLS", max_cells)
-    monkeypatch.setattr(plots, "MAX_ROWS", 99)
+    monkeypatch.setattr(pictures, "MAX_CELLS", max_cells)
+    monkeypatch.setattr(pictures, "MAX_ROWS", 99)
     masks = reaching_masks(reach, pcl=pcl, share=0.1, true_share=0.2)
     assert plot_end(masks) == end
     side = -(-end // max_cells)
@@ -39,8 +40,8 @@ def test_shares_equal_the_definition(reaching_masks, monkeypatch, pcl, reach, en
 
 
 def test_sampled_rows_keep_columns_exactly(reaching_masks, monkeypatch):
-    monkeypatch.setattr(plots, "MAX_CELLS", 10)
-    monkeypatch.setattr(plots, "MAX_ROWS", 4)
+    monkeypatch.setattr(pictures, "MAX_CELLS", 10)
+    monkeypatch.setattr(pictures, "MAX_ROWS", 4)
     masks = reaching_masks(200, pcl=20, share=0.1)
     masks.diagonals[:] = False
     found = shares(masks, 0)
@@ -52,7 +53,7 @@ def test_sampled_rows_keep_columns_exactly(reaching_masks, monkeypatch):
 
 
 def test_masks_of_covered_layers_are_drawn(reaching_masks, tmp_path, monkeypatch, drawn):
-    monkeypatch.setattr(plots, "MAX_CELLS", 9)  # cells of 10 x 10 pairs, partly attended
+    monkeypatch.setattr(pictures, "MAX_CELLS", 9)  # cells of 10 x 10 pairs, partly attended
     masks = reaching_masks(90, layers=3, heads=2, kv_heads=1, pcl=40, share=0.1)
     masks.header.layer_types[1] = "sliding"
     plot_masks(masks, tmp_path / "masks.png")

@@ -14,7 +14,7 @@ from dam_vllm.attention.interface import Step
 from dam_vllm.attention.layout import KVLayout
 from dam_vllm.attention.oracle import chosen_mask, masked_attention, page_mask
 from dam_vllm.attention.oracle_attention import OracleAttention, OracleLayer
-from dam_vllm.attention.page_counts import COUNTS, Counts
+from dam_vllm.attention.page_counts import PageCounts
 from dam_vllm.masks.mask_set import HeadMode
 from dam_vllm.masks.page_tables import PageSelector
 from dam_vllm.masks.sharding import Shard
@@ -128,7 +128,7 @@ class Model:
         return found
 
 
-def attention_of(masks, page, dense_below=0, groups=1, shard=None):
+def attention_of(masks, page, dense_below=0, groups=1, shard=None, counts=None):
     """Attention of all layers, by several objects with plans of their own if `groups` says so."""
     shard = shard or Shard(0, masks.kv_heads)
     chosen, parts = ChosenPages.of_masks(masks, shard), []
@@ -142,7 +142,7 @@ def attention_of(masks, page, dense_below=0, groups=1, shard=None):
             served[str(layer)] = dataclasses.replace(made, fixed=fixed)
             tables.append(shard.tables(masks, layer, page))
         selector = PageSelector(tables, dense_below)
-        parts.append(CPUAttention(served, selector, PlainKernel(), LAYOUT, chosen))
+        parts.append(CPUAttention(served, selector, PlainKernel(), LAYOUT, chosen, counts))
     return SimpleNamespace(
         plan=lambda step: [part.plan(step) for part in parts],
         run=lambda plans, layer, *rest: parts[int(layer) % groups].run(
@@ -229,13 +229,49 @@ def test_what_they_read_is_counted(rng, random_masks):
     masks.modes[0, 0] = HeadMode.DENSE
     assert masks.modes[1, 0] == HeadMode.REUSE
     masks.dynamic.floors[:], masks.dynamic.caps[:] = 400, 400
-    model, before = Model(rng, masks, 16, [333]), Counts(COUNTS.read, COUNTS.dense)
-    model.run(attention_of(masks, 16), [(0, 333, 333)])
-    read, dense = COUNTS.read - before.read, COUNTS.dense - before.dense
-    pages = torch.arange(333) // 16 + 1
+    counts = PageCounts([0, 1], 2, 0, torch.device("cpu"))
+    model = Model(rng, masks, 16, [333, 20])
+    model.run(attention_of(masks, 16, counts=counts), [(0, 333, 333), (1, 1, 20)])
+    told = counts.report()
+    assert told["read"] == told["dense"]
+    pages = int((torch.arange(333) // 16 + 1).sum())
     # A static or dense head's query block of 128 reads up to its own end, and so is it counted.
-    blocks = ((torch.arange(333) // 128 + 1) * 8).clamp(max=21)
-    assert int(read) == int(dense) == int(3 * pages.sum() + blocks.sum())
+    blocks = int(((torch.arange(333) // 128 + 1) * 8).clamp(max=21).sum())
+    assert told["read"]["prefill"] == [[blocks, pages], [pages, pages]]
+    assert told["read"]["decode"] == [[2, 2], [2, 2]]
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_counts_are_those_of_the_definition(rng, random_masks, groups):
+    """Step after step: heads of all modes, in layers that are planned together or apart."""
+    masks = random_masks(
+        layers=4, heads=8, kv_heads=4, share=0.002, dense=True, dynamic=True, reuse=True
+    )
+    counts = PageCounts(range(4), 4, 0, torch.device("cpu"))
+    model = Model(rng, masks, 16, [stop for _, _, stop in REQUESTS])
+    attention = attention_of(masks, 16, 130, groups, counts=counts)
+    fixed = np.isin(masks.modes, (HeadMode.STATIC, HeadMode.DENSE))
+    wanted = np.zeros((2, 4, 4), int)
+    for _ in range(2):
+        model.run(attention, REQUESTS)
+        for _, new, stop in REQUESTS:
+            for layer in range(4):
+                seen = page_mask(masks, layer, stop - new, stop, 16, 130)[::2]
+                padded = np.pad(seen, ((0, 0), (0, 0), (0, -stop % 16)))
+                # A query block reads as its last query does.
+                last = [min(at | 127, stop - 1) - stop + new for at in range(stop - new, stop)]
+                pages = padded.reshape(4, new, -1, 16).any(axis=3)[:, last].sum(axis=(1, 2))
+                wanted[int(new == 1), layer] += pages
+    told = counts.report()
+    for phase, name in enumerate(("prefill", "decode")):
+        found, dense = np.array(told["read"][name]), np.array(told["dense"][name])
+        assert (found[fixed] == wanted[phase][fixed]).all()
+        assert (found <= dense).all()
+        assert (found[~fixed] > 0).all()
+        assert sum(told["steps"][name]) == 2
+    assert (
+        np.array(told["read"]["prefill"])[~fixed] < np.array(told["dense"]["prefill"])[~fixed]
+    ).all()
 
 
 @pytest.mark.parametrize("naive", [False, True])

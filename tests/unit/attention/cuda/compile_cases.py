@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from dam_vllm.attention.cuda import paged, tuning
+from dam_vllm.attention.cuda.counts import DeviceCounts
 from dam_vllm.attention.cuda.plan import DevicePlan, Homes, Places, plan_heads
 from dam_vllm.attention.cuda.query_blocks import DeviceQueryBlocks, query_block_slots
 from dam_vllm.attention.cuda.rotation import DeviceRotation, quantise
@@ -46,7 +47,12 @@ def serve(size, page, stored, queries, exact, capability):
     plan = DevicePlan.empty(query_blocks, Places.by_head([KV_HEADS], ints.device), WIDTH, exact)
     heads = torch.arange(KV_HEADS, dtype=torch.int32)
     blocks = torch.zeros(2, WIDTH, dtype=torch.int32)
-    plan_heads(plan, heads, PageSelector([tables]), query_blocks, blocks, 2 * queries, KV_HEADS)
+    counts = DeviceCounts([0], KV_HEADS, 0, ints.device)
+    counts.close_step()
+    plan_heads(
+        plan, heads, PageSelector([tables]), query_blocks, blocks, 2 * queries, KV_HEADS,
+        tally=counts.tally([(0, head) for head in range(KV_HEADS)]),
+    )  # fmt: skip
     query = torch.empty(2 * queries, KV_HEADS * HEADS_PER_KV, size, dtype=torch.bfloat16)
     cache = torch.empty(9, page, 2 * size, dtype=stored or query.dtype)
     bits = torch.zeros(KV_HEADS * HEADS_PER_KV, 128, dtype=torch.uint8)

@@ -10,7 +10,8 @@ import torch
 
 from dam_vllm.attention.chosen_pages import ChosenPages
 from dam_vllm.attention.cuda import attention as cuda
-from dam_vllm.attention.cuda import merge, paged, plan, regroup, score, select, shares
+from dam_vllm.attention.cuda import counts as counting
+from dam_vllm.attention.cuda import flash, merge, paged, plan, regroup, score, select, shares
 from dam_vllm.attention.cuda.choices import Choices, rows_of
 from dam_vllm.attention.cuda.dynamic import DeviceChoosing
 from dam_vllm.attention.cuda.flash import Flash
@@ -41,7 +42,7 @@ MIXED = ((300, 1), (65, 1), (411, 250), (129, 129), (5, 5), (271, 2))
 STEPS = {"mixed": MIXED, "decode": ((391, 1), (1, 1), (640, 1)), "prefill": ((129, 129), (140, 30))}
 
 
-def attention(masks, device, flash, plans=None, unit=None):
+def attention(masks, device, flash, plans=None, unit=None, counts=None):
     """All layers of the masks; `plans` is how many numbers the plans' memory holds."""
     shard = Shard(0, KV_HEADS)
     served = {}
@@ -57,12 +58,13 @@ def attention(masks, device, flash, plans=None, unit=None):
             static=cuda.static_sets(masks, index, shard, PAGE, 0, False, device),
             choosing=DeviceChoosing.of_layer(index, dynamic, reusing, choices),
             kv_heads=KV_HEADS, softmax=Softmax(SCALE), flash=Flash(varlen) if flash else None,
+            index=index,
         )  # fmt: skip
     scratch = Scratch(LIMITS.tokens, HEADS * SIZE, torch.float32, device)
     if plans is not None:
         scratch._taken = len(scratch._plans) - plans
     return cuda.CUDAAttention(
-        served, PAGE, KVLayout(keys_by_channel=False), LIMITS, scratch, 0, False, device, unit
+        served, PAGE, KVLayout(keys_by_channel=False), LIMITS, scratch, 0, counts, device, unit
     )
 
 
@@ -201,6 +203,43 @@ def test_heads_in_several_groups_equal_the_oracle(rng, masks, device, requests, 
         torch.testing.assert_close(found[layer], expected(masks, made, layer), rtol=1e-4, atol=1e-4)
 
 
+def test_counts_are_those_of_the_definition(rng, masks, device, monkeypatch):
+    """Heads of all modes, in bundles; what followers chose is their anchors'."""
+    monkeypatch.setattr(flash, "_call", lambda *args, **given: None)
+    torch.manual_seed(int(rng.integers(2**31)))
+    counts = counting.DeviceCounts(range(len(MODES)), KV_HEADS, 0, device)
+    served = attention(masks, device, True, 4000, counts=counts)
+    made = make_step(rng, device, ((300, 1), (65, 1), (211, 150), (5, 5)), padding=3)
+    run(served, made)
+    wanted = np.zeros((2, 2, len(MODES), KV_HEADS), int)
+    for layer, modes in enumerate(MODES):
+        first = 0
+        for (stop, count), stored in zip(made.requests, made.keys, strict=True):
+            rows = slice(first, first + count)
+            first += count
+            for head, mode in enumerate(modes):
+                size = 128 if mode in (STATIC, DENSE) else PAGE
+                own = head * HEADS // KV_HEADS
+                seen = page_mask(masks, layer, stop - count, stop, PAGE, 0, size)[own]
+                if size == PAGE:
+                    anchor = (layer, head) if mode == DYNAMIC else ANCHORS[layer, head]
+                    seen = seen | chosen(masks, made, anchor, rows, stored)
+                # A query block reads as its last query does.
+                ends = [min(at | size - 1, stop - 1) for at in range(stop - count, stop)]
+                last = np.pad(seen, ((0, 0), (0, -stop % PAGE)))[np.array(ends) - stop + count]
+                pages = last.reshape(count, -1, PAGE).any(axis=2).sum()
+                dense = sum(end // PAGE + 1 for end in ends)
+                wanted[int(count == 1), :, layer, head] += (pages, dense)
+    told = counts.report()
+    for phase, name in enumerate(("prefill", "decode")):
+        assert told["dense"][name] == wanted[phase, 1].tolist()
+        # Rounding may decide for one page or another, which a query block of 32 reads.
+        assert np.abs(np.array(told["read"][name]) - wanted[phase, 0]).max() <= 2 * PAGE
+        assert sum(told["steps"][name]) == 1
+        density = wanted[phase, 0].sum() / wanted[phase, 1].sum()
+        assert told["densities"][name] == pytest.approx(density, rel=0.01)
+
+
 def test_padding_is_no_query(rng, masks, device):
     torch.manual_seed(int(rng.integers(2**31)))
     made = make_step(rng, device, STEPS["prefill"], padding=11)
@@ -230,7 +269,7 @@ def test_static_heads_take_few_launches(rng, masks, device, requests, most):
 LATER = (((65, 1), (200, 50), (7, 7)), ((300, 1),), ((40, 1),) * 5, ((7, 7), (9, 3), (60, 31)))
 KERNELS = {
     (module, name): kernel
-    for module in (merge, paged, plan, regroup, score, select, shares)
+    for module in (counting, merge, paged, plan, regroup, score, select, shares)
     for name, kernel in vars(module).items()
     if hasattr(kernel, "arg_names")
 }
@@ -243,8 +282,10 @@ def test_serving_launches_nothing_new(rng, masks, device, monkeypatch, flash):
     if device.type == "cpu":
         for (module, name), kernel in KERNELS.items():
             monkeypatch.setattr(module, name, signature(kernel, seen))
-    served = attention(masks, device, flash)
+    counts = counting.DeviceCounts(range(len(MODES)), KV_HEADS, 0, device)
+    served = attention(masks, device, flash, counts=counts)
     served.warm_up(HEADS, SIZE, (torch.float32,) * 3)
+    assert not counts.pages.any()
     if device.type == "cuda":
         before = compiled(KERNELS.values())
         for requests in LATER:

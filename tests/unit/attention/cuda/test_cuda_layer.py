@@ -34,7 +34,7 @@ def attention(masks, device):
     return CUDAAttention(
         served={"layer": layer}, page=PAGE, layout=KVLayout(keys_by_channel=False),
         limits=Limits(REQUESTS, 256, LONGEST), scratch=Scratch(0, 0, torch.float16, device),
-        dense_below=0, counted=False, device=device,
+        dense_below=0, counts=None, device=device,
     )  # fmt: skip
 
 

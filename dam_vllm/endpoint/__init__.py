@@ -1,0 +1,1 @@
+"""HTTP endpoint of a running server: `/dam`, its viewer, and metrics."""
