@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from tests.conftest import fresh_seed
-from tests.numerics import check, draw, measure
+from tests.numerics.__main__ import check, measure
+from tests.numerics.case import draw
 
 pytestmark = pytest.mark.engine
 
