@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import httpx
 import numpy as np
 
+# vLLM lets a request in when its prompt fits: it is what they generate that drives some out again.
+NEW = 160
+
 
 @dataclass(frozen=True)
 class Request:
@@ -54,8 +57,8 @@ def draw_requests(rng, count, longest):
         if rng.random() < 0.5:
             shared = int(rng.integers(0, length + 1))
             prompt[:shared] = starts[rng.integers(3), :shared]
-        requests.append(Request(prompt.tolist(), int(rng.integers(1, 65))))
-    requests[0] = Request(rng.integers(300, 2300, longest).tolist(), 32)
+        requests.append(Request(prompt.tolist(), int(rng.integers(1, NEW + 1))))
+    requests[0] = Request(rng.integers(300, 2300, longest).tolist(), NEW)
     return requests
 
 

@@ -13,12 +13,12 @@ from dam_vllm.masks.file import save_mask_set
 from dam_vllm.masks.fingerprint import fingerprint
 from dam_vllm.server import Server
 from tests.conftest import random_mask_set
-from tests.soak.client import Client, Way, draw_requests, draw_way
+from tests.soak.client import NEW, Client, Way, draw_requests, draw_way
 
-PAGE, LONGEST, NEW = 32, 8192, 64
+PAGE, LONGEST = 32, 8192
 # The longest request fits, and little beside it. A page takes 2 bytes a value of keys and values,
 # of 4 layers, 4 KV heads and 32 channels.
-CACHE_BYTES = ((LONGEST + NEW) // PAGE + 64) * 4 * 4 * PAGE * 2 * 32 * 2
+CACHE_BYTES = ((LONGEST + NEW) // PAGE + 16) * 4 * 4 * PAGE * 2 * 32 * 2
 BURST = 20
 NAMES = ("asked", "streamed", "cut", "lost", "other tokens", "other log-probabilities")
 
