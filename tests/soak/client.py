@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import httpx
 import numpy as np
 
-# vLLM lets a request in when its prompt fits: it is what they generate that drives some out again.
 NEW = 160
 
 
@@ -47,10 +46,10 @@ class Way:
 
 
 def draw_requests(rng, count, longest):
-    """Requests of 1 to `longest` tokens; half of them begin as others do."""
+    """Requests of 1 to `longest` tokens, the first of all these; half of them begin as others do."""
     starts = rng.integers(300, 2300, (3, longest))
-    requests = []
-    for _ in range(count):
+    requests = [Request(rng.integers(300, 2300, longest).tolist(), NEW)]
+    while len(requests) < count:
         short = rng.random() < 0.5
         length = int(np.exp(rng.uniform(0, np.log(longest)))) if short else rng.integers(1, longest)
         prompt = rng.integers(300, 2300, length)
@@ -58,8 +57,12 @@ def draw_requests(rng, count, longest):
             shared = int(rng.integers(0, length + 1))
             prompt[:shared] = starts[rng.integers(3), :shared]
         requests.append(Request(prompt.tolist(), int(rng.integers(1, NEW + 1))))
-    requests[0] = Request(rng.integers(300, 2300, longest).tolist(), NEW)
     return requests
+
+
+def draw_filling(rng, count, tokens):
+    """Requests whose prompts take so many tokens together: what they generate has no place."""
+    return [Request(rng.integers(300, 2300, tokens // count).tolist(), NEW) for _ in range(count)]
 
 
 def draw_way(rng, request):

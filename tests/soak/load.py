@@ -13,31 +13,33 @@ from dam_vllm.masks.file import save_mask_set
 from dam_vllm.masks.fingerprint import fingerprint
 from dam_vllm.server import Server
 from tests.conftest import random_mask_set
-from tests.soak.client import NEW, Client, Way, draw_requests, draw_way
+from tests.soak.client import NEW, Client, Way, draw_filling, draw_requests, draw_way
 
 PAGE, LONGEST = 32, 8192
-# The longest request fits, and little beside it. A page takes 2 bytes a value of keys and values,
-# of 4 layers, 4 KV heads and 32 channels.
-CACHE_BYTES = ((LONGEST + NEW) // PAGE + 16) * 4 * 4 * PAGE * 2 * 32 * 2
+# The longest request fits, and little beside it.
+PAGES = (LONGEST + NEW) // PAGE + 18
+# A page's keys and values of 4 layers, 4 KV heads and 32 channels, 2 bytes each.
+CACHE_BYTES = PAGES * 4 * 4 * PAGE * 2 * 32 * 2
+FILLING = 4
 BURST = 20
 NAMES = ("asked", "streamed", "cut", "lost", "other tokens", "other log-probabilities")
 
 
 def save_static(path, rng):
-    """Random masks of static heads that reach back to the first token, so that no page is freed."""
+    """Random masks of static heads."""
     identity = fingerprint(str(model_dir()))
     masks = random_mask_set(rng, 4, 8, 4, pcl=333, share=0.006, dense=True, fingerprint=identity)
     save_mask_set(masks, path)
 
 
-def serve(masks):
-    """A server of the demo model with masks, or stock vLLM, with a cache that is too small."""
+def serve(masks, **options):
+    """A server with a cache that is too small: the demo model with masks and options, or stock."""
     arguments = ["--enforce-eager", f"--max-model-len={LONGEST + NEW}", f"--block-size={PAGE}"]
     arguments += [f"--kv-cache-memory-bytes={CACHE_BYTES}", "--dtype=bfloat16"]
     arguments += ["--max-num-batched-tokens=2048", "--max-num-seqs=16"]
     arguments += ["--hf-overrides", json.dumps({"max_position_embeddings": LONGEST + NEW})]
     if masks:
-        options = {"masks": str(masks), "dense_below": 0}
+        options |= {"masks": str(masks), "dense_below": 0}
         arguments += ["--attention-backend=dam"]
         arguments += ["--additional-config", json.dumps({"dam": options})]
     return Server(model_dir(), arguments, {"VLLM_CPU_ATTN_SPLIT_KV": "0"})
@@ -86,15 +88,14 @@ async def soak(server, rng, requests, seconds=None, bursts=None):
         What was counted: JSON values.
     """
     client, counts, memory = Client(server.url, server.model), Counter(), []
-    asked = draw_requests(rng, requests, LONGEST)
+    asked = draw_filling(rng, FILLING, (PAGES - 2) * PAGE) + draw_requests(rng, requests, LONGEST)
     alone = [await client.ask(each, Way()) for each in asked]
     end = None if seconds is None else time.monotonic() + seconds
     for done in itertools.count():
         if done == bursts or (end and time.monotonic() > end):
             break
-        some = rng.integers(0, requests, rng.integers(1, BURST + 1))
-        rows = some if done else rng.permutation(requests)[:BURST]
-        await burst(client, rng, rows, asked, alone, counts)
+        rows = rng.integers(0, len(asked), rng.integers(1, BURST + 1))
+        await burst(client, rng, rows if done else range(FILLING), asked, alone, counts)
         memory.append(resident(server))
     metrics = await idle(client)
     await client.close()
