@@ -46,7 +46,7 @@ class Way:
 
 
 def draw_requests(rng, count, longest):
-    """Requests of 1 to `longest` tokens, the first of all these; half of them begin as others do."""
+    """Requests of 1 to `longest` tokens, the first of so many; half of them begin as others do."""
     starts = rng.integers(300, 2300, (3, longest))
     requests = [Request(rng.integers(300, 2300, longest).tolist(), NEW)]
     while len(requests) < count:
