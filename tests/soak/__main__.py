@@ -34,8 +34,8 @@ def main():
         for name in options.servers:
             rng = np.random.default_rng(options.seed)
             # Pages that are freed leave room, and none is preempted.
-            options = {"kv_free": "off"} if name == "static" else {}
-            with serve(files.get(name), **options) as server:
+            kept = {"kv_free": "off"} if name == "static" else {}
+            with serve(files.get(name), **kept) as server:
                 report = asyncio.run(soak(server, rng, requests=24, seconds=seconds))
             print(name, json.dumps(report), flush=True)
 
