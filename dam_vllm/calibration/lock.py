@@ -4,7 +4,7 @@ import fcntl
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -35,7 +35,8 @@ def alone_in(folder: Path) -> Iterator[None]:
         finally:
             if list(folder.iterdir()) == [lock]:
                 lock.unlink()
-                folder.rmdir()
+                with suppress(OSError):  # another one has begun in it
+                    folder.rmdir()
 
 
 @contextmanager
@@ -62,4 +63,7 @@ def _locked(lock: Path) -> Iterator[None]:
 
 def _still(path: Path, file: TextIO) -> bool:
     """Whether a path is still that of an open file."""
-    return path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
