@@ -20,6 +20,6 @@ def test_equal_to_the_stock_kernel_over_what_is_read(monkeypatch):
         case = draw(rng)
         print(index, case)
         errors = measure(case, rng)
-        check(errors)
+        check(case, errors)
         kinds |= set(errors)
     assert kinds == {"static", "dynamic"}

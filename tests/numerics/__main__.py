@@ -64,11 +64,12 @@ def relative(found, exact):
     return float(error.abs().max()), float(error.square().mean().sqrt())
 
 
-def check(errors):
+def check(case, errors):
     """Holds a case's errors against what is promised."""
     for found in errors.values():
         assert found.same, errors
-        assert found.ours[1] <= ROTATED * found.stock[1], errors
+        # Of few keys the stock kernel may err by nothing: half a unit is allowed in any case.
+        assert found.ours[1] <= ROTATED * found.stock[1] + torch.finfo(case.dtype).eps / 2, errors
 
 
 class Worst:
@@ -106,7 +107,7 @@ def main():
             for kind, found in errors.items():
                 name = f"{kind} {str(case.dtype).removeprefix('torch.')} {case.cache_dtype}"
                 worst.setdefault(name, Worst()).add(found)
-            check(errors)
+            check(case, errors)
         except Exception:
             failures += 1
             print(f"--seed {options.seed} --only {index}: {case}", file=sys.stderr)
