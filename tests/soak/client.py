@@ -60,9 +60,9 @@ def draw_requests(rng, count, longest):
     return requests
 
 
-def draw_filling(rng, count, tokens):
-    """Requests whose prompts take so many tokens together: what they generate has no place."""
-    return [Request(rng.integers(300, 2300, tokens // count).tolist(), NEW) for _ in range(count)]
+def draw_filling(rng, count, length):
+    """Requests of one length; what they generate takes most."""
+    return [Request(rng.integers(300, 2300, length).tolist(), NEW) for _ in range(count)]
 
 
 def draw_way(rng, request):

@@ -20,7 +20,8 @@ PAGE, LONGEST = 32, 8192
 PAGES = (LONGEST + NEW) // PAGE + 18
 # A page's keys and values of 4 layers, 4 KV heads and 32 channels, 2 bytes each.
 CACHE_BYTES = PAGES * 4 * 4 * PAGE * 2 * 32 * 2
-FILLING = 4
+# Prompts that are let in together, since they leave some pages, but fewer than they will generate.
+FILLING, SPARE = 4, 10
 BURST = 20
 NAMES = ("asked", "streamed", "cut", "lost", "other tokens", "other log-probabilities")
 
@@ -66,9 +67,8 @@ def compare(request, way, answer, alone, counts):
         counts["other log-probabilities"] += 1
 
 
-async def burst(client, rng, rows, requests, alone, counts):
+async def burst(client, rows, ways, requests, alone, counts):
     """Sends requests at once, each in its own way."""
-    ways = [draw_way(rng, requests[row]) for row in rows]
     asked = [client.ask(requests[row], way) for row, way in zip(rows, ways, strict=True)]
     for row, way, answer in zip(rows, ways, await asyncio.gather(*asked), strict=True):
         compare(requests[row], way, answer, alone[row], counts)
@@ -88,14 +88,18 @@ async def soak(server, rng, requests, seconds=None, bursts=None):
         What was counted: JSON values.
     """
     client, counts, memory = Client(server.url, server.model), Counter(), []
-    asked = draw_filling(rng, FILLING, (PAGES - 2) * PAGE) + draw_requests(rng, requests, LONGEST)
+    asked = draw_filling(rng, FILLING, (PAGES - SPARE) // FILLING * PAGE)
+    asked += draw_requests(rng, requests, LONGEST)
     alone = [await client.ask(each, Way()) for each in asked]
     end = None if seconds is None else time.monotonic() + seconds
     for done in itertools.count():
         if done == bursts or (end and time.monotonic() > end):
             break
-        rows = rng.integers(0, len(asked), rng.integers(1, BURST + 1))
-        await burst(client, rng, rows if done else range(FILLING), asked, alone, counts)
+        rows, ways = range(FILLING), [Way(stream=True)] * FILLING
+        if done:
+            rows = rng.integers(0, len(asked), rng.integers(1, BURST + 1))
+            ways = [draw_way(rng, asked[row]) for row in rows]
+        await burst(client, rows, ways, asked, alone, counts)
         memory.append(resident(server))
     metrics = await idle(client)
     await client.close()
