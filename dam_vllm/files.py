@@ -15,6 +15,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Args:
         path: the file; its folder is made if need be.
+
+    Raises:
+        OSError: if it cannot be written; the error names a file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
@@ -23,8 +26,10 @@ def replacing(path: Path) -> Iterator[Path]:
         yield Path(temporary)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         os.unlink(temporary)
+        if isinstance(error, OSError) and error.errno and not error.filename:
+            error.filename = str(path)  # a full disk is told without the file
         raise
 
 

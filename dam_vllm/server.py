@@ -85,6 +85,17 @@ class Server:
         """What the server has printed so far."""
         return self.log.read_text(errors="replace")
 
+    @property
+    def pid(self) -> int:
+        """Process that runs the API; all others of the server are its children.
+
+        Raises:
+            ServerError: if the server was not started, or was stopped.
+        """
+        if self._process is None:
+            raise ServerError("vllm serve is not running")
+        return self._process.pid
+
     def stop(self) -> None:
         """Stops the server and every process it started."""
         if self._process is None:

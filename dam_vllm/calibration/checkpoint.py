@@ -2,16 +2,14 @@
 
 import hashlib
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from dam_vllm.calibration.errors import CalibrationError
+from dam_vllm.calibration.lock import LOCK
+from dam_vllm.calibration.state_files import read_arrays, read_json, write_arrays, write_json
 from dam_vllm.calibration.static.maps import MapSums
 
 STATE = "state.json"
@@ -32,10 +30,10 @@ class Checkpoint:
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
-        """Opens the folder, or prepares one.
+        """Opens what the folder holds, if anything.
 
         Args:
-            folder: the folder; made when the choice is stored.
+            folder: the folder, which nobody else works in (`lock.alone_in`).
             settings: all that decides the result, JSON values.
 
         Raises:
@@ -47,18 +45,14 @@ class Checkpoint:
         text = json.dumps(settings, sort_keys=True)
         self._hash = hashlib.sha256(text.encode()).hexdigest()
         state = folder / STATE
-        if folder.exists() and (
-            not folder.is_dir() or (any(folder.iterdir()) and not state.exists())
-        ):
-            raise CalibrationError(f"{folder} is in the way and no checkpoint: remove it")
         if state.exists():
             self._open(state)
 
     def _open(self, state: Path) -> None:
         try:
-            found = json.loads(state.read_text(encoding="utf-8"))
+            found = read_json(state)
             stored, chosen = found["settings"], found["chosen"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (KeyError, TypeError) as error:
             raise CalibrationError(
                 f"checkpoint {self.folder} is damaged ({error}): remove it to start anew"
             ) from error
@@ -72,12 +66,7 @@ class Checkpoint:
     def choose(self, chosen: dict[str, Any]) -> None:
         """Stores what the first run chose."""
         self.chosen = chosen
-        self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = self.folder / (STATE + ".tmp")
-        temporary.write_text(
-            json.dumps({"settings": self._hash, "chosen": chosen}), encoding="utf-8"
-        )
-        os.replace(temporary, self.folder / STATE)
+        write_json(self.folder / STATE, {"settings": self._hash, "chosen": chosen})
 
     def has_layer(self, kind: MapKind, layer: int) -> bool:
         """Whether a layer's mean map is stored."""
@@ -107,22 +96,19 @@ class Checkpoint:
         return sums, int(metadata["batches"])
 
     def remove(self) -> None:
-        """Removes the folder."""
-        shutil.rmtree(self.folder)
+        """Removes what it stored, the state last: what is left by a crash can be gone on from."""
+        kept = (STATE, LOCK)
+        for path in self.folder.iterdir():
+            if path.name not in kept:
+                path.unlink()
+        (self.folder / STATE).unlink()
 
     def _layer(self, kind: MapKind, layer: int) -> Path:
         return self.folder / f"{kind}-{layer:04}.safetensors"
 
     def _write(self, path: Path, maps: torch.Tensor, metadata: dict[str, str]) -> None:
-        temporary = path.with_suffix(".tmp")
-        save_file({MAP: maps.cpu().contiguous()}, temporary, metadata=metadata)
-        os.replace(temporary, path)
+        write_arrays(path, {MAP: maps.cpu().numpy()}, metadata)
 
     def _read(self, path: Path) -> tuple[torch.Tensor, dict[str, str]]:
-        try:
-            with safe_open(path, framework="pt") as file:
-                return file.get_tensor(MAP), file.metadata() or {}
-        except (SafetensorError, OSError) as error:
-            raise CalibrationError(
-                f"checkpoint file {path} is damaged ({error}): remove {self.folder}"
-            ) from error
+        arrays, metadata = read_arrays(path)
+        return torch.from_numpy(arrays[MAP]), metadata

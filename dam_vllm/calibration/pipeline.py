@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +19,7 @@ from dam_vllm.calibration.fit.candidates import Pattern
 from dam_vllm.calibration.fit.inputs import FitInputs, Prompt, fit_cost, fit_prompts
 from dam_vllm.calibration.fit.run import fit_modes
 from dam_vllm.calibration.fit.store import FitStore
+from dam_vllm.calibration.lock import alone_in
 from dam_vllm.calibration.memory import choose_lengths, full_layers, map_memory
 from dam_vllm.calibration.model import ModelSource
 from dam_vllm.calibration.progress import Reporter, Work, cost
@@ -42,6 +44,7 @@ from dam_vllm.masks.mask_set import Header, MaskSet
 from dam_vllm.masks.model_shape import ModelShape
 
 DOCUMENTS_PER_WINDOW = 4
+MASKS = "masks.safetensors"
 
 
 @dataclass(frozen=True)
@@ -81,11 +84,14 @@ def calibrate(job: Job, reporter: Reporter | None = None) -> MaskSet:
         The masks that were written.
 
     Raises:
-        CalibrationError: for an input that cannot be honoured.
+        CalibrationError: for an input that cannot be honoured, and while another process
+            calibrates into the same file.
         FingerprintError: if the model's identity cannot be read.
         CalibrationStopped: if the reporter stopped it; the checkpoint holds its state.
+        OSError: if something cannot be written; what was done until then is in the checkpoint.
     """
-    return _Run(job, reporter or Reporter()).run()
+    with alone_in(job.checkpoint):
+        return _Run(job, reporter or Reporter()).run()
 
 
 class _Run:
@@ -135,7 +141,9 @@ class _Run:
             masks = self._fit(model, shape, prompts, build, checkpoint, work)
         coverage = self._measure(model, measured, masks, layers, work)
         masks = with_measures(masks, *coverage.result())
-        save_mask_set(masks, self.job.output)
+        whole = checkpoint.folder / MASKS
+        save_mask_set(masks, whole)
+        os.replace(whole, self.job.output)
         checkpoint.remove()
         return masks
 

@@ -1,14 +1,12 @@
 """What an unfinished fit has done so far: texts, bases, sums, readers, probes and proofs."""
 
-import json
-import os
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
 
 from dam_vllm.calibration.fit.losses import ARRAYS, Sums
 from dam_vllm.calibration.fit.samples import FitText
+from dam_vllm.calibration.state_files import read_arrays, read_json, write_arrays, write_json
 from dam_vllm.masks.mask_set import FloatArray
 
 
@@ -23,19 +21,16 @@ class FitStore:
         path = self._folder / "fit-texts.json"
         if not path.exists():
             return []
-        return [FitText(**each) for each in json.loads(path.read_text(encoding="utf-8"))]
+        return [FitText(**each) for each in read_json(path)]
 
     def save_texts(self, texts: list[FitText]) -> None:
         """Stores all texts so far."""
-        path = self._folder / "fit-texts.json"
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps([vars(text) for text in texts]), encoding="utf-8")
-        os.replace(temporary, path)
+        write_json(self._folder / "fit-texts.json", [vars(text) for text in texts])
 
     def rotations(self) -> FloatArray | None:
         """The bases, once they are known."""
         path = self._folder / "fit-bases.safetensors"
-        return load_file(path)["rotations"] if path.exists() else None
+        return read_arrays(path)[0]["rotations"] if path.exists() else None
 
     def save_rotations(self, rotations: FloatArray) -> None:
         """Stores the bases, float32 [layers, kv_heads, head_size, head_size]."""
@@ -46,7 +41,7 @@ class FitStore:
         path = self._folder / f"fit-{text:04}.safetensors"
         if not path.exists():
             return None
-        found = load_file(path)
+        found = read_arrays(path)[0]
         return Sums(strata, *(found[name] for name in ARRAYS))
 
     def save_sums(self, text: int, sums: Sums) -> None:
@@ -56,7 +51,7 @@ class FitStore:
     def readers(self, text: int) -> np.ndarray | None:
         """A text's errors of heads that read others' pages, if they have been measured."""
         path = self._folder / f"fit-readers-{text:04}.safetensors"
-        return load_file(path)["error"] if path.exists() else None
+        return read_arrays(path)[0]["error"] if path.exists() else None
 
     def save_readers(self, text: int, error: np.ndarray) -> None:
         """Stores a text's errors of readers."""
@@ -65,7 +60,7 @@ class FitStore:
     def probes(self, layer: int) -> np.ndarray | None:
         """KL of a layer's probes [probes, kinds, kv_heads], if they have been run."""
         path = self._folder / f"fit-probes-{layer:04}.safetensors"
-        return load_file(path)["kl"] if path.exists() else None
+        return read_arrays(path)[0]["kl"] if path.exists() else None
 
     def save_probes(self, layer: int, kls: np.ndarray) -> None:
         """Stores the KL of a layer's probes."""
@@ -78,16 +73,11 @@ class FitStore:
 
     def save_proof(self, key: str, measured: tuple[float, float]) -> None:
         """Stores what a choice was measured to have."""
-        path = self._folder / "fit-proofs.json"
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self._proofs() | {key: list(measured)}), encoding="utf-8")
-        os.replace(temporary, path)
+        write_json(self._folder / "fit-proofs.json", self._proofs() | {key: list(measured)})
 
     def _proofs(self) -> dict[str, list[float]]:
         path = self._folder / "fit-proofs.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return read_json(path) if path.exists() else {}
 
     def _write(self, name: str, arrays: dict[str, np.ndarray]) -> None:
-        temporary = self._folder / f"{name}.tmp"
-        save_file({key: np.ascontiguousarray(each) for key, each in arrays.items()}, temporary)
-        os.replace(temporary, self._folder / f"{name}.safetensors")
+        write_arrays(self._folder / f"{name}.safetensors", arrays)

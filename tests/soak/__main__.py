@@ -1,0 +1,44 @@
+"""Servers under load for a while: `python -m tests.soak --minutes 60 --seed 1`.
+
+Each server in turn is asked every request alone. Then bursts of the same requests come, more than
+its cache holds: of 1 to 8192 tokens, streamed or not, cut in the middle, with shared prefixes. None
+may be lost, and each must be what it was alone: by masks of static heads bit for bit, else as often
+as stock vLLM's are, which is asked the same. Memory must stay what it was.
+"""
+
+import argparse
+import asyncio
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from dam_vllm.demo import model_dir
+from dam_vllm.options import MASKS_IN_MODEL
+from tests.soak.load import save_static, serve, soak
+
+SERVERS = ("static", "stock", "fitted")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=60, help="of all servers together")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--servers", nargs="+", default=list(SERVERS), choices=SERVERS)
+    options = parser.parse_args()
+    seconds = options.minutes * 60 / len(options.servers)
+    with tempfile.TemporaryDirectory() as folder:
+        files = {"static": Path(folder) / "masks", "fitted": model_dir() / MASKS_IN_MODEL}
+        save_static(files["static"], np.random.default_rng(options.seed))
+        for name in options.servers:
+            rng = np.random.default_rng(options.seed)
+            # Pages that are freed leave room, and none is preempted.
+            kept = {"kv_free": "off"} if name == "static" else {}
+            with serve(files.get(name), **kept) as server:
+                report = asyncio.run(soak(server, rng, requests=24, seconds=seconds))
+            print(name, json.dumps(report), flush=True)
+
+
+if __name__ == "__main__":
+    main()
