@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dam_vllm.attention.cuda.plan import Places
+from dam_vllm.attention.cuda.places import Places
 from dam_vllm.attention.cuda.query_blocks import DeviceQueryBlocks, query_block_slots
 from dam_vllm.masks.page_tables import query_block_size
 

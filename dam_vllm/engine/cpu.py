@@ -18,7 +18,8 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-from dam_vllm.attention.cpu.attention import CPUAttention, CPULayer, VirtualBatch
+from dam_vllm.attention.cpu.attention import CPUAttention
+from dam_vllm.attention.cpu.kernel import CPULayer, VirtualBatch
 from dam_vllm.attention.dynamic_heads import DynamicHeads, ReusingHeads
 from dam_vllm.attention.interface import Planned, SparseAttention
 from dam_vllm.attention.layout import FP8_DTYPES, KVLayout

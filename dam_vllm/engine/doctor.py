@@ -76,7 +76,8 @@ def kernels() -> dict[str, str | None]:
 
 def cpu_attention(masks: MaskSet) -> SparseAttention:
     """Virtual pages over the paged kernel of vLLM, as served on CPU."""
-    from dam_vllm.attention.cpu.attention import CPUAttention, CPULayer
+    from dam_vllm.attention.cpu.attention import CPUAttention
+    from dam_vllm.attention.cpu.kernel import CPULayer
     from dam_vllm.engine.cpu import CPUKernel
 
     return CPUAttention(

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from dam_vllm.attention.cpu.attention import CPUAttention, CPULayer
+from dam_vllm.attention.cpu.attention import CPUAttention
+from dam_vllm.attention.cpu.kernel import CPULayer
 from dam_vllm.attention.dynamic_heads import DynamicHeads
 from dam_vllm.attention.interface import Step
 from dam_vllm.attention.layout import FP8_DTYPES, KVLayout

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dam_vllm.attention.cpu.attention import CPUAttention, CPULayer, VirtualBatch
+from dam_vllm.attention.cpu.attention import CPUAttention
+from dam_vllm.attention.cpu.kernel import CPULayer, VirtualBatch
 from dam_vllm.attention.dynamic_heads import DynamicHeads
 from dam_vllm.attention.interface import Step
 from dam_vllm.attention.layout import FP8_DTYPES, KVLayout

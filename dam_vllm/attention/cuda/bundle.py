@@ -12,7 +12,8 @@ from itertools import chain
 import torch
 
 from dam_vllm.attention.cuda.counts import Tally
-from dam_vllm.attention.cuda.plan import DevicePlan, Homes, Places, plan_heads
+from dam_vllm.attention.cuda.places import Homes, Places
+from dam_vllm.attention.cuda.plan import DevicePlan, plan_heads
 from dam_vllm.attention.cuda.query_blocks import DeviceQueryBlocks
 from dam_vllm.attention.cuda.scratch import Scratch
 from dam_vllm.masks.page_tables import PageSelector, PageTables

@@ -7,7 +7,7 @@ import triton
 
 from dam_vllm.attention.cuda.dynamic import DeviceDynamic
 from dam_vllm.attention.cuda.page_scores import PageBlocks, PageMaxScores, Rows
-from dam_vllm.attention.cuda.plan import Homes
+from dam_vllm.attention.cuda.places import Homes
 from dam_vllm.attention.cuda.query_blocks import DeviceQueryBlocks
 from dam_vllm.attention.cuda.score import score_pages
 from dam_vllm.attention.cuda.scratch import ALIGNMENT, Room

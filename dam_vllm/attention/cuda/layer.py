@@ -16,7 +16,8 @@ from dam_vllm.attention.cuda.choosing import choose_on_device
 from dam_vllm.attention.cuda.counts import DeviceCounts, Tally
 from dam_vllm.attention.cuda.dynamic import DeviceChoosing
 from dam_vllm.attention.cuda.paged import Softmax, attend_paged
-from dam_vllm.attention.cuda.plan import DevicePlan, Homes, Places, plan_heads
+from dam_vllm.attention.cuda.places import Homes, Places
+from dam_vllm.attention.cuda.plan import DevicePlan, plan_heads
 from dam_vllm.attention.cuda.scratch import Scratch
 from dam_vllm.attention.cuda.token_bits import TokenBits
 from dam_vllm.masks.page_tables import PageTables

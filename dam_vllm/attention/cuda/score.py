@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 
 from dam_vllm.attention.cuda.page_scores import MOST_ROWS, PageBlocks, PageMaxScores, Rows
-from dam_vllm.attention.cuda.plan import MOVING, Homes
+from dam_vllm.attention.cuda.places import Homes
+from dam_vllm.attention.cuda.plan import MOVING
 from dam_vllm.attention.cuda.query_blocks import DeviceQueryBlocks, query_block_at
 
 WARPS, STAGES = 8, 2

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from dam_vllm.attention.cuda.fp8 import to_fp8
-from dam_vllm.attention.cuda.plan import Homes
+from dam_vllm.attention.cuda.places import Homes
 
 
 def store_heads(

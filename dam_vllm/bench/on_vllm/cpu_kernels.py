@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from dam_vllm.attention.cpu.attention import CPUAttention, CPULayer
+from dam_vllm.attention.cpu.attention import CPUAttention
+from dam_vllm.attention.cpu.kernel import CPULayer
 from dam_vllm.attention.cpu.score import span_scores
 from dam_vllm.attention.cpu.select import CachedKeys, span_tokens
 from dam_vllm.attention.dynamic_heads import DynamicHeads

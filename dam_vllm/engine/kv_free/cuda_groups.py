@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from dam_vllm.attention.cuda.attention import CUDAAttention
-from dam_vllm.attention.cuda.plan import Homes
+from dam_vllm.attention.cuda.places import Homes
 from dam_vllm.attention.cuda.store import store_heads
 from dam_vllm.attention.interface import Step
 from dam_vllm.engine.kv_free.head_groups import Pool

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from dam_vllm.attention.chosen_pages import ChosenPages
-from dam_vllm.attention.cpu.attention import CPUAttention, CPULayer
+from dam_vllm.attention.cpu.attention import CPUAttention
+from dam_vllm.attention.cpu.kernel import CPULayer
 from dam_vllm.attention.dynamic_heads import DynamicHeads, ReusingHeads
 from dam_vllm.attention.interface import Step
 from dam_vllm.attention.layout import KVLayout

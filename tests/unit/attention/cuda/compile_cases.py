@@ -13,7 +13,8 @@ import torch
 
 from dam_vllm.attention.cuda import paged, tuning
 from dam_vllm.attention.cuda.counts import DeviceCounts
-from dam_vllm.attention.cuda.plan import DevicePlan, Homes, Places, plan_heads
+from dam_vllm.attention.cuda.places import Homes, Places
+from dam_vllm.attention.cuda.plan import DevicePlan, plan_heads
 from dam_vllm.attention.cuda.query_blocks import DeviceQueryBlocks, query_block_slots
 from dam_vllm.attention.cuda.rotation import DeviceRotation, quantise
 from dam_vllm.attention.cuda.store import store_heads

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from dam_vllm.attention.cuda.paged import Softmax, attend_paged
-from dam_vllm.attention.cuda.plan import DevicePlan, Places, plan_heads
+from dam_vllm.attention.cuda.places import Places
+from dam_vllm.attention.cuda.plan import DevicePlan, plan_heads
 from dam_vllm.attention.cuda.query_blocks import DeviceQueryBlocks, query_block_slots
 from dam_vllm.attention.cuda.token_bits import TokenBits
 from dam_vllm.attention.oracle import exact_mask, masked_attention, page_mask

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dam_vllm.attention.cuda.plan import Homes
+from dam_vllm.attention.cuda.places import Homes
 from dam_vllm.attention.cuda.store import store_heads
 from tests.unit.attention.cuda.launches import Launches
 
