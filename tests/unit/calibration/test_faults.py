@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import typer
 from typer.testing import CliRunner
 
 from dam_vllm.calibration import lock
@@ -20,7 +19,7 @@ from dam_vllm.calibration.pipeline import calibrate
 from dam_vllm.calibration.progress import Reporter
 from dam_vllm.calibration.state_files import read_arrays, read_json
 from dam_vllm.calibration.static import passes
-from dam_vllm.cli.calibrate import calibrate as command
+from dam_vllm.cli.main import app
 from tests.conftest import fresh_seed
 from tests.unit.calibration.test_pipeline import make  # noqa: F401 - a fixture
 
@@ -84,12 +83,10 @@ def test_a_disk_that_is_full_at_the_end_keeps_what_was_there(make):  # noqa: F81
 
 
 def test_a_folder_that_cannot_be_written_is_told_before_anything_is_read(model_folder, texts_file):
-    app = typer.Typer()
-    app.command()(command)
     output = "/sys/masks.safetensors"  # not even root may write there
     arguments = [str(model_folder), "--data", str(texts_file), "--output", output]
-    done = CliRunner().invoke(app, [*arguments, "--device", "cpu"])
-    assert done.exit_code == 2
+    done = CliRunner().invoke(app, ["calibrate", *arguments, "--device", "cpu"])
+    assert done.exit_code == 1
     assert done.output.splitlines()[-1].startswith("Error: [Errno ")
     assert f"'{output}.partial'" in done.output
     assert "PCL" not in done.output
