@@ -58,11 +58,12 @@ class AttentionCall:
             observe: called with the weights of every block.
         """
         output = self.query.new_empty(*self.query.shape[:3], self.value.shape[-1])
+        cached = self.key.shape[2] - self.query.shape[2]
         for start, stop in _blocks(self.query, self.key):
-            keys = stop if self.mask is None else self.key.shape[2]
+            keys = cached + stop if self.mask is None else self.key.shape[2]
             mask = None if self.mask is None else self.mask[:, :, start:stop, :keys]
             query, key = self.query[:, :, start:stop], self.key[:, :, :keys]
-            weights = _weights(query, key, mask, start, self.scale, self.softcap)
+            weights = _weights(query, key, mask, cached + start, self.scale, self.softcap)
             if observe is not None:
                 observe(self.layer, start, weights)
             found = _grouped(weights.to(query.dtype), self.value[:, :, :keys])
@@ -204,7 +205,11 @@ def _weights(
     scale: float,
     softcap: float | None,
 ) -> torch.Tensor:
-    """Attention weights of a block, float32 [batch, heads, rows, keys]."""
+    """Attention weights of a block whose first query is at key `start`.
+
+    Returns:
+        float32 [batch, heads, rows, keys].
+    """
     scores = _grouped(query, key.transpose(2, 3)).mul_(scale)
     if softcap is not None:
         scores = scores.div_(softcap).tanh_().mul_(softcap)

@@ -198,3 +198,9 @@ def test_replies_are_those_of_the_eager_model(rng, kind):
     model = build(kind)
     prepare(model)
     assert with_reply(model, "lines", prompt) == expected
+    # Token by token over a cache, where a wrong step may still have the right best token.
+    with torch.inference_mode():
+        step = model(torch.tensor([expected.ids[:-1]]), use_cache=True).past_key_values
+        last = model(torch.tensor([expected.ids[-1:]]), past_key_values=step).logits[0, -1]
+        whole = model(torch.tensor([expected.ids])).logits[0, -1]
+    torch.testing.assert_close(last, whole, rtol=1e-4, atol=1e-4)
