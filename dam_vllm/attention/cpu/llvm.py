@@ -30,6 +30,7 @@ def lanes() -> int:
     return 16 if has("avx512f") else 8
 
 
+@functools.cache
 def has(feature: str) -> bool:
     """Whether this processor has what LLVM calls so."""
     llvm = _llvm()
