@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dam_vllm.evaluation.settings import REPLY_TOKENS, Settings, Subject
 from dam_vllm.evaluation.state import content_digest
 from dam_vllm.masks.file import load_mask_set
@@ -20,7 +22,8 @@ from dam_vllm.questions.tasks import TASKS, make_questions
 
 DEFAULT_LENGTHS = (2048, 4096, 8192)
 MIN_LENGTH = 256
-PAGE_MULTIPLE = 16  # of vLLM's block sizes, as the engine takes them
+# Of vLLM's block sizes, as the engine takes them on this machine.
+PAGE_MULTIPLE = 16 if torch.cuda.is_available() else 32
 IMAGES = (".png", ".pdf", ".svg")
 
 
