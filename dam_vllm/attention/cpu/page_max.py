@@ -16,8 +16,8 @@ from torch.nn.functional import pad
 from dam_vllm.attention.cpu import llvm
 from dam_vllm.masks.rounding import ceil_div
 
-# Tokens whose scores are held in registers at a time. 16, and fewer by several vectors of rows, took
-# from 4 percent less (once, with 32 channels) to 30 percent more.
+# Tokens whose scores are held in registers at a time. 16, and fewer by several vectors of rows,
+# took from 4 percent less (once, with 32 channels) to 30 percent more.
 TOKENS = 8
 ARGUMENTS = {"query": "ptr", "keys": "ptr", "result": "ptr", "pages": "i64", "rows": "i64"}
 
