@@ -71,6 +71,16 @@ LengthsOption = Annotated[
 ]
 SamplesOption = Annotated[int, typer.Option(min=1, help="Questions a task and length.")]
 SeedOption = Annotated[int, typer.Option(help="Of the questions.")]
+KeysOption = Annotated[
+    str, typer.Option(help="What records are found by: pair, code, number or syllables.")
+]
+CompletionOption = Annotated[
+    bool,
+    typer.Option(
+        "--completion",
+        help="Ask for the end of a text, which no fit of a model with a chat template sees.",
+    ),
+]
 TextOption = Annotated[
     Path | None,
     typer.Option(
@@ -124,6 +134,8 @@ def evaluate(
     write: WriteOption = False,
     fresh: FreshOption = False,
     serve_args: ServeArgsOption = "",
+    keys: KeysOption = "pair",
+    completion: CompletionOption = False,
     quiet: Quiet = False,
 ) -> None:
     """Asks a model questions over long texts through vLLM, with each mask file and without.
@@ -155,6 +167,8 @@ def evaluate(
         text=text,
         windows=windows,
         serve_args=serve_args,
+        keys=keys,
+        completion=completion,
     )
     if fresh:
         shutil.rmtree(job.folder, ignore_errors=True)
@@ -199,7 +213,8 @@ def _measure(job: "Job", state: "State") -> "list[Place]":
         def progress(name: str, done: int, total: int) -> None:
             bar.update(task, description=name, completed=done, total=total)
 
-        start = starter(job.settings, prompting(job.tokenizer).chat)
+        asked = prompting(job.tokenizer, job.settings.completion)
+        start = starter(job.settings, asked.chat)
         return Evaluation(job.settings, job.tokenizer, state, start, progress).run(job.masks)
 
 

@@ -17,6 +17,7 @@ from dam_vllm.evaluation.state import content_digest
 from dam_vllm.masks.file import load_mask_set
 from dam_vllm.masks.fingerprint import Fingerprint
 from dam_vllm.options import OptionError
+from dam_vllm.questions.keys import KINDS
 from dam_vllm.questions.prompting import prompting
 from dam_vllm.questions.tasks import TASKS, make_questions
 
@@ -33,6 +34,12 @@ def tasks_option(text: str) -> tuple[str, ...]:
     if not all(name in TASKS for name in names):
         raise OptionError(f"--tasks is {text!r}, must be names among {','.join(TASKS)}")
     return names
+
+
+def keys_option(keys: str) -> None:
+    """Refuses unknown kinds of keys."""
+    if keys not in KINDS:
+        raise OptionError(f"--keys is {keys!r}, must be one of {', '.join(KINDS)}")
 
 
 def lengths_option(text: str | None, tasks: Sequence[str], longest: int | None) -> tuple[int, ...]:
@@ -168,11 +175,13 @@ def _jsonl(file: Path, content: str) -> Iterator[str]:
 
 def check_questions(settings: Settings, tokenizer: Any) -> None:
     """Refuses lengths that are too short for one question of a task."""
-    asked, shortest = prompting(tokenizer), settings.lengths[0]
+    asked, shortest = prompting(tokenizer, settings.completion), settings.lengths[0]
     for task in settings.tasks:
         tokens = shortest - asked.overhead
         try:
-            make_questions(task, tokenizer, tokens, 1, settings.seed, asked.wording)
+            make_questions(
+                task, tokenizer, tokens, 1, settings.seed, asked.wording, settings.record_keys
+            )
         except ValueError:
             raise OptionError(
                 f"--lengths has {shortest}, too few tokens for one {task!r} question"

@@ -49,6 +49,8 @@ def prepare(
     text: Path | None,
     windows: int,
     serve_args: str,
+    keys: str,
+    completion: bool,
 ) -> Job:
     """Checks all options against model and files, before anything is started.
 
@@ -65,6 +67,8 @@ def prepare(
         text: file for perplexity and agreement.
         windows: pieces of it a length.
         serve_args: further arguments of `vllm serve`, as shell words.
+        keys: kind of the records' keys.
+        completion: whether to ask by completions in any case.
 
     Returns:
         The job.
@@ -74,6 +78,7 @@ def prepare(
     """
     names = checks.tasks_option(tasks)
     checks.page_option(page)
+    checks.keys_option(keys)
     arguments = checks.serve_args_option(serve_args)
     served = fingerprint(model)
     subjects = checks.masks_option(masks, served)
@@ -91,6 +96,8 @@ def prepare(
         serve_args=arguments,
         text=None if text is None else checks.text_option(text, tokenizer, windows, tokens[-1]),
         windows=0 if text is None else windows,
+        record_keys=keys,
+        completion=completion,
     )
     checks.check_questions(settings, tokenizer)
     return Job(settings, subjects, tokenizer, cache_folder(settings, subjects, served))

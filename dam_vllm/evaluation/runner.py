@@ -35,7 +35,7 @@ class Evaluation:
     ) -> None:
         self.settings, self.tokenizer, self.state = settings, tokenizer, state
         self.start, self.progress = start, progress
-        self._prompting = prompting(tokenizer)
+        self._prompting = prompting(tokenizer, settings.completion)
         self._questions = cache(self._make_questions)
         self._windows = cache(self._make_windows)
         self._done = self._total = 0
@@ -132,7 +132,8 @@ class Evaluation:
         samples, seed = self.settings.samples, self.settings.seed
         tokens = length - self._prompting.overhead
         wording = self._prompting.wording
-        return make_questions(task, self.tokenizer, tokens, samples, seed, wording)
+        keys = self.settings.record_keys
+        return make_questions(task, self.tokenizer, tokens, samples, seed, wording, keys)
 
     def _make_windows(self, length: int) -> list[list[int]]:
         assert self.settings.text is not None

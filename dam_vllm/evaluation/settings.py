@@ -27,6 +27,8 @@ class Settings:
         serve_args: further arguments of `vllm serve`.
         text: text for perplexity and agreement, or None.
         windows: pieces of it a length.
+        record_keys: what kind of keys the records have, of `keys.KINDS`.
+        completion: whether to ask by completions where the tokenizer has a chat template too.
     """
 
     model: str
@@ -40,6 +42,8 @@ class Settings:
     serve_args: tuple[str, ...] = ()
     text: str | None = None
     windows: int = 0
+    record_keys: str = "pair"
+    completion: bool = False
 
     @property
     def max_length(self) -> int:

@@ -24,18 +24,19 @@ class Prompting:
         return None if self.chat else COMPLETION
 
 
-def prompting(tokenizer: Any) -> Prompting:
+def prompting(tokenizer: Any, completion: bool = False) -> Prompting:
     """Finds out how a model is asked.
 
     Args:
         tokenizer: its transformers tokenizer.
+        completion: whether a chat template is left alone.
 
     Returns:
         Chat where there is a template, else completion.
     """
     text = "text"
     plain = len(tokenizer(text, add_special_tokens=False).input_ids)
-    if tokenizer.chat_template is None:
+    if completion or tokenizer.chat_template is None:
         return Prompting(False, len(tokenizer(text).input_ids) - plain)
     messages = [{"role": "user", "content": text}]
     full = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

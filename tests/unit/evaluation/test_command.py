@@ -1,7 +1,9 @@
 """`dam-vllm eval` as a user calls it, with pretended servers."""
 
 import json
+import re
 import shutil
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -11,10 +13,11 @@ from dam_vllm import machine
 from dam_vllm.cli.eval import spread
 from dam_vllm.cli.main import app
 from dam_vllm.evaluation import subjects
+from dam_vllm.evaluation.client import Reply
 from dam_vllm.evaluation.settings import STOCK, Settings, Subject
 from dam_vllm.masks.baselines import dense, streaming
 from dam_vllm.masks.file import load_mask_set, save_mask_set
-from tests.unit.evaluation.conftest import MODEL, Servers
+from tests.unit.evaluation.conftest import MODEL, Pretender, Servers
 
 SMALL = ("--tasks", "lines,words", "--lengths", "768,512", "--samples", 3, "--seed", 5)
 
@@ -102,7 +105,8 @@ def test_same_command_goes_on_and_fresh_starts_anew(servers, files):
 
 
 @pytest.mark.parametrize(
-    "changed", [("--page", 64), ("--dense-below", 512), ("--serve-args", "--dtype float32")]
+    "changed",
+    [("--page", 64), ("--dense-below", 512), ("--serve-args", "--dtype float32")],
 )
 def test_other_settings_are_asked_anew(servers, files, changed):
     arguments = (MODEL, "--masks", files[0], *SMALL, "--no-streaming")
@@ -110,6 +114,28 @@ def test_other_settings_are_asked_anew(servers, files, changed):
     servers.started.clear()
     assert run(*arguments, *changed).exit_code == 0
     assert servers.started == ["dense", "full"]
+
+
+def test_other_keys_and_completions(tokenizer, monkeypatch):
+    asked, chats = [], []
+
+    class Mute(Pretender):
+        def ask(self, prompt, tokens):
+            asked.append(prompt)
+            return Reply("?", 0.5)
+
+    @contextmanager
+    def start(subject):
+        yield Mute(None, subject)
+
+    monkeypatch.setattr(subjects, "starter", lambda settings, chat: chats.append(chat) or start)
+    changed = ("--tasks", "kv", "--lengths", 512, "--keys", "number", "--completion")
+    assert run(MODEL, *SMALL, *changed).exit_code == 0
+    assert chats == [False]
+    assert len(asked) == 4
+    for prompt in asked:
+        assert re.fullmatch(r'("\d{4}": \d+,\n){5,}"\d{4}":', prompt)
+        assert 400 < len(tokenizer(prompt).input_ids) <= 512
 
 
 def test_write_stores_the_report_and_keeps_the_answers(servers, files):
@@ -151,6 +177,7 @@ def test_agreement_on_a_text(servers, files, tmp_path):
         (("--lengths", "4k"), "--lengths is '4k', must be numbers from 256 to 8800"),
         (("--lengths", "512,9000"), "must be numbers from 256 to 8800 (the model's 8960"),
         (("--lengths", "256", "--tasks", "words"), "--lengths has 256, too few tokens for one"),
+        (("--keys", "emoji"), "--keys is 'emoji', must be one of pair, code, number, syllables"),
         (("--page", 20), "--page is 20, must be a multiple of"),
         pytest.param(
             ("--page", 16),
