@@ -30,13 +30,6 @@ needs_fp8_on_cpu = pytest.mark.skipif(
     not (torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported()),
     reason="vLLM serves an fp8 cache on CPUs with AVX-512 or AMX alone",
 )
-# Answers of dynamic heads were seen to differ there between a batch and a request alone; the cause
-# is not traced (docs/reliability.md).
-differs_without_avx512 = pytest.mark.xfail(
-    not torch.cpu._is_avx512_supported(),
-    reason="dynamic heads are not bit-equal in batches on CPUs without AVX-512",
-    strict=False,
-)
 
 
 # Memory that tensors are cut out of is copied by every launch; a sort is a loop over elements.

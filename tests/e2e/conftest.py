@@ -199,13 +199,14 @@ def page_bytes(setup):
 def environment(setup):
     """Variables of the engine's process.
 
-    By default vLLM's CPU kernel splits a sequence over its threads, where it has several, by what
-    else a step holds, so that a request rounds differently in a batch. Answers are compared bit for
-    bit in bfloat16, which therefore runs without; float32 keeps the default.
+    vLLM's CPU kernel splits a sequence over its threads, where it has several, by what else a step
+    holds, so that a request rounds differently in a batch: along its keys, which one may switch
+    off, and along its queries (tests/engine/test_stock_kernel.py). Answers are compared bit for bit
+    in bfloat16, which therefore runs with one thread; float32 keeps the default.
     """
     result = dict(V2) if setup.v2 else {}
     if setup.dtype == "bfloat16":
-        result["VLLM_CPU_ATTN_SPLIT_KV"] = "0"
+        result |= {"VLLM_CPU_ATTN_SPLIT_KV": "0", "OMP_NUM_THREADS": "1"}
     if setup.tensor_parallel > 1:
         cores = sorted(os.sched_getaffinity(0))
         ranks = [str(cores[rank % len(cores)]) for rank in range(setup.tensor_parallel)]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.conftest import differs_without_avx512, needs_fp8_on_cpu
+from tests.conftest import needs_fp8_on_cpu
 from tests.e2e.conftest import LENGTHS, NEW_TOKENS, PAGE, Setup
 
 pytestmark = pytest.mark.e2e
@@ -19,7 +19,7 @@ FULL = sum(-(-length // PAGE) for length in LENGTHS) + 1
 
 
 # Masks whose heads choose pages.
-CHOOSING = [pytest.param(name, marks=differs_without_avx512) for name in ("dynamic", "reuse")]
+CHOOSING = ("dynamic", "reuse")
 
 
 def assert_same(first, second):

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import json
+import os
 import time
 from collections import Counter
 
@@ -43,7 +44,10 @@ def serve(masks, **options):
         options |= {"masks": str(masks), "dense_below": 0}
         arguments += ["--attention-backend=dam"]
         arguments += ["--additional-config", json.dumps({"dam": options})]
-    return Server(model_dir(), arguments, {"VLLM_CPU_ATTN_SPLIT_KV": "0"})
+    # With several threads the stock kernel rounds by what else a step holds.
+    return Server(
+        model_dir(), arguments, {"VLLM_CPU_OMP_THREADS_BIND": str(min(os.sched_getaffinity(0)))}
+    )
 
 
 def resident(server):
