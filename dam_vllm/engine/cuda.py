@@ -13,9 +13,11 @@ from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend, FlashAt
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from dam_vllm.attention.cuda.counts import DeviceCounts
+from dam_vllm.attention.cuda.places import Homes
 from dam_vllm.attention.cuda.rotation import DeviceRotation, quantise
 from dam_vllm.attention.cuda.scratch import Scratch
-from dam_vllm.attention.layout import FP8_DTYPES
+from dam_vllm.attention.cuda.store import HeadStore
+from dam_vllm.attention.layout import FP8_DTYPES, KVLayout
 from dam_vllm.engine.backend import DamImpl
 from dam_vllm.engine.checks import admit
 from dam_vllm.engine.cuda_builder import DamCUDAMetadataBuilder
@@ -101,6 +103,7 @@ class DamCUDAImpl(DamImpl, FlashAttentionImpl):
         unquantised: whether queries come, and stay, unquantised beside an fp8 cache.
         quantises: whether queries are quantised here.
         scratch: the worker's, held by its first layer.
+        layout: of the cache.
     """
 
     rotations = DeviceRotation
@@ -121,6 +124,8 @@ class DamCUDAImpl(DamImpl, FlashAttentionImpl):
             # vLLM asks when it builds the layer.
             self.supports_quant_query_input = False
         self.scratch: Scratch | None = None
+        self.layout = KVLayout(False, FP8_DTYPES.get(self.kv_cache_dtype))
+        self._store: HeadStore | None = None
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         super().process_weights_after_loading(act_dtype)
@@ -138,3 +143,36 @@ class DamCUDAImpl(DamImpl, FlashAttentionImpl):
         if isinstance(self.rotation, DeviceRotation):
             return self.rotation.queries(query, self.num_kv_heads, scale)
         return quantise(query, scale)
+
+    def storing(self, layer: Any) -> HeadStore | None:
+        """What stores keys and values of a layer with dynamic heads, made once.
+
+        None where vLLM does, or the groups that hold the layer's KV heads.
+        """
+        if self.groups is not None or not isinstance(self.rotation, DeviceRotation):
+            return None
+        if self._store is None:
+            heads = torch.arange(
+                self.num_kv_heads, dtype=torch.int32, device=self.rotation.heads.device
+            )
+            _, *scales = scale_tensors(layer)
+            homes = Homes.of_heads(heads, self.num_kv_heads)
+            self._store = HeadStore(homes, (scales[0], scales[1]), self.rotation)
+        return self._store
+
+    def do_kv_cache_update(
+        self,
+        layer: Any,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """The launch that stores keys turns those of dynamic heads."""
+        store = self.storing(layer)
+        if self.groups is not None:
+            self.groups.store(layer, key, value, slot_mapping)
+        elif store is not None:
+            store.write(key, value, *self.layout.keys_and_values(kv_cache), slot_mapping)
+        else:
+            super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)

@@ -119,8 +119,9 @@ def warm_up(sparse: CUDAAttention, layers: list[Any], dtype: torch.dtype) -> Non
     vectors = torch.zeros(1, impl.num_heads, impl.head_size, dtype=dtype, device=sparse.device)
     for layer in layers:
         layer.impl.prepared(layer, vectors)
-        if layer.impl.rotation is not None:
-            layer.impl.rotation.keys(vectors[:, : layer.impl.num_kv_heads])
+        store = layer.impl.storing(layer)
+        if store is not None:
+            store.warm_up(impl.head_size, sparse.page, (dtype, stored))
 
 
 def grouped(sparse: CUDAAttention, groups: HeadGroups, config: VllmConfig) -> CUDAGroups:
@@ -132,7 +133,9 @@ def grouped(sparse: CUDAAttention, groups: HeadGroups, config: VllmConfig) -> CU
         config: vLLM's configuration.
     """
     layers = {name: groups.attention[name] for name in sparse.layers}
-    made = CUDAGroups(sparse, groups.groups, {k: scale_tensors(v)[1:] for k, v in layers.items()})
+    scales = {name: scale_tensors(layer)[1:] for name, layer in layers.items()}
+    rotations = {name: layer.impl.rotation for name, layer in layers.items()}
+    made = CUDAGroups(sparse, groups.groups, scales, rotations)
     dtype = config.model_config.dtype
     head_size = layers[groups.home].impl.head_size
     made.warm_up(head_size, (dtype, sparse.layout.stored or dtype))

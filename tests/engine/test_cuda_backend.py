@@ -394,6 +394,30 @@ def test_short_requests_in_a_graph_take_few_launches(
     assert len(counts[1]) <= 1 + more
 
 
+@pytest.mark.parametrize("stored", [None, FP8])
+def test_keys_of_dynamic_heads_are_turned_as_they_are_stored(backend, rng, device, stored):
+    """By the one launch that stores them; padding is left alone."""
+    served = backend(stored=stored, mode="dynamic", dense_below=0)
+    cache = torch.full((6, KV_HEADS, PAGE, 2 * SIZE), torch.nan).to(stored or torch.float32)
+    cache, rotation = cache.to(device), served.impl.rotation
+    fused = torch.randn(40, HEADS + 2 * KV_HEADS, SIZE).to(device)
+    key, value = fused[:, HEADS:].split(KV_HEADS, dim=1)
+    slots = torch.from_numpy(rng.permutation(6 * PAGE)[:37]).to(device)
+    slots[5] = -1
+    with Launches() as launches:
+        handed = cache.view(torch.uint8) if stored else cache
+        served.impl.do_kv_cache_update(served.layer, key, value, handed, slots)
+    assert launches.all == ["_store_kernel"]
+    wanted, kept = torch.cat([rotation.keys(key), value], dim=-1), slots >= 0
+    if stored:
+        scales = torch.tensor([KEY_SCALE, VALUE_SCALE], device=device).repeat_interleave(SIZE)
+        wanted = (wanted / scales).to(stored)
+    found = cache[slots[kept] // PAGE, :, slots[kept] % PAGE].float()
+    error = 0.13 if stored else 1e-5
+    torch.testing.assert_close(found, wanted[:37][kept].float(), rtol=error, atol=error)
+    assert cache.float().isnan().all(dim=-1).sum() == (6 * PAGE - 36) * KV_HEADS
+
+
 def test_token_masks_do_not_depend_on_the_step(backend, rng, device, monkeypatch):
     """Pages of 48 make query blocks of 144: up to there queries are dense, in any step."""
     monkeypatch.setattr(sys.modules[__name__], "PAGE", 48)
@@ -493,6 +517,7 @@ def test_kernels_are_compiled_before_the_first_request(backend, rng, device, mon
         score,
         select,
         shares,
+        store,
     )  # fmt: skip
 
     launched, watched = set(), set()
@@ -505,7 +530,7 @@ def test_kernels_are_compiled_before_the_first_request(backend, rng, device, mon
             launched.add(self.name)
             return self.kernel[grid]
 
-    for module in (counts, merge, paged, plan, rotation, score, select, shares):
+    for module in (counts, merge, paged, plan, rotation, score, select, shares, store):
         source = Path(module.__file__).read_text()
         for name in vars(module).copy():
             if re.search(rf"(?<!\w){name}\[\(", source):
@@ -513,7 +538,7 @@ def test_kernels_are_compiled_before_the_first_request(backend, rng, device, mon
                 monkeypatch.setattr(module, name, Watched(name, getattr(module, name)))
     assert watched == {
         "_attend_kernel", "_merge_kernel", "_plan_kernel", "_score_pages", "_sum_chunks",
-        "_share_pages", "_choose_pages", "_rotate", "_close_step",
+        "_share_pages", "_choose_pages", "_rotate", "_close_step", "_store_kernel",
     }  # fmt: skip
     served = backend(kernel="triton", mode=mode, dense_below=0)
     warmed = launched.copy()
@@ -521,7 +546,9 @@ def test_kernels_are_compiled_before_the_first_request(backend, rng, device, mon
     for requests in (MIXED, DECODE):
         steps.run(served, served.builder.build(0, steps.step(served, requests)))
     assert launched == warmed
-    chosen = {"_score_pages", "_sum_chunks", "_share_pages", "_choose_pages", "_rotate"}
+    chosen = {
+        "_score_pages", "_sum_chunks", "_share_pages", "_choose_pages", "_rotate", "_store_kernel",
+    }  # fmt: skip
     assert (warmed >= chosen) == (mode == "dynamic")
 
 

@@ -1,4 +1,6 @@
-"""Rotation of queries and keys on a GPU: one launch, heads that are not dynamic copied along.
+"""Rotation of queries on a GPU: one launch, heads that are not dynamic copied along.
+
+Keys are turned where they are stored (`dam_vllm.attention.cuda.store`).
 
 Queries of an fp8 cache are quantised by the same launch, as vLLM does where it may (QuantFP8): it
 cannot before a rotation.
@@ -33,11 +35,8 @@ class DeviceRotation(HeadRotation):
         """See `HeadRotation.of_layer`; nothing is left to be made while a graph is captured."""
         made = super().of_layer(masks, layer, shard, device)
         if made is not None:
-            made._rows(shard.heads)
+            made.rows(shard.heads)
         return made
-
-    def keys(self, key: torch.Tensor) -> torch.Tensor:
-        return _launch(key, key.shape[1], self.rotations, self._rows(key.shape[1]), None)
 
     def queries(
         self, query: torch.Tensor, kv_heads: int, scale: torch.Tensor | None = None
@@ -49,9 +48,9 @@ class DeviceRotation(HeadRotation):
             kv_heads: KV heads.
             scale: float32, one number, or None.
         """
-        return _launch(query, kv_heads, self.rotations, self._rows(kv_heads), scale)
+        return _launch(query, kv_heads, self.rotations, self.rows(kv_heads), scale)
 
-    def _rows(self, kv_heads: int) -> torch.Tensor:
+    def rows(self, kv_heads: int) -> torch.Tensor:
         """Which rotation each KV head has, -1 for none; made once."""
         if kv_heads not in self._row_of:
             rows = torch.full((kv_heads,), -1, dtype=torch.int32)
@@ -112,18 +111,18 @@ def _rotate(
             _store(target, tl.load(source + channel[None, :], mask=held), held, scale_ptr)
         else:
             basis_ptr = rotation_ptr + row * SIZE * SIZE
-            turned = _turned(source, basis_ptr, token < tokens, SIZE, SIZE_PADDED, BLOCK, CHUNK)
-            _store(target, turned, held, scale_ptr)
+            vectors = turned(source, basis_ptr, token < tokens, SIZE, SIZE_PADDED, BLOCK, CHUNK)
+            _store(target, vectors, held, scale_ptr)
 
 
 @triton.jit
-def _turned(
+def turned(
     source, basis_ptr, present,
     SIZE: tl.constexpr, SIZE_PADDED: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """A block of tokens, where they are present, over a basis: float32 [BLOCK, SIZE_PADDED]."""
     channel = tl.arange(0, SIZE_PADDED)
-    turned = tl.zeros([BLOCK, SIZE_PADDED], tl.float32)
+    result = tl.zeros([BLOCK, SIZE_PADDED], tl.float32)
     for first in range(0, SIZE, CHUNK):
         inner = first + tl.arange(0, CHUNK)
         vectors = tl.load(
@@ -134,8 +133,8 @@ def _turned(
             mask=(inner < SIZE)[:, None] & (channel < SIZE)[None, :],
             other=0.0,
         )
-        turned += tl.dot(vectors, basis, input_precision="ieee")
-    return turned
+        result += tl.dot(vectors, basis, input_precision="ieee")
+    return result
 
 
 @triton.jit

@@ -12,7 +12,8 @@ import torch
 
 from dam_vllm.attention.cuda.attention import CUDAAttention
 from dam_vllm.attention.cuda.places import Homes
-from dam_vllm.attention.cuda.store import store_heads
+from dam_vllm.attention.cuda.rotation import DeviceRotation
+from dam_vllm.attention.cuda.store import HeadStore
 from dam_vllm.attention.interface import Step
 from dam_vllm.engine.kv_free.head_groups import Pool
 from dam_vllm.masks.rounding import ceil_div
@@ -21,15 +22,22 @@ from dam_vllm.masks.rounding import ceil_div
 class CUDAGroups:
     """`GroupedAttention` on CUDA."""
 
-    def __init__(self, attention: CUDAAttention, groups: int, scales: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        attention: CUDAAttention,
+        groups: int,
+        scales: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+        rotations: Mapping[str, DeviceRotation | None],
+    ) -> None:
         """Serves layers.
 
         Args:
             attention: of all layers.
             groups: cache groups.
-            scales: by layer name, factors of an fp8 cache's keys and values, see `store_heads`.
+            scales: by layer name, see `HeadStore`.
+            rotations: likewise.
         """
-        self.attention, self.scales = attention, scales
+        self.attention = attention
         limits, take = attention.limits, attention.scratch.take
         pages = ceil_div(limits.length, attention.page)
         tables = take(groups * limits.requests * pages)
@@ -38,8 +46,12 @@ class CUDAGroups:
         self._told: Pool | None = None
         kv_heads = next(iter(attention.served.values())).kv_heads
         assert attention.unit is not None
-        self._homes = {
-            name: Homes.unknown(kv_heads, attention.unit, attention.device)
+        self._stores = {
+            name: HeadStore(
+                Homes.unknown(kv_heads, attention.unit, attention.device),
+                scales[name],
+                rotations[name],
+            )
             for name in attention.served
         }
 
@@ -76,23 +88,17 @@ class CUDAGroups:
     ) -> None:
         """See `GroupedAttention.store`; vLLM's own slots tell what is padding, in any run."""
         keys, values = self.attention.layout.keys_and_values(pool.pages)
-        homes, scales = self._homes[layer], self.scales[layer]
-        store_heads(key, value, keys, values, slots, self._slots, homes, scales)
+        self._stores[layer].write(key, value, keys, values, slots, self._slots)
 
     def warm_up(self, size: int, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
-        """Compiles the kernel that stores.
+        """Compiles the kernels that store.
 
         Args:
             size: channels a head.
             dtypes: of keys and of the cache.
         """
-        name, homes = next(iter(self._homes.items()))
-        device, page = self.attention.device, self.attention.page
-        key = torch.zeros(1, len(homes.offsets), size, dtype=dtypes[0], device=device)
-        pages = torch.zeros(len(homes.offsets), page, 2 * size, device=device).to(dtypes[1])
-        own = torch.full((1,), -1, dtype=torch.int64, device=device)
-        keys, values = pages.split(size, dim=2)
-        store_heads(key, key, keys, values, own, self._slots, homes, self.scales[name])
+        for store in self._stores.values():
+            store.warm_up(size, self.attention.page, dtypes, self._slots)
 
     def _tell(self, pool: Pool) -> None:
         """Tells the kernels where heads lie, once the cache is allocated."""
@@ -100,7 +106,7 @@ class CUDAGroups:
             return
         rows = [pool.rows[name] for name in self.attention.served]
         self.attention.tell(pool.offset[rows], pool.group[rows])
-        for name, homes in self._homes.items():
+        for name, store in self._stores.items():
             row = pool.rows[name]
-            homes.tell(pool.offset[row], pool.group[row])
+            store.homes.tell(pool.offset[row], pool.group[row])
         self._told = pool

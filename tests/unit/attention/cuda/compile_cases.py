@@ -17,7 +17,7 @@ from dam_vllm.attention.cuda.places import Homes, Places
 from dam_vllm.attention.cuda.plan import DevicePlan, plan_heads
 from dam_vllm.attention.cuda.query_blocks import DeviceQueryBlocks, query_block_slots
 from dam_vllm.attention.cuda.rotation import DeviceRotation, quantise
-from dam_vllm.attention.cuda.store import store_heads
+from dam_vllm.attention.cuda.store import HeadStore
 from dam_vllm.attention.cuda.token_bits import TokenBits
 from dam_vllm.masks.page_tables import PageSelector, PageTables, query_block_size
 from tests.unit.attention.cuda.compiling import choose_pages_of, compile_launches, resources
@@ -79,17 +79,19 @@ def launches(capability):
         for queries in (1, 32):
             choice = functools.partial(choose_pages_of, dtype, dtype, 32, queries)
             yield f"choice of {queries}, {dtype}", choice
-        yield f"store, {dtype}", functools.partial(store, dtype)
+        for rotated in (False, True):
+            yield f"store, {dtype}, {rotated}", functools.partial(store, dtype, rotated)
         yield f"rotation, {dtype}", functools.partial(rotate, dtype)
 
 
-def store(dtype):
-    """Stores keys of heads in several groups."""
+def store(dtype, rotated):
+    """Stores keys of heads in several groups, turned or not."""
     key = torch.empty(5, KV_HEADS, 128, dtype=torch.bfloat16)
     keys, values = torch.empty(9, 64, 256, dtype=dtype).split(128, dim=-1)
     slots, one = torch.zeros(3, 5, dtype=torch.int64), torch.ones(())
     homes = Homes.unknown(KV_HEADS, 1, key.device)
-    store_heads(key, key, keys, values, slots[0], slots, homes, (one, one))
+    made = DeviceRotation(torch.tensor([1]), torch.empty(1, 128, 128)) if rotated else None
+    HeadStore(homes, (one, one), made).write(key, key, keys, values, slots[0], slots)
 
 
 def rotate(dtype):

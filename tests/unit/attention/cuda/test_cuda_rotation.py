@@ -24,29 +24,29 @@ def rotation(rng, device):
 )
 def test_rotation_equals_the_product(rotation, device, tokens, size, dtype, error):
     made = rotation(size, [2, 0])
-    # A fused projection: queries of 6 heads, keys of 3, values.
+    # A fused projection: queries of 6 heads, keys, values.
     fused = torch.randn(tokens, 12 * size).to(dtype).to(device)
     query = fused[:, : 6 * size].view(tokens, 6, size)
-    key = fused[:, 6 * size : 9 * size].view(tokens, 3, size)
-    for found, vectors, each in ((made.queries(query, 3), query, 2), (made.keys(key), key, 1)):
-        assert found.shape == vectors.shape
-        for head in range(vectors.shape[1]):
-            wanted = vectors[:, head]
-            if head // each != 1:
-                basis = made.rotations[0 if head // each == 2 else 1]
-                wanted = (wanted.double() @ basis.double()).to(dtype)
-                torch.testing.assert_close(found[:, head], wanted, rtol=error, atol=error)
-            else:
-                assert torch.equal(found[:, head], wanted)
+    found = made.queries(query, 3)
+    assert found.shape == query.shape
+    for head in range(6):
+        wanted = query[:, head]
+        if head // 2 != 1:
+            basis = made.rotations[0 if head // 2 == 2 else 1]
+            wanted = (wanted.double() @ basis.double()).to(dtype)
+            torch.testing.assert_close(found[:, head], wanted, rtol=error, atol=error)
+        else:
+            assert torch.equal(found[:, head], wanted)
 
 
 def test_a_token_does_not_depend_on_the_others(rotation, device):
     """Bit for bit on a GPU; the product that interprets it may round by a row's place."""
     error = 0 if device.type == "cuda" else 1e-6
-    made, key = rotation(64, [0, 1]), torch.randn(75, 2, 64).to(device)
-    whole = made.keys(key)
+    made, query = rotation(64, [0, 1]), torch.randn(75, 4, 64).to(device)
+    whole = made.queries(query, 2)
     for cut in (slice(0, 1), slice(33, 75), slice(74, 75)):
-        torch.testing.assert_close(made.keys(key[cut]), whole[cut], rtol=error, atol=error)
+        found = made.queries(query[cut], 2)
+        torch.testing.assert_close(found, whole[cut], rtol=error, atol=error)
 
 
 def test_it_is_one_launch(rotation, device):
