@@ -117,13 +117,13 @@ def _store_kernel(
     source = key_ptr + head * key_head + token[:, None] * key_token
     target = keys_ptr + (page * keys_page + row * keys_row)[:, None] + channel[None, :]
     if row_ptr is None:
-        vectors = tl.load(source + channel[None, :], mask=held, other=0.0)
-        _put(target, vectors, held, key_scale_ptr, FP8)
+        plain = tl.load(source + channel[None, :], mask=held, other=0.0)
+        _put(target, plain, held, key_scale_ptr, FP8)
     else:
         which = tl.load(row_ptr + head)
         if which < 0:
-            vectors = tl.load(source + channel[None, :], mask=held, other=0.0)
-            _put(target, vectors, held, key_scale_ptr, FP8)
+            plain = tl.load(source + channel[None, :], mask=held, other=0.0)
+            _put(target, plain, held, key_scale_ptr, FP8)
         else:
             basis = basis_ptr + which * SIZE * SIZE
             vectors = turned(source, basis, present, SIZE, SIZE_PADDED, BLOCK, CHUNK)
