@@ -1,9 +1,12 @@
-"""What tests of equality rest on: vLLM's kernel with one thread computes a sequence as if alone.
+"""What tests of equality rest on: how vLLM's CPU kernel rounds by what else a step holds.
 
-With several threads its scheduler (csrc/cpu/cpu_attn_impl.hpp) cuts a sequence where one thread's
-share of a step's work ends, and a shorter run of queries takes its keys in other tiles, where they
-are more than a tile holds. So the order of sums, and rounding, depend on what else a step holds.
+It goes through a sequence's keys in tiles, whose size follows from the second-level cache and from
+how many of the sequence's queries one thread takes at a time (csrc/cpu/cpu_attn_impl.hpp). Where a
+tile holds all keys, a query's result depends on nothing else; beyond that, softmax sums in another
+order where queries are cut elsewhere: by a chunk's end, or where a thread's share of a step ends.
 """
+
+import itertools
 
 import pytest
 import torch
@@ -14,49 +17,73 @@ from tests.conftest import fresh_seed
 
 pytestmark = pytest.mark.engine
 
-PAGE, HEADS, SIZE = 32, 4, 64
-# Keys of the sequence: more than a tile of 256 KiB of cache holds, and no multiple of a page.
-TOKENS, QUERIES = 5001, 130
+# Shapes of the demo model.
+PAGE, HEADS, SIZE = 32, 2, 32
+QUERIES, LONG = 128, 5001
+# Keys that one tile holds with 512 KiB of cache: at most 1216 in bfloat16, 672 in float32, where
+# every change of order shows.
+SHORT = {torch.bfloat16: 1203, torch.float32: 651}
 
 
-@pytest.fixture
-def one_thread():
+@pytest.fixture(params=[1, 2])
+def threads(request, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_ATTN_SPLIT_KV", "0")
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
+    torch.set_num_threads(request.param)
+    yield request.param
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_sequence_alone_and_beside_others(monkeypatch, one_thread, dtype):
-    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+class Kernel:
+    """The kernel over random keys, in random pages."""
 
-    from dam_vllm.engine.cpu import CPUKernel
+    def __init__(self, dtype):
+        from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-    monkeypatch.setenv("VLLM_CPU_ATTN_SPLIT_KV", "0")
-    torch.manual_seed(fresh_seed())
-    kernel = CPUKernel(HEADS, SIZE, dtype, _get_attn_isa(dtype, PAGE, SIZE, "auto"), "auto")
-    pages = -(-TOKENS // PAGE)
-    cache = torch.randn(pages, 1, PAGE, 2 * SIZE).to(dtype)
-    table = torch.randperm(pages).int()
-    query = torch.randn(3 * QUERIES, HEADS, SIZE).to(dtype)
+        from dam_vllm.engine.cpu import CPUKernel
 
-    def attend(queries, lens):
-        """Sequences of QUERIES queries each."""
-        asked = torch.cat([query[start : start + QUERIES] for start in queries])
-        starts = torch.arange(len(lens) + 1, dtype=torch.int32) * QUERIES
-        lens, output = torch.tensor(lens, dtype=torch.int32), torch.full_like(asked, torch.nan)
-        batch = VirtualBatch(
-            None, table.expand(len(lens), -1).contiguous(), lens, starts,
-            kernel.schedule(starts, lens),
+        torch.manual_seed(fresh_seed())
+        isa = _get_attn_isa(dtype, PAGE, SIZE, "auto")
+        self.kernel = CPUKernel(HEADS, SIZE, dtype, isa, "auto")
+        pages = -(-LONG // PAGE)
+        self.cache = torch.randn(pages, 1, PAGE, 2 * SIZE).to(dtype)
+        self.table = torch.randperm(pages).int()
+        self.query = torch.randn(QUERIES, HEADS, SIZE).to(dtype)
+
+    def attend(self, *sequences):
+        """Sequences of the first or last so many queries, each up to a number of keys."""
+        asked = [self.query[rows] for rows, _ in sequences]
+        starts = list(itertools.accumulate(map(len, asked), initial=0))
+        starts = torch.tensor(starts, dtype=torch.int32)
+        lens = torch.tensor([keys for _, keys in sequences], dtype=torch.int32)
+        output = torch.full((int(starts[-1]), HEADS, SIZE), torch.nan).to(self.query)
+        tables = self.table.expand(len(lens), -1).contiguous()
+        schedule = self.kernel.schedule(starts, lens)
+        self.kernel.attend(
+            torch.cat(asked), *KVLayout(True, None).keys_and_values(self.cache), output,
+            VirtualBatch(None, tables, lens, starts, schedule), CPULayer(SIZE**-0.5, 0.0, [0]),
         )  # fmt: skip
-        keys, values = KVLayout(True, None).keys_and_values(cache)
-        kernel.attend(asked, keys, values, output, batch, CPULayer(SIZE**-0.5, 0.0, [0]))
-        return output
+        assert not output.isnan().any()
+        return output.split([len(each) for each in asked])
 
-    alone = attend([QUERIES], [TOKENS])
-    first = attend([0, QUERIES, 2 * QUERIES], [777, TOKENS, 4001])
-    second = attend([QUERIES, 2 * QUERIES], [TOKENS, 150])
-    assert not alone.isnan().any()
-    assert torch.equal(alone, first[QUERIES : 2 * QUERIES])
-    assert torch.equal(alone, second[:QUERIES])
+
+@pytest.mark.parametrize("dtype", SHORT)
+def test_keys_of_one_tile_round_alike_wherever_queries_are_cut(threads, dtype):
+    kernel, keys = Kernel(dtype), SHORT[dtype]
+    whole = slice(None), keys
+    (alone,) = kernel.attend(whole)
+    _, beside, _ = kernel.attend((slice(0, 77), 777), whole, (slice(None), 1000))
+    assert torch.equal(alone, beside)
+    for cut in (1, 12, 53, 120):
+        first, _, second = kernel.attend(
+            (slice(0, cut), keys - QUERIES + cut), (slice(None), 1000), (slice(cut, None), keys)
+        )
+        assert torch.equal(alone, torch.cat([first, second])), cut
+
+
+@pytest.mark.parametrize("threads", [1], indirect=True)
+def test_with_one_thread_a_whole_sequence_rounds_alike_beside_others(threads):
+    kernel, whole = Kernel(torch.float32), (slice(None), LONG)
+    (alone,) = kernel.attend(whole)
+    _, beside, _ = kernel.attend((slice(0, 77), 777), whole, (slice(None), LONG - 1000))
+    assert torch.equal(alone, beside)
