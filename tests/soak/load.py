@@ -29,7 +29,7 @@ NAMES = ("asked", "streamed", "cut", "lost", "other tokens", "other log-probabil
 def save_static(path, rng):
     """Random masks of static heads, none of which reads more keys than the kernel rounds alike."""
     identity = fingerprint(str(model_dir()))
-    masks = random_mask_set(rng, 4, 8, 4, pcl=333, share=0.006, fingerprint=identity)
+    masks = random_mask_set(rng, 4, 8, 4, pcl=333, share=0.0015, fingerprint=identity)
     save_mask_set(masks, path)
 
 
