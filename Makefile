@@ -22,10 +22,10 @@ $(READY): pyproject.toml $(wildcard deploy/cpu/*.lock) deploy/cpu/vllm-command/p
 demo: $(READY)
 	$(BIN)/dam-vllm demo
 
-# Single-threaded tests share the cores; servers, which take all cores, come one after the other.
+# Two workers; those of e2e bind themselves and their servers to a core each.
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not e2e" -n 2 --dist worksteal
-	$(BIN)/pytest -m e2e
+	$(BIN)/pytest -m e2e -n 2 --dist loadfile
 
 test-fast: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not (slow or engine or e2e)" -n 2 --dist worksteal

@@ -21,8 +21,9 @@ from tests.e2e.engines import DONE
 from tests.interpreted_triton import V2
 
 PAGE = 32
-LENGTHS = (3001, 1537, 777, 150, 1999)
-NEW_TOKENS = 48
+# Each prompt's answer goes over the end of a page. With it a prompt has no more keys than the stock
+# kernel rounds alike wherever queries are cut (tests/engine/test_stock_kernel.py).
+LENGTHS, NEW_TOKENS = (1163, 1037, 777, 150, 911), 40
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Setup:
         new: tokens that each prompt is answered with.
         v2: whether vLLM takes its Model Runner V2.
         guessed: tokens that are guessed from n-grams at a time, and verified in one step.
+        alone: whether each prompt is asked alone.
+        together: whether all prompts are asked at once.
     """
 
     masks: str | None = "random"
@@ -56,27 +59,41 @@ class Setup:
     new: int = NEW_TOKENS
     v2: bool = False
     guessed: int = 0
+    alone: bool = True
+    together: bool = True
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What an engine answered: token ids and log-probabilities, alone, then all at once.
+    """What an engine answered: token ids and log-probabilities.
 
     Attributes:
-        alone: of each prompt asked alone.
-        together: of each prompt, all asked at once.
+        alone: of each prompt asked alone, or None.
+        together: of each prompt, all asked at once afterwards, or None.
         preempted: requests that were preempted.
         hits: tokens that were found in the prefix cache.
         guesses: tokens that were guessed and verified.
         log: what the engine printed.
     """
 
-    alone: list[tuple[list[int], list[float]]]
-    together: list[tuple[list[int], list[float]]]
+    alone: list[tuple[list[int], list[float]]] | None
+    together: list[tuple[list[int], list[float]]] | None
     preempted: int
     hits: int
     guesses: int
     log: str
+
+
+@pytest.fixture(scope="session", autouse=True)
+def core():
+    """Where several workers run tests at a time, each has a core to itself and to its servers.
+
+    A server starts on one core at a time, and idle ones of its processes take others away.
+    """
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
+    if worker:
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(worker) % len(cores)]})
 
 
 @pytest.fixture(scope="session")
@@ -114,6 +131,9 @@ def engines(tmp_path_factory):
     """Function from variables to a process that has them and builds engines; all end at last."""
     folder = tmp_path_factory.mktemp("engines")
     started = []
+    # Two threads, or ranks, as on any machine, where there is one core too.
+    cores = sorted(os.sched_getaffinity(0))
+    own = {"VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}", "OMP_NUM_THREADS": "2"}
 
     @functools.cache
     def start(variables):
@@ -122,7 +142,7 @@ def engines(tmp_path_factory):
             process = subprocess.Popen(
                 [sys.executable, "-m", "tests.e2e.engines"],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
-                env=os.environ | dict(variables), text=True,
+                env=os.environ | own | dict(variables), text=True,
             )  # fmt: skip
         started.append(process)
         return process, log
@@ -133,14 +153,11 @@ def engines(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def answers(mask_files, prompts, seed, engines):
-    """Function from a Setup to its Answers."""
-    print(f"seed {seed}")
+def run_engine(engines):
+    """Function from what an engine is asked, and variables, to what it told, and to its log."""
 
-    @functools.cache
-    def ask(setup):
-        process, log = engines(tuple(environment(setup).items()))
-        asked = {"arguments": arguments(setup, mask_files), "prompts": prompts, "new": setup.new}
+    def run(asked, variables):
+        process, log = engines(tuple(variables.items()))
         told = log.stat().st_size
         process.stdin.write(json.dumps(asked) + "\n")
         process.stdin.flush()
@@ -152,8 +169,25 @@ def answers(mask_files, prompts, seed, engines):
         printed = "".join(lines) + log.read_bytes()[told:].decode(errors="replace")
         found = [line for line in lines if line.startswith(RESULT)]
         assert len(found) == 1, printed[-6000:]
-        result = json.loads(found[0].removeprefix(RESULT))
-        alone, together = ([chosen(each) for each in result[key]] for key in ("alone", "together"))
+        return json.loads(found[0].removeprefix(RESULT)), printed
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def answers(mask_files, prompts, seed, run_engine):
+    """Function from a Setup to its Answers."""
+    print(f"seed {seed}")
+
+    @functools.cache
+    def ask(setup):
+        batches = [[prompt] for prompt in prompts if setup.alone] + [prompts] * setup.together
+        asked = {"arguments": arguments(setup, mask_files), "batches": batches, "new": setup.new}
+        result, printed = run_engine(asked, environment(setup))
+        assert "failed" not in result, printed[-6000:]
+        given = [[chosen(each) for each in batch] for batch in result["answers"]]
+        together = given.pop() if setup.together else None
+        alone = [first for (first,) in given] if setup.alone else None
         counts = (result[name] for name in ("preempted", "hits", "guesses"))
         return Answers(alone, together, *counts, printed)
 
@@ -199,16 +233,11 @@ def page_bytes(setup):
 def environment(setup):
     """Variables of the engine's process.
 
-    vLLM's CPU kernel splits a sequence over its threads, where it has several, by what else a step
-    holds, so that a request rounds differently in a batch: along its keys, which one may switch
-    off, and along its queries (tests/engine/test_stock_kernel.py). Answers are compared bit for bit
-    in bfloat16, which therefore runs with one thread; float32 keeps the default.
+    By default vLLM's CPU kernel splits a generated token's keys over its threads by what else a
+    step holds, so that a request rounds differently in a batch. Answers are compared bit for bit in
+    bfloat16, which therefore runs without; float32 keeps the default.
     """
     result = dict(V2) if setup.v2 else {}
     if setup.dtype == "bfloat16":
-        result |= {"VLLM_CPU_ATTN_SPLIT_KV": "0", "OMP_NUM_THREADS": "1"}
-    if setup.tensor_parallel > 1:
-        cores = sorted(os.sched_getaffinity(0))
-        ranks = [str(cores[rank % len(cores)]) for rank in range(setup.tensor_parallel)]
-        result["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(ranks)
+        result["VLLM_CPU_ATTN_SPLIT_KV"] = "0"
     return result

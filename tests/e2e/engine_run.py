@@ -1,79 +1,9 @@
-"""One vLLM engine in a process of its own, scheduler and worker at hand: `python -m ... JSON`.
+"""What is done with an engine whose scheduler and worker are at hand, and what is seen of it."""
 
-Prints one line, RESULT and JSON: answers, and what became of the pool's pages.
-"""
+from unittest.mock import patch
 
-import json
-import os
-import sys
-
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-os.environ["HF_HUB_OFFLINE"] = "1"
-
-from tests.interpreted_triton import assert_runner, stand_in
-
-PAGE = 32
 RESULT = "RESULT "
 CANCELLED = "cancelled"
-
-
-def main(setup):
-    """Answers each prompt alone or all at once, as `setup` (a dict) says."""
-    stand_in()
-    from vllm import LLM
-
-    if setup.get("sliding_window"):
-        use_sliding_window()
-    if setup.get("ranks"):
-        cores = sorted(os.sched_getaffinity(0))
-        ranks = (str(cores[rank % len(cores)]) for rank in range(setup["ranks"]))
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(ranks)
-    llm = LLM(**arguments(setup))
-    engine = llm.llm_engine.engine_core.engine_core
-    if not setup.get("ranks"):
-        assert_runner(engine)
-    pool = engine.scheduler.kv_cache_manager.block_pool
-    watch = Watch(engine, pool, poison=setup.get("poison", False))
-    if setup.get("cancel"):
-        cancel(llm, setup["prompts"][0])
-    batches = [setup["prompts"]] * setup.get("rounds", 1)
-    if setup.get("alone"):
-        batches = [[prompt] for prompt in setup["prompts"]]
-    answers = [answer for batch in batches for answer in ask(llm, batch, setup["new"])]
-    result = {
-        "answers": answers,
-        "pages": pool.num_gpu_blocks - 1,
-        "free": pool.get_num_free_blocks(),
-        "peak": watch.peak,
-        "poisoned": watch.most_poisoned,
-        "preempted": watch.preempted,
-        "hits": watch.hits,
-    }
-    print(f"\n{RESULT}{json.dumps(result)}", flush=True)
-
-
-def arguments(setup):
-    """Keyword arguments of `LLM`."""
-    from dam_vllm.demo import model_dir
-
-    length = setup["max_len"]
-    return {
-        "model": str(model_dir()),
-        "dtype": setup.get("dtype", "float32"),
-        "kv_cache_dtype": setup.get("cache_dtype", "auto"),
-        "tensor_parallel_size": setup.get("ranks", 1),
-        "attention_backend": "dam",
-        "block_size": PAGE,
-        "max_model_len": length,
-        "hf_overrides": {"max_position_embeddings": length},
-        "max_num_seqs": 8,
-        "max_num_batched_tokens": setup["chunk"],
-        "kv_cache_memory_bytes": setup["cache_bytes"],
-        "enable_prefix_caching": setup.get("prefix_caching", False),
-        "enforce_eager": True,
-        "max_logprobs": 5,
-        "additional_config": {"dam": {"masks": setup["masks"], **setup["options"]}},
-    }
 
 
 def ask(llm, prompts, new):
@@ -117,14 +47,13 @@ class Watch:
 
     def __init__(self, engine, pool, poison):
         self.pool, self.engine, self.poison = pool, engine, poison
-        self.peak = self.most_poisoned = self.preempted = self.hits = self.guesses = 0
+        self.most_poisoned = self.preempted = self.hits = self.guesses = 0
         self._poisoned = set()
         self._schedule = engine.scheduler.schedule
         engine.scheduler.schedule = self.schedule
 
     def schedule(self, *args, **kwargs):
         output = self._schedule(*args, **kwargs)
-        self.peak = max(self.peak, self.pool.num_gpu_blocks - 1 - self.pool.get_num_free_blocks())
         self.preempted += len(output.preempted_req_ids or ())
         self.hits += sum(request.num_computed_tokens for request in output.scheduled_new_reqs)
         self.guesses += sum(map(len, output.scheduled_spec_decode_tokens.values()))
@@ -149,8 +78,8 @@ class Watch:
         self.most_poisoned = max(self.most_poisoned, len(nobodys))
 
 
-def use_sliding_window():
-    """Gives units that free pages vLLM's own sliding-window spec, which keeps no sinks."""
+def sliding_window():
+    """While it is entered: units that free pages get vLLM's own spec, which keeps no sinks."""
     from vllm.v1.kv_cache_interface import SlidingWindowSpec, replace_as
 
     from dam_vllm.engine.kv_free import apply
@@ -159,9 +88,4 @@ def use_sliding_window():
         window = bounds.window * bounds.page + bounds.query_block
         return replace_as(spec, SlidingWindowSpec, drop=drop, sliding_window=window)
 
-    apply.replace_as = sliding
-
-
-if __name__ == "__main__":
-    with open(sys.argv[1]) as file:
-        main(json.load(file))
+    return patch.object(apply, "replace_as", sliding)

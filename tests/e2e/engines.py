@@ -9,6 +9,8 @@ import gc
 import json
 import os
 import sys
+import traceback
+from contextlib import nullcontext
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -22,31 +24,47 @@ collect, gc.collect = gc.collect, lambda *generation: 0
 
 
 def answer(setup):
-    """Answers all prompts alone, then all at once, with a new engine: a dict of JSON values."""
+    """Answers batches of prompts, one after the other, with a new engine: a dict of JSON values."""
     from vllm import LLM
-    from vllm.distributed import cleanup_dist_env_and_memory
 
-    from tests.e2e.engine_run import Watch, ask
+    from tests.e2e.engine_run import sliding_window
 
-    llm = LLM(**setup["arguments"])
+    with sliding_window() if setup.get("sliding_window") else nullcontext():
+        llm = LLM(**setup["arguments"])
+    try:
+        return ask_all(llm, setup)
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
+def ask_all(llm, setup):
+    """Answers of an engine, and what became of its pages."""
+    from tests.e2e.engine_run import Watch, ask, cancel
+
     engine = llm.llm_engine.engine_core.engine_core
     if setup["arguments"]["tensor_parallel_size"] == 1:
         assert_runner(engine)
-    watch = Watch(engine, engine.scheduler.kv_cache_manager.block_pool, poison=False)
-    prompts, new = setup["prompts"], setup["new"]
-    alone = [ask(llm, [prompt], new)[0] for prompt in prompts]
-    together = ask(llm, prompts, new)
-    llm.llm_engine.engine_core.shutdown()
-    del llm, engine
-    cleanup_dist_env_and_memory()
-    collect()
+    pool = engine.scheduler.kv_cache_manager.block_pool
+    watch = Watch(engine, pool, poison=setup.get("poison", False))
+    if setup.get("cancel"):
+        cancel(llm, setup["batches"][0][0])
     return {
-        "alone": alone,
-        "together": together,
+        "answers": [ask(llm, batch, setup["new"]) for batch in setup["batches"]],
+        "pages": pool.num_gpu_blocks - 1,
+        "free": pool.get_num_free_blocks(),
+        "poisoned": watch.most_poisoned,
         "preempted": watch.preempted,
         "hits": watch.hits,
         "guesses": watch.guesses,
     }
+
+
+def clear():
+    """Makes place for the next engine."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    cleanup_dist_env_and_memory()
+    collect()
 
 
 def main():
@@ -57,7 +75,13 @@ def main():
     # Mends llvmlite before guessing tokens loads it, after which vLLM would start no other engine.
     llvm.compiles()
     for line in sys.stdin:
-        print(f"\n{RESULT}{json.dumps(answer(json.loads(line)))}", flush=True)
+        try:
+            result = answer(json.loads(line))
+        except Exception as error:
+            traceback.print_exc()
+            result = {"failed": str(error)}
+        clear()
+        print(f"\n{RESULT}{json.dumps(result)}", flush=True)
         sys.stderr.flush()
         print(DONE, flush=True)
 

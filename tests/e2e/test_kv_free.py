@@ -2,12 +2,7 @@
 
 import functools
 import json
-import os
-import queue
 import random
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +16,7 @@ from dam_vllm.masks.fingerprint import fingerprint
 from dam_vllm.masks.mask_set import HeadMode
 from dam_vllm.options import MASKS_IN_MODEL
 from tests.conftest import needs_fp8_on_cpu, random_mask_set
-from tests.e2e.engine_run import PAGE, RESULT
+from tests.e2e.conftest import PAGE
 from tests.interpreted_triton import V2
 
 pytestmark = pytest.mark.e2e
@@ -31,7 +26,8 @@ LONG = 16384
 # Bytes of a page of all the demo model's heads in float32: 4 layers, 4 KV heads of 32 channels.
 PAGE_BYTES = 16 * PAGE * 2 * 32 * 4
 NEW_TOKENS = 24
-SPARSE = {"dense_below": 0}
+# What an engine is asked beside prompts (tests/e2e/engines.py).
+ASKED = {"new", "poison", "cancel", "sliding_window"}
 
 
 @pytest.fixture(scope="module")
@@ -59,59 +55,63 @@ def masks(tmp_path_factory, seed):
 
 
 @pytest.fixture(scope="module")
-def run(masks, seed, tmp_path_factory):
-    """Function that runs an engine once a setup, on a core of its own: its result, and its log."""
-    folder = tmp_path_factory.mktemp("runs")
-    cores = queue.SimpleQueue()
-    for core in sorted(os.sched_getaffinity(0))[:2]:
-        cores.put(core)
+def run(masks, seed, run_engine):
+    """Function that runs an engine once a setup: its result, and its log."""
 
     @functools.cache
-    def start(text):
-        file = folder / f"{hash(text)}.json"
-        file.write_text(text)
-        core = cores.get()
-        try:
-            return subprocess.run(
-                [sys.executable, "-m", "tests.e2e.engine_run", str(file)],
-                env=os.environ
-                | {"VLLM_CPU_OMP_THREADS_BIND": str(core)}
-                | (V2 if json.loads(text).get("v2") else {}),
-                capture_output=True, text=True, timeout=300,
-            )  # fmt: skip
-        finally:
-            cores.put(core)
+    def start(text, v2):
+        return run_engine(json.loads(text), V2 if v2 else {})
 
-    def ask(lengths, free, kind="mixed", pages=1200, fails=False, **setup):
+    def ask(lengths, free, kind="mixed", rounds=1, alone=False, v2=False, fails=False, **setup):
         rng = random.Random(seed)
         prompts = [[1, *(rng.randrange(300, 2300) for _ in range(n - 1))] for n in lengths]
-        options = {**SPARSE, "kv_free": free, **setup.pop("options", {})}
-        whole = {
-            "masks": masks[kind], "options": options, "prompts": prompts, "new": NEW_TOKENS,
-            "chunk": 1024, "max_len": LONG, "cache_bytes": int(pages * PAGE_BYTES), **setup,
-        }  # fmt: skip
-        done = start(json.dumps(whole))
-        log = done.stdout + done.stderr
-        if fails:
-            assert done.returncode != 0
-            return {}, log
-        assert done.returncode == 0, log[-6000:]
-        (line,) = (line for line in done.stdout.splitlines() if line.startswith(RESULT))
-        return json.loads(line.removeprefix(RESULT)), log
+        asked = {name: setup.pop(name) for name in ASKED & setup.keys()}
+        asked["batches"] = [[prompt] for prompt in prompts] if alone else [prompts] * rounds
+        asked["arguments"] = arguments(masks[kind], kv_free=free, **setup)
+        result, log = start(json.dumps({"new": NEW_TOKENS} | asked, sort_keys=True), v2)
+        assert ("failed" in result) == fails, log[-6000:]
+        return result, log
 
     return ask
 
 
-def together(*calls):
-    """Results of functions, two at a time."""
-    with ThreadPoolExecutor(2) as pool:
-        return [job.result() for job in [pool.submit(call) for call in calls]]
+def arguments(
+    masks,
+    pages=1200,
+    length=LONG,
+    chunk=1024,
+    ranks=1,
+    dtype="float32",
+    cache_dtype="auto",
+    prefix_caching=False,
+    **options,
+):
+    """Keyword arguments of `LLM`; what has no name here is an option of the backend."""
+    return {
+        "model": str(model_dir()),
+        "dtype": dtype,
+        "kv_cache_dtype": cache_dtype,
+        "tensor_parallel_size": ranks,
+        "attention_backend": "dam",
+        "block_size": PAGE,
+        "max_model_len": length,
+        "hf_overrides": {"max_position_embeddings": length},
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": chunk,
+        "kv_cache_memory_bytes": int(pages * PAGE_BYTES),
+        "enable_prefix_caching": prefix_caching,
+        "enforce_eager": True,
+        "additional_config": {"dam": {"masks": masks, "dense_below": 0, **options}},
+    }
 
 
 def assert_close(first, second, rounding=ROUNDING):
     """Equal within rounding as long as the tokens agree; they may part at a tie."""
     agreed = 0
-    for one, other in zip(first["answers"], second["answers"], strict=True):
+    answers = [
+        [each for batch in result["answers"] for each in batch] for result in (first, second)
+    ]
+    for one, other in zip(*answers, strict=True):
         for at, (token, same) in enumerate(zip(one["tokens"], other["tokens"], strict=True)):
             ours, theirs = one["logprobs"][at], other["logprobs"][at]
             shared = ours.keys() & theirs.keys()
@@ -120,7 +120,7 @@ def assert_close(first, second, rounding=ROUNDING):
             if token != same:
                 break
             agreed += 1
-    assert agreed > sum(len(one["tokens"]) for one in first["answers"]) * 0.8
+    assert agreed > sum(len(one["tokens"]) for one in answers[0]) * 0.8
 
 
 def assert_whole(result):
@@ -138,10 +138,8 @@ SMALL = 480
 )
 def test_equal_in_memory_that_is_too_small_without(run, free, kind):
     """Freed pages are filled with NaN: a stale id that is dereferenced would be seen."""
-    (expected, _), (found, log) = together(
-        lambda: run(LENGTHS, "off", kind),
-        lambda: run(LENGTHS, free, kind, pages=SMALL, poison=True),
-    )
+    expected, _ = run(LENGTHS, "off", kind)
+    found, log = run(LENGTHS, free, kind, pages=SMALL, poison=True)
     assert "DAM frees KV pages" in log
     assert found["poisoned"] > 0
     assert_close(expected, found)
@@ -155,10 +153,8 @@ def test_too_small_without(run):
 
 def test_a_sliding_window_differs(run):
     """The negative control: without sinks the answers are others."""
-    (expected, _), (found, _) = together(
-        lambda: run(LENGTHS, "off", "static"),
-        lambda: run(LENGTHS, "head", "static", pages=SMALL, sliding_window=True),
-    )
+    expected, _ = run(LENGTHS, "off", "static")
+    found, _ = run(LENGTHS, "head", "static", pages=SMALL, sliding_window=True)
     with pytest.raises(AssertionError):
         assert_close(expected, found)
 
@@ -168,20 +164,11 @@ SHORTER = (3001, 1999, 1537, 777, 150)
 
 def test_prefix_cache_preemption_and_cancellation(run, masks):
     """In chunks that end inside pages; all prompts fit into the pool, what is generated not."""
-    new, setup = 160, {"max_len": 4096, "chunk": 500, "kind": "halves", "rounds": 2}
+    new, setup = 64, {"length": 4096, "chunk": 500, "kind": "halves", "rounds": 2}
     needed = pages_held(load_mask_set(Path(masks["halves"])), [n + new - 1 for n in SHORTER])
-    (expected, _), (found, log) = together(
-        lambda: run(SHORTER, "off", new=new, **setup),
-        lambda: run(
-            SHORTER,
-            "head",
-            new=new,
-            prefix_caching=True,
-            cancel=True,
-            pages=(needed - 3) / 2,
-            **setup,
-        ),
-    )
+    expected, _ = run(SHORTER, "off", new=new, **setup)
+    changed = {"prefix_caching": True, "cancel": True, "pages": (needed - 3) / 2}
+    found, log = run(SHORTER, "head", new=new, **changed, **setup)
     assert "by whole layers (2 of 4)" in log
     assert found["preempted"] > 0
     assert found["hits"] > 1000
@@ -204,13 +191,9 @@ def pages_held(masks, lengths):
 @needs_fp8_on_cpu
 def test_fp8_cache_and_dense_requests(run):
     """Requests below `dense_below` read everything, longer ones beyond it what masks say."""
-    setup = {
-        "dtype": "bfloat16", "cache_dtype": "fp8", "options": {"dense_below": 1600}, "alone": True,
-    }  # fmt: skip
-    (expected, _), (found, log) = together(
-        lambda: run(SHORTER, "off", max_len=8192, **setup),
-        lambda: run(SHORTER, "head", max_len=8192, poison=True, **setup),
-    )
+    setup = {"dtype": "bfloat16", "cache_dtype": "fp8", "dense_below": 1600, "length": 8192}
+    expected, _ = run(SHORTER, "off", alone=True, **setup)
+    found, log = run(SHORTER, "head", alone=True, poison=True, **setup)
     assert "units of 1 KV heads" in log
     assert_close(expected, found, BF16_ROUNDING)
     assert_whole(found)
@@ -218,11 +201,9 @@ def test_fp8_cache_and_dense_requests(run):
 
 def test_model_runner_v2(run, masks):
     """Pages freed by head and filled with NaN; preempted, with prefixes found in the cache."""
-    setup = {"kind": "mixed", "new": 12}
-    (expected, _), (found, log) = together(
-        lambda: run(LENGTHS[1:], "off", max_len=4096, **setup),
-        lambda: run(LENGTHS[1:], "head", max_len=4096, poison=True, v2=True, **setup),
-    )
+    setup = {"kind": "mixed", "new": 12, "length": 4096}
+    expected, _ = run(LENGTHS[1:], "off", **setup)
+    found, log = run(LENGTHS[1:], "head", poison=True, v2=True, **setup)
     assert "DAM frees KV pages" in log
     assert found["poisoned"] > 0
     assert_close(expected, found)
@@ -231,9 +212,8 @@ def test_model_runner_v2(run, masks):
 
 def test_tensor_parallel(run):
     """Each rank frees heads of its own, as many as the other."""
-    (expected, _), (found, log) = together(
-        lambda: run(LENGTHS, "off", "mixed"), lambda: run(LENGTHS, "head", "mixed", ranks=2)
-    )
+    expected, _ = run(LENGTHS, "off", "mixed")
+    found, log = run(LENGTHS, "head", "mixed", ranks=2)
     assert "DAM frees KV pages" in log
     assert_close(expected, found)
     assert_whole(found)

@@ -1,9 +1,9 @@
 """Serves prompts with vLLM's CPU worker and either backend; prints log-probabilities as JSON.
 
-Run as a program: `cuda_engine_run.py cpu|cuda KV_FREE`. The CUDA backend's kernels run under
-Triton's interpreter, FlashAttention and the kernel that stores keys are replaced by plain ones.
-Where pages of single heads are freed, or none to compare with, masks reach less far than the
-prompt, and pages that nobody holds are filled with NaN.
+Run as a program: `cuda_engine_run.py cpu|cuda KV_FREE ...`, an engine for each. The CUDA backend's
+kernels run under Triton's interpreter, FlashAttention and the kernel that stores keys are replaced
+by plain ones. Where pages of single heads are freed, or none to compare with, masks reach less far
+than the prompt, and pages that nobody holds are filled with NaN.
 """
 
 import gc
@@ -79,6 +79,7 @@ def short_masks() -> str:
 def serve(kv_free: str) -> dict[str, Any]:
     """Log-probabilities of greedy tokens: a batch, then a prompt that shares a prefix with it."""
     from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
 
     from dam_vllm.demo import model_dir
     from tests.e2e.engine_run import Watch
@@ -106,8 +107,10 @@ def serve(kv_free: str) -> dict[str, Any]:
         for output in llm.generate(tokens, sampling, use_tqdm=False):
             steps = output.outputs[0].logprobs
             found.append([next(iter(step.values())).logprob for step in steps])
-    layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context
-    return {"found": found, "poisoned": watch.most_poisoned, "layers": len(layers)}
+    layers = len(llm.llm_engine.vllm_config.compilation_config.static_forward_context)
+    llm.llm_engine.engine_core.shutdown()
+    cleanup_dist_env_and_memory()
+    return {"found": found, "poisoned": watch.most_poisoned, "layers": layers}
 
 
 if __name__ == "__main__":
@@ -119,4 +122,4 @@ if __name__ == "__main__":
     stand_in()
     # It goes through all that vLLM has imported, again and again while an engine starts.
     gc.collect = lambda *generation: 0
-    print(json.dumps(serve(sys.argv[2])))
+    print(json.dumps([serve(kv_free) for kv_free in sys.argv[2:]]))
