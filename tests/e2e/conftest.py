@@ -133,14 +133,11 @@ def engines(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def answers(mask_files, prompts, seed, engines):
-    """Function from a Setup to its Answers."""
-    print(f"seed {seed}")
+def run_engine(engines):
+    """Function from what an engine is asked, and variables, to what it told, and to its log."""
 
-    @functools.cache
-    def ask(setup):
-        process, log = engines(tuple(environment(setup).items()))
-        asked = {"arguments": arguments(setup, mask_files), "prompts": prompts, "new": setup.new}
+    def run(asked, variables):
+        process, log = engines(tuple(variables.items()))
         told = log.stat().st_size
         process.stdin.write(json.dumps(asked) + "\n")
         process.stdin.flush()
@@ -152,7 +149,20 @@ def answers(mask_files, prompts, seed, engines):
         printed = "".join(lines) + log.read_bytes()[told:].decode(errors="replace")
         found = [line for line in lines if line.startswith(RESULT)]
         assert len(found) == 1, printed[-6000:]
-        result = json.loads(found[0].removeprefix(RESULT))
+        return json.loads(found[0].removeprefix(RESULT)), printed
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def answers(mask_files, prompts, seed, run_engine):
+    """Function from a Setup to its Answers."""
+    print(f"seed {seed}")
+
+    @functools.cache
+    def ask(setup):
+        asked = {"arguments": arguments(setup, mask_files), "prompts": prompts, "new": setup.new}
+        result, printed = run_engine(asked, environment(setup))
         alone, together = ([chosen(each) for each in result[key]] for key in ("alone", "together"))
         counts = (result[name] for name in ("preempted", "hits", "guesses"))
         return Answers(alone, together, *counts, printed)

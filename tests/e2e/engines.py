@@ -27,6 +27,7 @@ def answer(setup):
     from vllm.distributed import cleanup_dist_env_and_memory
 
     from tests.e2e.engine_run import Watch, ask
+    from tests.e2e.features import use
 
     llm = LLM(**setup["arguments"])
     engine = llm.llm_engine.engine_core.engine_core
@@ -34,15 +35,16 @@ def answer(setup):
         assert_runner(engine)
     watch = Watch(engine, engine.scheduler.kv_cache_manager.block_pool, poison=False)
     prompts, new = setup["prompts"], setup["new"]
-    alone = [ask(llm, [prompt], new)[0] for prompt in prompts]
-    together = ask(llm, prompts, new)
+    if "adapter" in setup:
+        answers = use(llm, prompts, new, setup["adapter"])
+    else:
+        answers = {"alone": [ask(llm, [prompt], new)[0] for prompt in prompts]}
+        answers["together"] = ask(llm, prompts, new)
     llm.llm_engine.engine_core.shutdown()
     del llm, engine
     cleanup_dist_env_and_memory()
     collect()
-    return {
-        "alone": alone,
-        "together": together,
+    return answers | {
         "preempted": watch.preempted,
         "hits": watch.hits,
         "guesses": watch.guesses,

@@ -345,6 +345,23 @@ def test_a_rank_serves_its_own_heads(backend, rng, device, options, mode):
     torch.testing.assert_close(output.cpu(), found, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("kernel", ["auto", "naive"])
+def test_guessed_tokens_choose_pages_one_by_one(backend, rng, device, kernel):
+    """Queries that verify guesses, but not short ends of prompts."""
+    served = backend(mode="dynamic", dense_below=0, kernel=kernel)
+    served.builder.guessed = 3
+    requests = ((300, 1), (411, 250), (391, 3), (271, 2))
+    steps = Steps(rng, device, torch.float32, None)
+    common = steps.step(served, requests)
+    common.is_prefilling = torch.tensor([False, True, False, True])
+    found = steps.run(served, served.builder.build(0, common))
+    # The third request's, as if each had come in a step of its own.
+    steps.requests = (*requests[:2], (389, 1), (390, 1), (391, 1), requests[3])
+    for kept in (steps.keys, steps.values):
+        kept[2:3] = [kept[2][:stop] for stop in (389, 390, 391)]
+    torch.testing.assert_close(found, steps.expected(served), rtol=1e-4, atol=1e-4)
+
+
 def test_short_steps_are_flash_attentions_own(backend, rng, device):
     served = backend(dense_below=512)
     steps = Steps(rng, device, torch.float32, None)
