@@ -27,7 +27,7 @@ def answer(setup):
     from vllm.distributed import cleanup_dist_env_and_memory
 
     from tests.e2e.engine_run import Watch, ask
-    from tests.e2e.features import use
+    from tests.e2e.features import in_other_ways, with_adapter
 
     llm = LLM(**setup["arguments"])
     engine = llm.llm_engine.engine_core.engine_core
@@ -35,8 +35,10 @@ def answer(setup):
         assert_runner(engine)
     watch = Watch(engine, engine.scheduler.kv_cache_manager.block_pool, poison=False)
     prompts, new = setup["prompts"], setup["new"]
-    if "adapter" in setup:
-        answers = use(llm, prompts, new, setup["adapter"])
+    if setup.get("adapter"):
+        answers = with_adapter(llm, prompts, new, setup["adapter"])
+    elif setup.get("other_ways"):
+        answers = in_other_ways(llm, prompts, new)
     else:
         answers = {"alone": [ask(llm, [prompt], new)[0] for prompt in prompts]}
         answers["together"] = ask(llm, prompts, new)

@@ -2,39 +2,51 @@
 
 from tests.e2e.engine_run import ask
 
-DIGITS, BEAMS, BEAM_TOKENS = r"[0-9]{6}", 3, 5
+# A form that no answer here completes.
+DIGITS, BEAMS, BEAM_TOKENS = r"[0-9]{99}", 2, 3
 
 
-def use(llm, prompts, new, adapter):
-    """Answers the same prompts in every way: a dict of JSON values.
+def with_adapter(llm, prompts, new, adapter):
+    """Answers each prompt with an adapter and without, in one batch: a dict of JSON values.
 
     Args:
         llm: the engine, with LoRA.
         prompts: of tokens.
         new: tokens of an answer.
-        adapter: folder of an adapter.
+        adapter: its folder.
     """
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
+
+    sampling = SamplingParams(temperature=0, max_tokens=new, logprobs=1, ignore_eos=True)
+    chosen = [LoRARequest("other", 1, adapter), None] * len(prompts)
+    whole = [{"prompt_token_ids": prompt} for prompt in prompts for _ in range(2)]
+    outputs = llm.generate(whole, sampling, lora_request=chosen, use_tqdm=False)
+    answers = [told(output) for output in outputs]
+    return {"adapter": answers[::2], "plain": answers[1::2]}
+
+
+def in_other_ways(llm, prompts, new):
+    """Answers prompts in a given form, scores them, searches by beams: a dict of JSON values.
+
+    Args:
+        llm: the engine.
+        prompts: of tokens.
+        new: tokens of an answer.
+    """
+    from vllm import SamplingParams
     from vllm.sampling_params import BeamSearchParams, StructuredOutputsParams
 
     whole = [{"prompt_token_ids": prompt} for prompt in prompts]
-    other = LoRARequest("other", 1, adapter)
-    sampling = SamplingParams(temperature=0, max_tokens=new, logprobs=1, ignore_eos=True)
-    # Half of a batch with the adapter, half of it without.
-    mixed = llm.generate(
-        whole * 2, sampling, lora_request=[other] * len(whole) + [None] * len(whole), use_tqdm=False
-    )
     digits = SamplingParams(
-        temperature=0, max_tokens=8, logprobs=1,
+        temperature=0, max_tokens=new, logprobs=1,
         structured_outputs=StructuredOutputsParams(regex=DIGITS),
     )  # fmt: skip
-    structured = llm.generate(whole, digits, use_tqdm=False)
+    plain, structured = ask(llm, prompts, new), llm.generate(whole, digits, use_tqdm=False)
     scored = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
     beams = llm.beam_search(whole, BeamSearchParams(BEAMS, BEAM_TOKENS, ignore_eos=True))
     found = {
-        "adapter": [told(output) for output in mixed[: len(whole)]],
-        "plain": [told(output) for output in mixed[len(whole) :]],
+        "plain": plain,
         "structured": [told(output) for output in structured],
         "texts": [output.outputs[0].text for output in structured],
         "scored": [
