@@ -5,7 +5,7 @@ geometry alone is planned once, each layer then runs with its queries and its ca
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -35,6 +35,39 @@ class Step:
     max_query_len: int
     max_seq_len: int
     seq_lens_cpu: torch.Tensor | None = None
+
+    def one_by_one(self, which: torch.Tensor) -> "Step":
+        """The same queries, those of some requests each as a request of its own.
+
+        Args:
+            which: bool [requests], on the CPU.
+
+        Returns:
+            The step, nothing of which waited for the device.
+        """
+        if not bool(which.any()):
+            return self
+        starts, queries = self.query_start_loc_cpu, self.query_start_loc_cpu.diff()
+        counts = torch.where(which, queries, 1)
+        request = torch.repeat_interleave(counts)
+        offset = torch.arange(len(request)) - (counts.cumsum(0) - counts)[request]
+        begins = torch.cat([starts[request] + offset, starts[-1:]]).int()
+        later = ((counts - 1)[request] - offset).int()
+        rows, last = self._move(request), self.seq_lens_cpu
+        return replace(
+            self,
+            query_start_loc=self._move(begins),
+            query_start_loc_cpu=begins,
+            seq_lens=self.seq_lens[rows] - self._move(later),
+            block_table=self.block_table[rows],
+            max_query_len=int(begins.diff().max()),
+            seq_lens_cpu=None if last is None else last[request] - later,
+        )
+
+    def _move(self, host: torch.Tensor) -> torch.Tensor:
+        """To the device, without waiting for it."""
+        device = self.seq_lens.device
+        return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
 
 
 class Runner(Protocol):

@@ -100,8 +100,7 @@ class OracleAttention:
         """
         masks, index = self.masks, layer.index
         start, stop = len(key) - len(query), len(key)
-        heads_per_kv = masks.heads // masks.kv_heads
-        local = slice(self.shard.start * heads_per_kv, self.shard.stop * heads_per_kv)
+        local, heads_per_kv = self.shard.query_heads(masks), query.shape[1] // self.shard.heads
         if self.exact:
             whole = exact_mask(masks, index, start, stop, page, self.dense_below)[local]
         else:

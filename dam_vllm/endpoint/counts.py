@@ -55,7 +55,8 @@ class EngineCounts(BaseModel):
     def pages(self, phase: Phase) -> dict[tuple[int, int], tuple[int, int]]:
         """Pages read, and what dense heads would have read, by layer and KV head.
 
-        Ranks that share a KV head read the same: the first of them tells.
+        Of ranks that share a KV head the first one tells; dynamic heads of the others choose for
+        query heads of their own.
         """
         found: dict[tuple[int, int], tuple[int, int]] = {}
         for worker in self.workers:

@@ -23,9 +23,26 @@ from dam_vllm.options import OptionError
 NO_WINDOW = (-1, (-1, -1))
 
 
-def step_of(common: CommonAttentionMetadata) -> Step:
-    """What planning needs of vLLM's metadata."""
-    return Step(
+def guessed_tokens(config: VllmConfig, serving: Serving) -> int:
+    """Tokens that a step may guess and verify of a request, where that matters to any head.
+
+    A static head reads the same pages for a query whatever others are in the step.
+    """
+    speculative = config.speculative_config
+    if speculative is None or not (serving.masks.modes == HeadMode.DYNAMIC).any():
+        return 0
+    return int(speculative.num_speculative_tokens)
+
+
+def step_of(common: CommonAttentionMetadata, guessed: int) -> Step:
+    """What planning needs of vLLM's metadata.
+
+    Args:
+        common: vLLM's.
+        guessed: see `guessed_tokens`; queries that verify guesses are planned one by one, so that
+            what they choose does not depend on guesses after them.
+    """
+    step = Step(
         query_start_loc=common.query_start_loc,
         query_start_loc_cpu=common.query_start_loc_cpu,
         seq_lens=common.seq_lens,
@@ -35,6 +52,13 @@ def step_of(common: CommonAttentionMetadata) -> Step:
         max_seq_len=common.max_seq_len,
         seq_lens_cpu=common.seq_lens_cpu_upper_bound,
     )
+    if not guessed or common.is_prefilling is None:
+        return step
+    queries = step.query_start_loc_cpu.diff()
+    verifying = (queries > 1) & (queries <= 1 + guessed)
+    # Padding requests, which have no queries, may be missing there.
+    verifying[: len(common.is_prefilling)] &= ~common.is_prefilling
+    return step.one_by_one(verifying)
 
 
 def chosen_pages(serving: Serving, impl: Any, page: int) -> ChosenPages[Any]:

@@ -71,6 +71,7 @@ def admit(config: VllmConfig) -> Serving:
     _refuse_parallelism(config)
     _refuse_cache(config)
     _refuse_draft_model(config)
+    _refuse_sleep(config)
     model = config.model_config
     options = parse_options(config.additional_config)
     _refuse_options(options)
@@ -253,6 +254,15 @@ def _refuse_draft_model(config: VllmConfig) -> None:
         raise OptionError(
             "--speculative-config names a draft model: --attention-backend dam cannot tell its "
             "layers from the model's; use another method (ngram, eagle, mtp)"
+        )
+
+
+def _refuse_sleep(config: VllmConfig) -> None:
+    # On CPU vLLM itself refuses it.
+    if config.model_config.enable_sleep_mode:
+        raise OptionError(
+            "--enable-sleep-mode: --attention-backend dam keeps bases and counts beside the "
+            "weights, which sleep of level 2 discards; leave the option away"
         )
 
 

@@ -23,7 +23,7 @@ from dam_vllm.attention.cpu.kernel import CPULayer, VirtualBatch
 from dam_vllm.attention.dynamic_heads import DynamicHeads, ReusingHeads
 from dam_vllm.attention.interface import Planned, SparseAttention
 from dam_vllm.attention.layout import FP8_DTYPES, KVLayout
-from dam_vllm.engine.backend import DamImpl, chosen_pages, oracle_attention, step_of
+from dam_vllm.engine.backend import DamImpl, chosen_pages, guessed_tokens, oracle_attention, step_of
 from dam_vllm.engine.checks import admit
 from dam_vllm.engine.kv_free.cpu_groups import CPUGroups
 from dam_vllm.engine.private import cache_scales, ops, set_isa
@@ -172,6 +172,7 @@ class DamCPUMetadataBuilder(CPUAttentionMetadataBuilder):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.serving, self.names = admit(vllm_config), layer_names
+        self.guessed = guessed_tokens(vllm_config, self.serving)
         self.naive = self.serving.options.kernel == "naive"
         if (self.serving.masks.modes == HeadMode.DYNAMIC).any() or self.naive:
             self._read_plain_layout(layer_names)
@@ -197,7 +198,7 @@ class DamCPUMetadataBuilder(CPUAttentionMetadataBuilder):
 
     def _attention(self, layers: dict[str, int], attention: dict[str, Any]) -> CPUAttention:
         masks, page = self.serving.masks, self.block_size
-        local = shard(masks.kv_heads)
+        local, first = shard(masks.kv_heads), attention[next(iter(layers))].impl
         tables = [local.tables(masks, index, page) for index in layers.values()]
         served = {}
         for name, index in layers.items():
@@ -216,14 +217,14 @@ class DamCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             served=served,
             selector=PageSelector(tables, self.serving.dense_below),
             kernel=CPUKernel(
-                heads_per_kv=masks.heads // masks.kv_heads,
+                heads_per_kv=first.num_queries_per_kv,
                 head_size=self.head_dim,
                 dtype=self.dtype,
                 isa=self.isa,
                 cache_dtype=self.kv_cache_dtype,
             ),
             layout=self.layout,
-            chosen=chosen_pages(self.serving, attention[next(iter(layers))].impl, page),
+            chosen=chosen_pages(self.serving, first, page),
             counts=self.counts,
         )
 
@@ -237,7 +238,7 @@ class DamCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> DamCPUMetadata:
-        common, step = common_attn_metadata, step_of(common_attn_metadata)
+        common, step = common_attn_metadata, step_of(common_attn_metadata, self.guessed)
         if self.groups is not None:
             metadata = self._geometry(common)
             with self.counts.planning():

@@ -20,9 +20,15 @@ from dam_vllm.attention.cuda.attention import CUDAAttention, Limits
 from dam_vllm.attention.cuda.layer import DeviceLayer
 from dam_vllm.attention.interface import Planned, SparseAttention
 from dam_vllm.attention.layout import FP8_DTYPES, KVLayout
-from dam_vllm.engine.backend import chosen_pages, oracle_attention, step_of
+from dam_vllm.engine.backend import chosen_pages, guessed_tokens, oracle_attention, step_of
 from dam_vllm.engine.checks import admit
-from dam_vllm.engine.cuda_layers import device_layer, grouped, warm_up, worker_scratch
+from dam_vllm.engine.cuda_layers import (
+    device_layer,
+    grouped,
+    most_requests,
+    warm_up,
+    worker_scratch,
+)
 from dam_vllm.engine.private import single_queries_first
 from dam_vllm.engine.report import log_masks
 from dam_vllm.engine.shards import masked_layers
@@ -69,6 +75,7 @@ class DamCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         single_queries_first(self)
         self.serving = admit(vllm_config)
+        self.guessed = guessed_tokens(vllm_config, self.serving)
         options = self.serving.options
         attention = vllm_config.compilation_config.static_forward_context
         self.names, self.groups = layer_names, attention[layer_names[0]].impl.groups
@@ -120,7 +127,7 @@ class DamCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
             page=self.block_size,
             layout=layout,
             limits=Limits(
-                requests=max(scheduler.max_num_seqs, self.max_cudagraph_size or 0),
+                requests=most_requests(config),
                 tokens=scheduler.max_num_batched_tokens,
                 length=config.model_config.max_model_len,
             ),
@@ -154,7 +161,7 @@ class DamCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> DamCUDAMetadata:
-        step = step_of(common_attn_metadata)
+        step = step_of(common_attn_metadata, self.guessed)
         if self.groups is not None:
             stock = super().build(common_prefix_len, common_attn_metadata, fast_build=True)
             metadata = DamCUDAMetadata(**vars(stock))

@@ -18,6 +18,7 @@ from dam_vllm.attention.cuda.layer import DeviceLayer
 from dam_vllm.attention.cuda.paged import Softmax
 from dam_vllm.attention.cuda.scratch import Scratch
 from dam_vllm.attention.dynamic_heads import DynamicHeads, ReusingHeads
+from dam_vllm.engine.backend import guessed_tokens
 from dam_vllm.engine.checks import Serving, admit
 from dam_vllm.engine.kv_free.cuda_groups import CUDAGroups
 from dam_vllm.engine.kv_free.head_groups import HeadGroups
@@ -142,6 +143,16 @@ def grouped(sparse: CUDAAttention, groups: HeadGroups, config: VllmConfig) -> CU
     return made
 
 
+def most_requests(config: VllmConfig) -> int:
+    """Requests that a step is planned for at most.
+
+    Queries that verify guessed tokens are planned as requests of their own.
+    """
+    graphs = config.compilation_config.max_cudagraph_capture_size
+    each = 1 + guessed_tokens(config, admit(config))
+    return max(config.scheduler_config.max_num_seqs * each, graphs or 0)
+
+
 def worker_scratch(config: VllmConfig, device: torch.device) -> Scratch:
     """The worker's memory beside cache and weights, allocated by the first call.
 
@@ -170,9 +181,8 @@ def _choices(
     config: VllmConfig, impls: list[Any], device: torch.device
 ) -> tuple[int, Choices | None]:
     """Bytes for scores of a layer's dynamic heads, and memory for what all choose, in any step."""
-    scheduler, page = config.scheduler_config, config.cache_config.block_size
-    graphs = config.compilation_config.max_cudagraph_capture_size
-    requests, tokens = max(scheduler.max_num_seqs, graphs or 0), scheduler.max_num_batched_tokens
+    page, tokens = config.cache_config.block_size, config.scheduler_config.max_num_batched_tokens
+    requests = most_requests(config)
     # A request's queries may begin and end inside a page.
     slots = min(tokens, tokens // page + 2 * requests)
     width = ceil_div(config.model_config.max_model_len, page)

@@ -8,20 +8,39 @@ from dam_vllm.masks.page_tables import PageTables, page_tables
 
 @dataclass(frozen=True)
 class Shard:
-    """The KV heads of one tensor-parallel rank, as global ids start..stop-1."""
+    """The KV heads of one tensor-parallel rank, as global ids start..stop-1.
+
+    Attributes:
+        start: the first KV head.
+        stop: after the last one.
+        part: which of the ranks that share its KV head it is.
+        parts: how many ranks share it.
+    """
 
     start: int
     stop: int
+    part: int = 0
+    parts: int = 1
 
     @property
     def heads(self) -> int:
         """How many KV heads the rank holds."""
         return self.stop - self.start
 
+    def query_heads(self, masks: MaskSet) -> slice:
+        """The rank's query heads, as global ids."""
+        each = masks.heads // masks.kv_heads // self.parts
+        first = (self.start * self.parts + self.part) * each
+        return slice(first, first + self.heads * each)
+
     def tables(
         self, masks: MaskSet, layer: int, page: int, query_block: int | None = None
     ) -> PageTables:
-        """The layer's page tables, cut to this rank's KV heads."""
+        """The layer's page tables, cut to this rank's KV heads.
+
+        What any query head of a KV head sees is read, also where another rank holds that query
+        head: ranks that share a KV head read, and free, the same static pages.
+        """
         return page_tables(masks, layer, page, query_block).take(slice(self.start, self.stop))
 
     def dynamic_heads(self, masks: MaskSet, layer: int) -> list[int]:
@@ -59,5 +78,5 @@ def shards(kv_heads: int, ranks: int) -> list[Shard]:
     if kv_heads >= ranks:
         each = kv_heads // ranks
         return [Shard(rank * each, (rank + 1) * each) for rank in range(ranks)]
-    heads = [rank // (ranks // kv_heads) for rank in range(ranks)]
-    return [Shard(head, head + 1) for head in heads]
+    parts = ranks // kv_heads
+    return [Shard(rank // parts, rank // parts + 1, rank % parts, parts) for rank in range(ranks)]

@@ -11,8 +11,9 @@ CONFIG = ("vllm.config", "VllmConfig")
 BEHIND_ANY = {
     ("vllm.config", "ModelConfig"): [
         "model", "revision", "hf_config", "use_mla", "is_attention_free", "is_encoder_decoder",
-        "attn_type", "get_head_size", "get_total_num_kv_heads",
+        "attn_type", "get_head_size", "get_total_num_kv_heads", "enable_sleep_mode",
     ],
+    ("vllm.config", "SpeculativeConfig"): ["method", "num_speculative_tokens"],
     ("vllm.config", "AttentionConfig"): ["backend", "backend_per_kind"],
     ("vllm.v1.attention.backend", "AttentionMetadataBuilder"): ["_init_reorder_batch_threshold"],
     ("vllm.v1.attention.backends.cpu_attn", "CPUAttentionMetadataBuilder"): [
@@ -30,7 +31,10 @@ BEHIND_ANY = {
     ("vllm.v1.attention.backends.flash_attn", "FlashAttentionMetadataBuilder"): [
         "max_num_splits", "aot_schedule", "max_cudagraph_size", "device", "vllm_config",
     ],
-    ("vllm.v1.attention.backend", "CommonAttentionMetadata"): ["seq_lens_cpu_upper_bound"],
+    ("vllm.v1.attention.backend", "CommonAttentionMetadata"): [
+        "seq_lens_cpu_upper_bound", "is_prefilling"
+    ],
+    ("vllm.v1.attention.backends.cpu_attn", "CPUAttentionBackendImpl"): ["num_queries_per_kv"],
     ("vllm.v1.core.block_pool", "BlockPool"): ["get_num_free_blocks"],
     ("vllm.v1.worker.worker_base", "WorkerBase"): ["vllm_config"],
     ("vllm.v1.engine.core", "EngineCore"): ["model_executor"],

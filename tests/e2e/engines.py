@@ -40,16 +40,23 @@ def answer(setup):
 def ask_all(llm, setup):
     """Answers of an engine, and what became of its pages."""
     from tests.e2e.engine_run import Watch, ask, cancel
+    from tests.e2e.features import in_other_ways, with_adapter
 
     engine = llm.llm_engine.engine_core.engine_core
     if setup["arguments"]["tensor_parallel_size"] == 1:
         assert_runner(engine)
     pool = engine.scheduler.kv_cache_manager.block_pool
     watch = Watch(engine, pool, poison=setup.get("poison", False))
+    batches, new = setup["batches"], setup["new"]
     if setup.get("cancel"):
-        cancel(llm, setup["batches"][0][0])
-    return {
-        "answers": [ask(llm, batch, setup["new"]) for batch in setup["batches"]],
+        cancel(llm, batches[0][0])
+    if setup.get("adapter"):
+        answers = with_adapter(llm, batches[0], new, setup["adapter"])
+    elif setup.get("other_ways"):
+        answers = in_other_ways(llm, batches[0], new)
+    else:
+        answers = {"answers": [ask(llm, batch, new) for batch in batches]}
+    return answers | {
         "pages": pool.num_gpu_blocks - 1,
         "free": pool.get_num_free_blocks(),
         "poisoned": watch.most_poisoned,

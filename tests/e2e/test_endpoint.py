@@ -1,7 +1,8 @@
-"""What a running server tells: two API servers, keys, metrics, endpoint and viewer in a browser."""
+"""What running servers tell: two API servers and engines, keys, metrics, endpoint and viewer."""
 
 import json
 import os
+from collections import Counter
 from contextlib import contextmanager
 
 import httpx
@@ -50,31 +51,35 @@ class Asked:
         # A connection each, so that any of several API servers may answer.
         return httpx.get(f"{self.base}{path}", timeout=60, **given)
 
-    def complete(self, tokens, seed):
+    def complete(self, tokens, seed, engine=None):
+        """Asks any engine, or one of them: an answer and its log-probabilities."""
         ids = np.random.default_rng(seed).integers(300, 2300, tokens).tolist()
         client = openai.OpenAI(base_url=self.server.url, api_key=KEY)
-        client.completions.create(
-            model=MODEL, prompt=ids, max_tokens=NEW, temperature=0, extra_body={"ignore_eos": True}
-        )
+        done = client.completions.create(
+            model=MODEL, prompt=ids, max_tokens=NEW, temperature=0, logprobs=1,
+            extra_body={"ignore_eos": True},
+            extra_headers={} if engine is None else {"X-data-parallel-rank": str(engine)},
+        )  # fmt: skip
+        return done.choices[0].text, done.choices[0].logprobs.token_logprobs
 
-    def metrics(self):
-        """Values of our metrics: by name and labels, but for the model's name."""
-        text = self.get("/metrics").text
+    def metrics(self, *labels):
+        """Sums of our metrics' values by name, phase or mode, and further labels."""
+        text, found = self.get("/metrics").text, Counter()
         assert "vllm:num_requests_running" in text  # vLLM's own are still there
-        return {
-            (each.name, *(each.labels[name] for name in ("phase", "mode") if name in each.labels)):
-                each.value
-            for family in text_string_to_metric_families(text)
-            for each in family.samples
-            if each.name.startswith("vllm:dam") and "le" not in each.labels
-            and not each.name.endswith("_created")
-        }  # fmt: skip
+        for family in text_string_to_metric_families(text):
+            for each in family.samples:
+                ours = each.name.startswith("vllm:dam") and not each.name.endswith("_created")
+                if ours and "le" not in each.labels:
+                    wanted = [name for name in ("phase", "mode", *labels) if name in each.labels]
+                    found[each.name, *(each.labels[name] for name in wanted)] += each.value
+        return found
 
 
 @pytest.fixture(scope="module")
 def asked():
-    """The demo model's own masks, by two API servers."""
-    with serve({}, "--api-server-count=2", "--max-num-batched-tokens=4096") as found:
+    """The demo model's own masks, by two API servers and two engines."""
+    two = ("--api-server-count=2", "--data-parallel-size=2")
+    with serve({}, *two, "--max-num-batched-tokens=4096") as found:
         yield found
 
 
@@ -104,6 +109,18 @@ def test_metrics_and_density_tell_what_was_asked(asked):
     # Every position decodes over the pages up to it, in 4 layers and KV heads.
     positions = np.concatenate([start + np.arange(NEW - 1) for start in (LONG, SHORT, LONG)])
     assert told["decode"]["dense"] == 16 * (positions // PAGE + 1).sum()
+
+
+def test_engines_answer_alike(asked):
+    """Data parallelism: each engine counts its own."""
+    read = [("vllm:dam_pages_read_total", "prefill", str(engine)) for engine in range(2)]
+    told, before = [], asked.metrics("engine")
+    for engine in range(2):
+        told.append(asked.complete(LONG, seed=5, engine=engine))
+    after = asked.metrics("engine")
+    assert told[0] == told[1]
+    first, second = (after[each] - before[each] for each in read)
+    assert first == second > 0
 
 
 def test_what_is_served(asked):

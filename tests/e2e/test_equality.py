@@ -62,9 +62,10 @@ def test_all_pages_equal_the_stock_backend(answers, dtype, rounding):
     assert_close(stock.together, dense.together, rounding or BF16_ROUNDING)
 
 
-def test_guessed_tokens_change_nothing(answers):
+@pytest.mark.parametrize("masks", ["random", "reuse"])
+def test_guessed_tokens_change_nothing(answers, masks):
     """N-gram speculation: several new tokens of a request are verified in one step."""
-    plain, guessed = answers(Setup(dtype="float32")), answers(Setup(dtype="float32", guessed=3))
+    plain, guessed = (answers(Setup(masks, dtype="float32", guessed=each)) for each in (0, 3))
     assert (plain.guesses, guessed.guesses > 50) == (0, True)
     assert_close(guessed.alone, plain.alone, FP32_ROUNDING)
     assert_close(guessed.together, plain.together, FP32_ROUNDING)

@@ -46,6 +46,7 @@ def config(masks, **changed):
             "is_attention_free": False,
             "is_encoder_decoder": False,
             "attn_type": "decoder",
+            "enable_sleep_mode": False,
             "hf_config": DEMO,
             "get_head_size": lambda: DEMO.head_dim,
             "get_total_num_kv_heads": lambda: DEMO.num_key_value_heads,
@@ -98,6 +99,7 @@ def test_what_fits_is_served(masks):
         ({"model_config": {"is_attention_free": True}}, "has no attention layers"),
         ({"model_config": {"is_encoder_decoder": True}}, "has an encoder"),
         ({"model_config": {"attn_type": "encoder_only"}}, "has an encoder"),
+        ({"model_config": {"enable_sleep_mode": True}}, "--enable-sleep-mode: .* level 2 discards"),
         ({"speculative_config": {"method": "draft_model"}}, "--speculative-config names a draft"),
     ],
 )

@@ -82,8 +82,8 @@ def backend(monkeypatch, random_masks, rng, device):
         ).create_engine_config()
         with set_current_vllm_config(config):
             made = cuda.DamCUDAImpl(
-                kv_heads * GROUP, SIZE, 0.17, kv_heads, None, None, name, logits_soft_cap=softcap,
-                kv_sharing_target_layer_name=shares,
+                kv_heads * GROUP // Shard(*local).parts, SIZE, 0.17, kv_heads, None, None, name,
+                logits_soft_cap=softcap, kv_sharing_target_layer_name=shares,
             )  # fmt: skip
         scales = {"q": QUERY_SCALE, "k": KEY_SCALE, "v": VALUE_SCALE}
         floats = {f"_{part}_scale_float": scale for part, scale in scales.items()}
@@ -327,22 +327,50 @@ def test_no_layer_waits_for_the_device(backend, rng, device, monkeypatch, reques
         served.impl.forward(served.layer, steps.query, None, None, steps.cache, metadata, output)
 
 
+# Which KV heads a rank holds; one shares the second KV head with another rank.
+LATER, SHARED = (1, KV_HEADS), (1, 2, 1, 2)
+
+
 @pytest.mark.parametrize(
-    ("options", "mode"),
-    [({"kernel": "flash"}, "dynamic"), ({"granularity": "token"}, "static")],
+    ("options", "mode", "ranks"),
+    [
+        ({"kernel": "flash"}, "dynamic", [LATER]),
+        ({"granularity": "token"}, "static", [LATER, SHARED]),
+    ],
 )
-def test_a_rank_serves_its_own_heads(backend, rng, device, options, mode):
-    """Under tensor parallelism: the later KV heads alone give what they give among all."""
+def test_a_rank_serves_its_own_heads(backend, rng, device, options, mode, ranks):
+    """Under tensor parallelism: its query heads alone give what they give among all."""
+    from dam_vllm.masks.sharding import Shard
+
     whole = backend(mode=mode, dense_below=0, **options)
     steps = Steps(rng, device, torch.float32, None)
     common = steps.step(whole, MIXED)
-    found = steps.run(whole, whole.builder.build(0, common))[:, GROUP:]
-    rank = backend(mode=mode, masks=whole.masks, local=(1, KV_HEADS), dense_below=0, **options)
-    query = steps.query[:, GROUP:].contiguous()
-    cache, output = steps.cache[:, 1:].contiguous(), torch.full_like(query, torch.nan)
-    metadata = rank.builder.build(0, common)
-    rank.impl.forward(rank.layer, query, None, None, cache, metadata, output)
-    torch.testing.assert_close(output.cpu(), found, rtol=1e-5, atol=1e-5)
+    found = steps.run(whole, whole.builder.build(0, common))
+    for local in ranks:
+        own = Shard(*local).query_heads(whole.masks)
+        rank = backend(mode=mode, masks=whole.masks, local=local, dense_below=0, **options)
+        query = steps.query[:, own].contiguous()
+        cache, output = steps.cache[:, slice(*local[:2])], torch.full_like(query, torch.nan)
+        metadata = rank.builder.build(0, common)
+        rank.impl.forward(rank.layer, query, None, None, cache.contiguous(), metadata, output)
+        torch.testing.assert_close(output.cpu(), found[:, own], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kernel", ["auto", "naive"])
+def test_guessed_tokens_choose_pages_one_by_one(backend, rng, device, kernel):
+    """Queries that verify guesses, but not short ends of prompts."""
+    served = backend(mode="dynamic", dense_below=0, kernel=kernel)
+    served.builder.guessed = 3
+    requests = ((300, 1), (411, 250), (391, 3), (271, 2))
+    steps = Steps(rng, device, torch.float32, None)
+    common = steps.step(served, requests)
+    common.is_prefilling = torch.tensor([False, True, False, True])
+    found = steps.run(served, served.builder.build(0, common))
+    # The third request's, as if each had come in a step of its own.
+    steps.requests = (*requests[:2], (389, 1), (390, 1), (391, 1), requests[3])
+    for kept in (steps.keys, steps.values):
+        kept[2:3] = [kept[2][:stop] for stop in (389, 390, 391)]
+    torch.testing.assert_close(found, steps.expected(served), rtol=1e-4, atol=1e-4)
 
 
 def test_short_steps_are_flash_attentions_own(backend, rng, device):

@@ -271,11 +271,9 @@ def static_sets(
     fixed = [head for head, mode in enumerate(modes) if mode in (HeadMode.STATIC, HeadMode.DENSE)]
     alike: list[tuple[list[int], TokenBits | None]] = [(fixed, None)]
     if exact:
-        heads_per_kv = masks.heads // masks.kv_heads
-        queries = slice(shard.start * heads_per_kv, shard.stop * heads_per_kv)
         # A query is dense with its whole query block, whatever the masks' granularity.
         until = dense_until(dense_below, page)
-        bits = TokenBits.of_layer(masks, index, queries, until, device)
+        bits = TokenBits.of_layer(masks, index, shard.query_heads(masks), until, device)
         dense = [head for head in fixed if modes[head] == HeadMode.DENSE]
         alike = [([head for head in fixed if head not in dense], bits), (dense, None)]
     tables = shard.tables(masks, index, page)

@@ -181,3 +181,18 @@ def test_ranks_know_their_dynamic_heads(masks, ranks):
         ]
         dynamic = np.flatnonzero(masks.modes[layer] == HeadMode.DYNAMIC)
         assert found == np.repeat(dynamic, max(1, ranks // kv_heads)).tolist()
+
+
+@examples
+@given(mask_sets(), st.integers(1, 20))
+def test_ranks_hold_every_query_head_once(masks, ranks):
+    """Also where several share a KV head."""
+    if masks.heads % ranks or (masks.kv_heads % ranks and ranks % masks.kv_heads):
+        ranks = masks.heads
+    each, found = masks.heads // masks.kv_heads, []
+    for shard in shards(masks.kv_heads, ranks):
+        own = range(masks.heads)[shard.query_heads(masks)]
+        assert all(shard.holds(head // each) for head in own)
+        assert len(own) == masks.heads // ranks
+        found += own
+    assert found == list(range(masks.heads))

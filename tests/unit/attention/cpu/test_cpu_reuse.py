@@ -91,8 +91,7 @@ class Model:
         """Outputs of all layers: [layers, tokens, the rank's heads, size], by request."""
         shard = shard or Shard(0, self.masks.kv_heads)
         step, found = self.step(requests), []
-        plan, heads_per_kv = attention.plan(step), self.masks.heads // self.masks.kv_heads
-        local = slice(shard.start * heads_per_kv, shard.stop * heads_per_kv)
+        plan, local = attention.plan(step), shard.query_heads(self.masks)
         for layer in range(self.masks.layers):
             asked = [self.queries[layer][row][stop - new : stop] for row, new, stop in requests]
             query = torch.cat(asked)[:, local].contiguous()
@@ -305,3 +304,32 @@ def test_naive_kernel_is_the_definition(rng, random_masks):
     for each, expected in zip(found, model.expected(REQUESTS, 130), strict=True):
         torch.testing.assert_close(each, expected, rtol=1e-4, atol=1e-5)
     assert not naive.chosen._kept
+
+
+@pytest.mark.parametrize("naive", [False, True])
+def test_ranks_that_share_a_kv_head_choose_for_their_own_query_heads(rng, random_masks, naive):
+    """As one rank does that holds a copy of the KV head for each of them."""
+    drawn = random_masks(layers=3, heads=4, kv_heads=1, share=0.002, dynamic=True, head_size=SIZE)
+    for array in (drawn.columns, drawn.diagonals, drawn.true_bits):
+        array[:] = array[:, :1]
+    modes = np.array([HeadMode.STATIC, HeadMode.DYNAMIC, HeadMode.REUSE], np.uint8)[:, None]
+    anchors = np.full((3, 1, 2), -1, np.int32)
+    anchors[2, 0] = 1, 0
+    one = dataclasses.replace(drawn, modes=modes, anchors=anchors)
+    copied = {name: array.repeat(2, axis=1) for name, array in vars(one.dynamic).items()}
+    two = dataclasses.replace(
+        one, modes=modes.repeat(2, axis=1),
+        anchors=np.array([[[-1, -1]] * 2] * 2 + [[[1, 0], [1, 1]]], np.int32),
+        dynamic=dataclasses.replace(one.dynamic, **copied),
+    )  # fmt: skip
+    model = Model(rng, one, 16, [stop for _, _, stop in REQUESTS])
+    whole = Model(rng, two, 16, [stop for _, _, stop in REQUESTS])
+    whole.queries = model.queries
+    for copies, kept in ((whole.keys, model.keys), (whole.values, model.values)):
+        copies[:] = [[each.repeat(1, 2, 1) for each in layer] for layer in kept]
+    make = naive_attention_of if naive else attention_of
+    for part in range(2):
+        shard = Shard(0, 1, part, 2)
+        found = model.run(make(one, 16, shard=shard), REQUESTS, shard)
+        for each, expected in zip(found, whole.expected(REQUESTS), strict=True):
+            assert share_close(each, expected[:, :, shard.query_heads(one)]) > 0.985
