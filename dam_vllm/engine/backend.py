@@ -210,6 +210,10 @@ class DamImpl:
         this: Any = self
         return self.rotation.queries(query, this.num_kv_heads)
 
+    def turned(self, key: torch.Tensor) -> torch.Tensor:
+        """Keys as what stores them takes them: those of dynamic heads rotated."""
+        return key if self.rotation is None else self.rotation.keys(key)
+
     def do_kv_cache_update(
         self,
         layer: Any,
@@ -218,8 +222,7 @@ class DamImpl:
         kv_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
     ) -> None:
-        if self.rotation is not None:
-            key = self.rotation.keys(key)
+        key = self.turned(key)
         if self.groups is not None:
             self.groups.store(layer, key, value, slot_mapping)
             return

@@ -144,6 +144,10 @@ class DamCUDAImpl(DamImpl, FlashAttentionImpl):
             return self.rotation.queries(query, self.num_kv_heads, scale)
         return quantise(query, scale)
 
+    def turned(self, key: torch.Tensor) -> torch.Tensor:
+        """As they are: the launch that stores keys turns them."""
+        return key
+
     def storing(self, layer: Any) -> HeadStore | None:
         """What stores keys and values of a layer with dynamic heads, made once.
 
@@ -168,11 +172,8 @@ class DamCUDAImpl(DamImpl, FlashAttentionImpl):
         kv_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
     ) -> None:
-        """The launch that stores keys turns those of dynamic heads."""
         store = self.storing(layer)
-        if self.groups is not None:
-            self.groups.store(layer, key, value, slot_mapping)
-        elif store is not None:
+        if store is not None:
             store.write(key, value, *self.layout.keys_and_values(kv_cache), slot_mapping)
         else:
             super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
