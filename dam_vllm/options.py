@@ -21,6 +21,9 @@ DENSE_BELOW = {
 }
 
 
+PAGE = 128  # tokens, where neither a fit nor `--block-size` says
+
+
 class OptionError(ValueError):
     """An option that cannot be honoured; the message names it, its value and what is allowed."""
 

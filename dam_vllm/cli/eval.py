@@ -103,7 +103,10 @@ DenseBelowOption = Annotated[
         "judges the masks alone.",
     ),
 ]
-PageOption = Annotated[int, typer.Option(help="Tokens a KV-cache page.")]
+PageOption = Annotated[
+    int | None,
+    typer.Option(help="Tokens a KV-cache page (default: those of the masks' fit, else 128)."),
+]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Write all results to this file.")]
 PlotOption = Annotated[
     Path | None, typer.Option(help="Draw accuracy by length and depth (.png, .pdf, .svg).")
@@ -128,7 +131,7 @@ def evaluate(
     windows: WindowsOption = 4,
     streaming: StreamingOption = True,
     dense_below: DenseBelowOption = 0,
-    page: PageOption = 32,
+    page: PageOption = None,
     json: JsonOption = None,
     plot: PlotOption = None,
     write: WriteOption = False,

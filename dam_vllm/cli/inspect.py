@@ -12,7 +12,6 @@ if TYPE_CHECKING:
 
     from dam_vllm.masks.mask_set import MaskSet
 
-DEFAULT_PAGE = 16
 FIT_SHOWN = {"target_error", "target_density", "chosen", "proven", "check"}
 FIT_HIDDEN = {"curves", "heads", "texts"}
 
@@ -24,7 +23,7 @@ def inspect(
     length: Annotated[int, typer.Option(min=1, help="Prompt length of the density shown.")] = 8192,
     page: Annotated[
         int | None,
-        typer.Option(min=1, help="Tokens a KV-cache page (default: those of the fit, else 16)."),
+        typer.Option(min=1, help="Tokens a KV-cache page (default: those of the fit, else 128)."),
     ] = None,
     plot: Annotated[
         Path | None,
@@ -42,14 +41,14 @@ def inspect(
     """Shows a mask file: layers, density, coverage, parameters and fingerprint."""
     from dam_vllm.masks.file import load_mask_set
     from dam_vllm.masks.fit_report import check_fit
-    from dam_vllm.options import mask_file
+    from dam_vllm.options import PAGE, mask_file
 
     path = mask_file(file)
     masks = load_mask_set(path)
     fit = masks.header.parameters.get("fit")
     if fit is not None:
         check_fit(fit, path)
-    report = _report(masks, length, page or (fit["page"] if fit else DEFAULT_PAGE))
+    report = _report(masks, length, page or masks.header.fitted_page or PAGE)
     if plot is not None:
         _plot(masks, plot)
     if html is not None:

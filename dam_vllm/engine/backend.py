@@ -194,8 +194,8 @@ class DamImpl:
         super().process_weights_after_loading(act_dtype)  # type: ignore[misc]
         layers = self.config.compilation_config.static_forward_context.values()
         impls = (getattr(layer, "impl", None) for layer in layers)
-        # The first layer acts for all, and only once: weights may be loaded again.
-        if next(impl for impl in impls if isinstance(impl, DamImpl)) is self and not self.loaded:
+        # The layer that comes first acts for all, and only once: weights may be loaded again.
+        if not any(impl.loaded for impl in impls if isinstance(impl, DamImpl)):
             set_up_layers(self.config)
         self.loaded = True
 

@@ -26,7 +26,7 @@ from dam_vllm.options import DENSE_BELOW, DamOptions, OptionError, find_masks, p
 logger = init_logger("vllm.dam")
 
 # What vLLM's CPU kernels and FlashAttention take.
-PAGE_MULTIPLE_CPU, PAGE_MULTIPLE_CUDA = 32, 16
+PAGE_MULTIPLES = {"cpu": 32, "cuda": 16}
 CACHE_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2")
 
 
@@ -92,7 +92,7 @@ def admit(config: VllmConfig) -> Serving:
 def _load(
     options: DamOptions, model: str, revision: str | None, cache_dir: str | None, dummy: bool
 ) -> Serving:
-    serving = _read(options, model, revision)
+    serving = read_masks(options, model, revision)
     file, masks = serving.file, serving.masks
     strict = options.fingerprint == "strict" and masks.header.fingerprint.weights is not None
     served = fingerprint(model, revision, cache_dir, weights=strict and not dummy)
@@ -116,10 +116,24 @@ def _load(
 def serving_of(config: VllmConfig) -> Serving:
     """What the workers of a configuration serve with, which have checked that it can be."""
     model = config.model_config
-    return _read(parse_options(config.additional_config), model.model, model.revision)
+    return read_masks(parse_options(config.additional_config), model.model, model.revision)
 
 
-def _read(options: DamOptions, model: str, revision: str | None) -> Serving:
+def read_masks(options: DamOptions, model: str, revision: str | None) -> Serving:
+    """Finds and reads the masks, whatever the model.
+
+    Args:
+        options: validated options.
+        model: folder or Hub id of the served model.
+        revision: its Hub revision.
+
+    Returns:
+        What to serve with.
+
+    Raises:
+        OptionError: for a place without a mask file, and a target that its frontier does not reach.
+        MaskFileError: for a damaged mask file.
+    """
     file = find_masks(options, model, revision)
     try:
         masks = at_target(load_mask_set(file), options.target_density, options.target_error)
@@ -268,7 +282,7 @@ def _refuse_sleep(config: VllmConfig) -> None:
 
 def _refuse_cache(config: VllmConfig) -> None:
     cache = config.cache_config
-    multiple = PAGE_MULTIPLE_CPU if current_platform.is_cpu() else PAGE_MULTIPLE_CUDA
+    multiple = PAGE_MULTIPLES[current_platform.device_type]
     if cache.block_size is not None and cache.block_size % multiple:
         raise OptionError(
             f"--block-size is {cache.block_size}: --attention-backend dam needs pages of a "

@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,6 +22,7 @@ from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from dam_vllm.engine.checks import admit
+from dam_vllm.engine.page import settle_page
 from dam_vllm.masks.file import MaskFileError
 from dam_vllm.masks.fingerprint import FingerprintError
 from dam_vllm.options import OptionError
@@ -47,6 +49,9 @@ def _check_configurations(backend: Any) -> None:
 
     @functools.wraps(stock)
     def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> VllmConfig:
+        if _asks_for(backend, self):
+            with suppress(*REFUSALS):  # which `admit` tells
+                settle_page(self)
         config = stock(self, *args, **kwargs)
         attention = config.attention_config
         if backend not in (attention.backend, *attention.backend_per_kind.values()):
@@ -62,6 +67,13 @@ def _check_configurations(backend: Any) -> None:
         return config
 
     EngineArgs.create_engine_config = create_engine_config
+
+
+def _asks_for(backend: Any, arguments: EngineArgs) -> bool:
+    """Whether arguments name the backend, before vLLM has checked them."""
+    config = arguments.attention_config
+    asked = (arguments.attention_backend, config.backend, *config.backend_per_kind.values())
+    return backend.name in (str(getattr(each, "name", each)).upper() for each in asked)
 
 
 def _is_command() -> bool:

@@ -56,8 +56,8 @@ def _dynamic(masks: MaskSet, page: int) -> list[str]:
     if masks.anchors is not None and reusing:
         anchors = np.unique(masks.anchors[masks.modes == HeadMode.REUSE], axis=0)
         lines.append(f"{reusing} KV heads reuse the pages that {len(anchors)} of them choose")
-    fitted = masks.header.parameters.get("fit", {}).get("page", page)
-    if fitted != page:
+    fitted = masks.header.fitted_page
+    if fitted not in (None, page):
         lines.append(
             f"budgets were fitted for pages of {fitted} tokens: with {page}, density and accuracy "
             f"differ from what the file says"

@@ -16,7 +16,7 @@ from dam_vllm.evaluation.settings import REPLY_TOKENS, Settings, Subject
 from dam_vllm.evaluation.state import content_digest
 from dam_vllm.masks.file import load_mask_set
 from dam_vllm.masks.fingerprint import Fingerprint
-from dam_vllm.options import OptionError
+from dam_vllm.options import PAGE, OptionError
 from dam_vllm.questions.keys import KINDS
 from dam_vllm.questions.prompting import prompting
 from dam_vllm.questions.tasks import TASKS, make_questions
@@ -70,10 +70,21 @@ def lengths_option(text: str | None, tasks: Sequence[str], longest: int | None) 
     return tuple(sorted(set(values)))
 
 
-def page_option(page: int) -> None:
-    """Refuses page sizes that the backend does not take."""
-    if page < 1 or page % PAGE_MULTIPLE:
-        raise OptionError(f"--page is {page}, must be a multiple of {PAGE_MULTIPLE} tokens")
+def page_option(page: int | None, masks: Sequence[Subject]) -> int:
+    """Tokens a page: the option, else those that the masks were fitted for, as in serving.
+
+    Raises:
+        OptionError: for a size that the backend does not take, and for masks of different ones.
+    """
+    pages = (subject.masks.header.fitted_page for subject in masks if subject.masks is not None)
+    fitted = {each for each in pages if each is not None}
+    if page is None and len(fitted) > 1:
+        sizes = ", ".join(map(str, sorted(fitted)))
+        raise OptionError(f"--masks names files fitted for pages of {sizes} tokens: give --page")
+    result = page or next(iter(fitted), None) or PAGE
+    if result < 1 or result % PAGE_MULTIPLE:
+        raise OptionError(f"--page is {result}, must be a multiple of {PAGE_MULTIPLE} tokens")
+    return result
 
 
 def serve_args_option(text: str) -> tuple[str, ...]:

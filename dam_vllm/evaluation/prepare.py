@@ -43,7 +43,7 @@ def prepare(
     lengths: str | None,
     samples: int,
     seed: int,
-    page: int,
+    page: int | None,
     dense_below: int,
     streaming: bool,
     text: Path | None,
@@ -61,7 +61,7 @@ def prepare(
         lengths: comma-separated tokens, or None for the default.
         samples: questions a task and length.
         seed: of the questions.
-        page: tokens a KV-cache page.
+        page: tokens a KV-cache page, or None for those of the masks' fit.
         dense_below: query positions below it attend densely.
         streaming: whether to ask streaming masks of equal density too.
         text: file for perplexity and agreement.
@@ -77,7 +77,6 @@ def prepare(
         ValueError: for an option that cannot be honoured.
     """
     names = checks.tasks_option(tasks)
-    checks.page_option(page)
     checks.keys_option(keys)
     arguments = checks.serve_args_option(serve_args)
     served = fingerprint(model)
@@ -90,7 +89,7 @@ def prepare(
         lengths=tokens,
         samples=samples,
         seed=seed,
-        page=page,
+        page=checks.page_option(page, subjects),
         dense_below=dense_below,
         streaming=streaming,
         serve_args=arguments,

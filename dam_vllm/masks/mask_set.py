@@ -74,6 +74,12 @@ class Header(BaseModel):
             raise ValueError(f"fit.page must be tokens a page, from 1 to {MAX_PAGE}")
         return parameters
 
+    @property
+    def fitted_page(self) -> int | None:
+        """Tokens of the pages that the masks were fitted for; None where nothing was fitted."""
+        fit = self.parameters.get("fit")
+        return None if fit is None else int(fit["page"])
+
 
 @dataclass(frozen=True)
 class MaskSet:

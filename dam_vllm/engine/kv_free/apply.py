@@ -134,6 +134,7 @@ def _unit_backend(base: Any, heads: int, bounds: Bounds | None, in_flight: int) 
             spec = replace(super().customize_spec(spec), num_kv_heads=heads)
             if bounds is None:
                 return spec
+            assert spec.block_size == bounds.page, "pages changed after their bounds were taken"
             return replace_as(
                 spec,
                 BoundedAttentionSpec,
