@@ -18,7 +18,7 @@ from vllm.v1.attention.backends.flash_attn import (
 
 from dam_vllm.attention.cuda.attention import CUDAAttention, Limits
 from dam_vllm.attention.cuda.layer import DeviceLayer
-from dam_vllm.attention.interface import Planned, SparseAttention
+from dam_vllm.attention.interface import Planned, SparseAttention, Step
 from dam_vllm.attention.layout import FP8_DTYPES, KVLayout
 from dam_vllm.engine.backend import chosen_pages, guessed_tokens, oracle_attention, step_of
 from dam_vllm.engine.checks import admit
@@ -140,6 +140,15 @@ class DamCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
         warm_up(sparse, [attention[name] for name in served], dtype)
         return sparse
 
+    def _replayed(self, step: Step) -> bool:
+        """Whether a CUDA graph may stand for the step, which plans and counts whatever its length.
+
+        Where none does after all, the step is planned likewise, and reads everything it may.
+        """
+        requests = len(step.seq_lens)
+        graphs = self.use_full_cuda_graph and step.max_query_len == 1
+        return graphs and requests <= (self.max_cudagraph_size or 0)
+
     @classmethod
     def get_cudagraph_support(
         cls, vllm_config: VllmConfig, kv_cache_spec: Any
@@ -169,7 +178,8 @@ class DamCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
             with self.counts.planning():
                 metadata.planned = self.groups.hand_in(self.names, step, slots)
             return metadata
-        sparse = bool(self.masked) and (self.always or step.max_seq_len > self.dense_until)
+        short = step.max_seq_len <= self.dense_until and not self._replayed(step)
+        sparse = bool(self.masked) and (self.always or not short)
         # Without a layer that takes it, FlashAttention's schedule is not worth its launch.
         unscheduled = sparse and self.all_masked
         stock = super().build(common_prefix_len, common_attn_metadata, fast_build or unscheduled)

@@ -528,6 +528,19 @@ def test_capturing_a_graph_counts_nothing(backend, rng, device):
     assert served.impl.counts.report()["dense"]["decode"] == [[13 + 1 + 20 + 2] * KV_HEADS]
 
 
+def test_short_steps_that_a_graph_replays_are_counted_once(backend, rng, device):
+    """By the graph, which plans whatever their length."""
+    served = backend(dense_below=4096, kernel="triton")
+    served.builder.use_full_cuda_graph, served.builder.max_cudagraph_size = True, 8
+    steps = Steps(rng, device, torch.float32, None)
+    common = steps.step(served, DECODE)
+    captured = served.builder.build_for_cudagraph_capture(replace(common, max_seq_len=LONGEST))
+    steps.run(served, captured)
+    served.builder.build(0, common)
+    steps.run(served, captured)  # a replay
+    assert served.impl.counts.report()["dense"]["decode"] == [[13 + 1 + 20 + 2] * KV_HEADS]
+
+
 def test_padded_pages_are_refused(backend):
     with pytest.raises(OptionError, match="KV pages are padded"):
         backend(padded=2**20)

@@ -86,6 +86,7 @@ def choose_on_device(
     blocks = PageBlocks(page)
     for queries in (1, page) if query_blocks.most_queries > 1 else (1,):
         rows = Rows(queries, query.shape[2])
+        room.clear()
         fitting = (room.left - TENSORS * ALIGNMENT) // slot_bytes(heads, width, page, rows)
         step = slots if fitting >= slots else max(1, fitting // SLOT_STEP) * SLOT_STEP
         for first in range(0, slots, step):

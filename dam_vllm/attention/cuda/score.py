@@ -62,6 +62,8 @@ def score_pages(
     n, slots, _, count = max_scores.logits.shape
     chunks = max_scores.sums.shape[2]
     blocks = PageBlocks(keys.shape[1])
+    # What tensor cores multiply at least; channels beyond a head's own are 0.
+    least = 32 if query.element_size() == 1 else 16
     _score_pages[(slots * rows.blocks, n, lanes(slots * rows.blocks * n, chunks))](
         query, keys, block_table, heads, homes.offsets, homes.groups, channels,
         max_scores.logits, max_scores.largest, max_scores.sums, *query_blocks.arguments,
@@ -70,7 +72,8 @@ def score_pages(
         HEADS_PER_KV=rows.heads_per_kv, QUERIES=rows.queries, ROWS=rows.block,
         BLOCKS=rows.blocks, COUNT=count,
         PAGE=blocks.page, UNIT=blocks.unit, PARTS=blocks.parts, PAGES=blocks.pages,
-        CHUNK=blocks.chunk, CHANNELS=max(16, triton.next_power_of_2(max_channels)), SOFTCAP=softcap,
+        CHUNK=blocks.chunk, CHANNELS=max(least, triton.next_power_of_2(max_channels)),
+        SOFTCAP=softcap,
         UPCAST=triton.knobs.runtime.interpret,
         num_warps=WARPS if rows.block == MOST_ROWS else WARPS // 2, num_stages=STAGES,
     )  # fmt: skip
@@ -153,7 +156,7 @@ def _max_scores(
 
 
 @triton.jit(
-    do_not_specialize=["slots", "width", "chunks", "table_group"],
+    do_not_specialize=["slots", "width", "chunks", "table_group", "table_row"],
     do_not_specialize_on_alignment=MOVING,
 )
 def _score_pages(

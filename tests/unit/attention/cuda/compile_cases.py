@@ -79,6 +79,8 @@ def launches(capability):
         for queries in (1, 32):
             choice = functools.partial(choose_pages_of, dtype, dtype, 32, queries)
             yield f"choice of {queries}, {dtype}", choice
+            few = functools.partial(choose_pages_of, dtype, dtype, 32, queries, channels=16)
+            yield f"choice of {queries} by 16 channels, {dtype}", few
         for rotated in (False, True):
             yield f"store, {dtype}, {rotated}", functools.partial(store, dtype, rotated)
         yield f"rotation, {dtype}", functools.partial(rotate, dtype)

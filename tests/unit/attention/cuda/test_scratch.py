@@ -69,3 +69,28 @@ def test_choices_fit_into_what_the_largest_step_needs(rng, monkeypatch, page):
             dynamic, chosen, ints[:heads], query, keys, None, blocks, narrow, None, room
         )
     assert outside == []
+
+
+def test_a_choice_finds_all_of_the_room(monkeypatch):
+    """Whatever the layer before took of it: query blocks are scored in as few parts."""
+    launches = []
+    monkeypatch.setattr(choosing, "score_pages", lambda *args: launches.append(1))
+    monkeypatch.setattr(choosing, "choose_pages", lambda *args: None)
+    monkeypatch.setattr(choosing, "share_pages", lambda *args: None)
+    heads, members, slots, width, page = 3, 2, 40, 70, 16
+    needed = choosing.choice_bytes(heads, slots, width, page, members, 1)
+    room, ints = (
+        scratch.Room.new(needed, torch.device("cpu")),
+        torch.zeros(slots, dtype=torch.int32),
+    )
+    dynamic = SimpleNamespace(
+        heads=torch.arange(heads), static=None, channels=None, max_channels=8, scale=1.0,
+        softcap=0.0, budgets=None,
+    )  # fmt: skip
+    blocks = DeviceQueryBlocks(ints, ints, ints, ints, page, 1)
+    for _ in range(2):
+        choosing.choose_on_device(
+            dynamic, torch.empty(heads, slots, width), ints[:heads], torch.empty(5, 7, members, 16),
+            torch.empty(9, page, 16), None, blocks, width, None, room,
+        )  # fmt: skip
+    assert len(launches) == 2
