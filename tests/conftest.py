@@ -1,5 +1,6 @@
 """Fixtures that all layers of the suite share."""
 
+import functools
 import os
 import sys
 from collections.abc import Callable
@@ -30,6 +31,21 @@ needs_fp8_on_cpu = pytest.mark.skipif(
     not (torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported()),
     reason="vLLM serves an fp8 cache on CPUs with AVX-512 or AMX alone",
 )
+
+
+@functools.cache
+def rows_round_alike():
+    """Whether linear layers in bfloat16 give a row the same bits alone and beside others.
+
+    Where a CPU has AVX-512 without products of bfloat16, oneDNN multiplies a single row by another
+    kernel than several, with and without DAM.
+    """
+    draw = torch.Generator().manual_seed(0)
+    rows, weight = (torch.randn(n, 192, generator=draw).bfloat16() for n in (64, 2304))
+    linear = torch.nn.functional.linear
+    return torch.equal(
+        torch.cat([linear(row, weight) for row in rows.split(1)]), linear(rows, weight)
+    )
 
 
 # Memory that tensors are cut out of is copied by every launch; a sort is a loop over elements.

@@ -162,14 +162,19 @@ def test_a_sliding_window_differs(run):
 SHORTER = (3001, 1999, 1537, 777, 150)
 
 
-def test_prefix_cache_preemption_and_cancellation(run, masks):
-    """In chunks that end inside pages; all prompts fit into the pool, what is generated not."""
+@pytest.mark.parametrize("v2", [False, True])
+def test_prefix_cache_preemption_and_cancellation(run, masks, v2):
+    """In chunks that end inside pages; all prompts fit into the pool, what is generated not.
+
+    By both of vLLM's model runners. Freed pages are filled with NaN.
+    """
     new, setup = 64, {"length": 4096, "chunk": 500, "kind": "halves", "rounds": 2}
     needed = pages_held(load_mask_set(Path(masks["halves"])), [n + new - 1 for n in SHORTER])
     expected, _ = run(SHORTER, "off", new=new, **setup)
     changed = {"prefix_caching": True, "cancel": True, "pages": (needed - 3) / 2}
-    found, log = run(SHORTER, "head", new=new, **changed, **setup)
+    found, log = run(SHORTER, "head", new=new, poison=True, v2=v2, **changed, **setup)
     assert "by whole layers (2 of 4)" in log
+    assert found["poisoned"] > 0
     assert found["preempted"] > 0
     assert found["hits"] > 1000
     assert_close(expected, found)
@@ -200,7 +205,7 @@ def test_fp8_cache_and_dense_requests(run):
 
 
 def test_model_runner_v2(run, masks):
-    """Pages freed by head and filled with NaN; preempted, with prefixes found in the cache."""
+    """Pages freed by head and filled with NaN."""
     setup = {"kind": "mixed", "new": 12, "length": 4096}
     expected, _ = run(LENGTHS[1:], "off", **setup)
     found, log = run(LENGTHS[1:], "head", poison=True, v2=True, **setup)

@@ -26,6 +26,7 @@ def main():
     parser.add_argument("--minutes", type=float, default=60, help="of all servers together")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--servers", nargs="+", default=list(SERVERS), choices=SERVERS)
+    parser.add_argument("--whole", action="store_true", help="no step ends inside a prompt")
     options = parser.parse_args()
     seconds = options.minutes * 60 / len(options.servers)
     with tempfile.TemporaryDirectory() as folder:
@@ -35,7 +36,7 @@ def main():
             rng = np.random.default_rng(options.seed)
             # Pages that are freed leave room, and none is preempted.
             kept = {"kv_free": "off"} if name == "static" else {}
-            with serve(files.get(name), **kept) as server:
+            with serve(files.get(name), options.whole, **kept) as server:
                 report = asyncio.run(soak(server, rng, requests=24, seconds=seconds))
             print(name, json.dumps(report), flush=True)
 
