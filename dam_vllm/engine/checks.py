@@ -92,7 +92,7 @@ def admit(config: VllmConfig) -> Serving:
 def _load(
     options: DamOptions, model: str, revision: str | None, cache_dir: str | None, dummy: bool
 ) -> Serving:
-    serving = _read(options, model, revision)
+    serving = _read(options, model, revision, cache_dir)
     file, masks = serving.file, serving.masks
     strict = options.fingerprint == "strict" and masks.header.fingerprint.weights is not None
     served = fingerprint(model, revision, cache_dir, weights=strict and not dummy)
@@ -115,12 +115,12 @@ def _load(
 
 def serving_of(config: VllmConfig) -> Serving:
     """What the workers of a configuration serve with, which have checked that it can be."""
-    model = config.model_config
-    return _read(parse_options(config.additional_config), model.model, model.revision)
+    model, options = config.model_config, parse_options(config.additional_config)
+    return _read(options, model.model, model.revision, config.load_config.download_dir)
 
 
-def _read(options: DamOptions, model: str, revision: str | None) -> Serving:
-    file = find_masks(options, model, revision)
+def _read(options: DamOptions, model: str, revision: str | None, cache_dir: str | None) -> Serving:
+    file = find_masks(options, model, revision, cache_dir)
     try:
         masks = at_target(load_mask_set(file), options.target_density, options.target_error)
     except TargetError as error:
