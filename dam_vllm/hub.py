@@ -18,15 +18,16 @@ def is_hub_id(place: str) -> bool:
     )
 
 
-def fetch(repository: str, revision: str | None = None) -> Path:
+def fetch(repository: str, revision: str | None = None, cache: str | None = None) -> Path:
     """Downloads a repository's mask file, or takes it from the cache.
 
     Args:
         repository: Hub id.
         revision: branch, tag or commit.
+        cache: folder that it is kept in, or None for the Hub's own.
 
     Returns:
-        Path of the file in the Hub's cache.
+        Path of the file in the cache.
 
     Raises:
         HubError: if there is no such file, or the Hub cannot be reached and it is not in the cache.
@@ -35,9 +36,10 @@ def fetch(repository: str, revision: str | None = None) -> Path:
     from huggingface_hub import hf_hub_download
 
     try:
-        return Path(hf_hub_download(repository, MASKS_IN_REPOSITORY, revision=revision))
+        file = hf_hub_download(repository, MASKS_IN_REPOSITORY, revision=revision, cache_dir=cache)
     except (OSError, ValueError, HTTPError) as error:
         raise HubError(_reason(error, repository)) from error
+    return Path(file)
 
 
 def push(file: Path, card: str, repository: str, private: bool) -> str:

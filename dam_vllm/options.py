@@ -83,9 +83,18 @@ def parse_options(additional_config: object) -> DamOptions:
         The validated options; all defaults where there is no "dam" part.
 
     Raises:
-        OptionError: for an unknown key or a value that is not allowed.
+        OptionError: for an unknown key, a value that is not allowed, or options of ours that stand
+            beside "dam" or under another spelling of it.
     """
-    values: Any = additional_config.get(KEY, {}) if isinstance(additional_config, dict) else {}
+    everything: dict[Any, Any] = additional_config if isinstance(additional_config, dict) else {}
+    for name, value in everything.items():
+        # Other keys are other plugins' own.
+        if name in DamOptions.model_fields or (name != KEY and str(name).lower() == KEY):
+            raise OptionError(
+                f"--additional-config: {name!r} is {value!r} at the top: options of the dam "
+                f'backend must stand under "{KEY}", as {{"{KEY}": {{"masks": PATH}}}}'
+            )
+    values: Any = everything.get(KEY, {})
     if not isinstance(values, dict):
         raise OptionError(f'--additional-config: "{KEY}" is {values!r}, must be an object')
     try:
@@ -104,13 +113,16 @@ def _explain(item: Any) -> str:
     return f"--additional-config: {path} is {item['input']!r}: {item['msg']}"
 
 
-def find_masks(options: DamOptions, model: str, revision: str | None = None) -> Path:
+def find_masks(
+    options: DamOptions, model: str, revision: str | None = None, cache: str | None = None
+) -> Path:
     """Locates the mask file: the option, else the environment, else the model's folder.
 
     Args:
         options: the validated options.
         model: folder or Hub id of the served model.
         revision: its Hub revision.
+        cache: folder that downloads go to (vLLM's `--download-dir`), or None for the Hub's own.
 
     Returns:
         Path of an existing file.
@@ -120,10 +132,10 @@ def find_masks(options: DamOptions, model: str, revision: str | None = None) -> 
     """
     given = options.masks or os.environ.get(MASKS_VARIABLE)
     if not given:
-        return _of_model(model, revision)
+        return _of_model(model, revision, cache)
     name = "dam.masks" if options.masks else MASKS_VARIABLE
     try:
-        file = mask_file(given)
+        file = mask_file(given, cache)
     except HubError as error:
         raise OptionError(f"{name} is {given!r}: {error}") from None
     if not file.is_file():
@@ -134,11 +146,12 @@ def find_masks(options: DamOptions, model: str, revision: str | None = None) -> 
     return file
 
 
-def mask_file(place: str) -> Path:
+def mask_file(place: str, cache: str | None = None) -> Path:
     """The mask file that a path or a Hub id names.
 
     Args:
         place: a file, a folder that holds `dam/masks.safetensors`, or the Hub id of such one.
+        cache: folder that downloads go to, or None for the Hub's own.
 
     Returns:
         The file, which may be missing where a path was given.
@@ -149,10 +162,10 @@ def mask_file(place: str) -> Path:
     path = Path(place)
     if path.is_dir():
         return path / MASKS_IN_MODEL
-    return fetch(place) if is_hub_id(place) and not path.exists() else path
+    return fetch(place, cache=cache) if is_hub_id(place) and not path.exists() else path
 
 
-def _of_model(model: str, revision: str | None) -> Path:
+def _of_model(model: str, revision: str | None, cache: str | None) -> Path:
     """The mask file beside a model's weights."""
     why = ""
     if Path(model).is_dir():
@@ -161,7 +174,7 @@ def _of_model(model: str, revision: str | None) -> Path:
             return file
     else:
         try:
-            return fetch(model, revision)
+            return fetch(model, revision, cache)
         except HubError as error:
             why = f". {error}"
     raise OptionError(

@@ -1,4 +1,4 @@
-"""Starts `vllm serve` as a child process, for the demo, the benchmarks and the tests."""
+"""Starts `vllm serve` as a child process, for the demo, the evaluation, benchmarks and tests."""
 
 import os
 import signal
@@ -17,10 +17,11 @@ from typing import Self
 # An idle engine polls for a second (vllm/distributed/device_communicators/shm_broadcast.py) and
 # takes the cores from a server that is asked next.
 POLLING = 1.3
+SHOWN = 500  # characters of a program's last line
 
 
 class ServerError(RuntimeError):
-    """The server ended before it was ready; the message holds the end of its log."""
+    """vLLM did not start, ended or refused; one line, which names its whole log if any."""
 
 
 class Server:
@@ -51,9 +52,7 @@ class Server:
         self._command = [str(command), "serve", self.model, "--host", "127.0.0.1"]
         self._command += ["--port", str(self.port), *arguments]
         self._environment = {**os.environ, **(environment or {})}
-        handle, name = tempfile.mkstemp(prefix="dam-vllm-serve-", suffix=".log")
-        os.close(handle)
-        self.log = Path(name)
+        self.log = _new_log()
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
@@ -114,14 +113,39 @@ class Server:
         health = f"http://127.0.0.1:{self.port}/health"
         while time.monotonic() < end:
             if self._process.poll() is not None:
-                raise ServerError(f"vllm serve ended at start:\n{self.output()[-6000:]}")
+                raise ServerError(failure("vllm serve ended at start", self.output(), self.log))
             try:
                 # The address is our own.
                 with urllib.request.urlopen(health, timeout=5):  # nosec B310
                     return
             except (urllib.error.URLError, OSError):
                 time.sleep(0.5)
-        raise ServerError(f"vllm serve not ready in {self.timeout:.0f} s:\n{self.output()[-6000:]}")
+        what = f"vllm serve not ready in {self.timeout:.0f} s"
+        raise ServerError(failure(what, self.output(), self.log))
+
+
+def failure(what: str, output: str, log: Path | None = None) -> str:
+    """One line about a program that failed.
+
+    Args:
+        what: what happened.
+        output: all that the program said.
+        log: file that holds it, or None to write one.
+
+    Returns:
+        What happened, the end of the last line, which names the reason, and the file.
+    """
+    if log is None:
+        log = _new_log()
+        log.write_text(output)
+    last = (output.strip().splitlines() or ["it said nothing"])[-1]
+    return f"{what}: {last[-SHOWN:]} (its whole output: {log})"
+
+
+def _new_log() -> Path:
+    handle, name = tempfile.mkstemp(prefix="dam-vllm-serve-", suffix=".log")
+    os.close(handle)
+    return Path(name)
 
 
 def rest() -> None:

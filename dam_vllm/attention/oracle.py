@@ -138,27 +138,6 @@ def chosen_mask(
     return result & (np.arange(len(key)) <= np.arange(start, len(key))[:, None])
 
 
-def dynamic_mask(
-    masks: MaskSet,
-    layer: int,
-    head: int,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    static: np.ndarray,
-    page: int,
-    scale: float,
-    softcap: float = 0.0,
-) -> np.ndarray:
-    """The mask of one dynamic KV head's queries: static pages and chosen ones.
-
-    Takes what `chosen_mask` takes.
-
-    Returns:
-        bool [queries, keys], causal.
-    """
-    return static | chosen_mask(masks, layer, head, query, key, static, page, scale, softcap)
-
-
 def _chosen(
     masks: MaskSet, layer: int, head: int, mass: np.ndarray, read: np.ndarray, page: int
 ) -> list[int]:

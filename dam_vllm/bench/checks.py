@@ -17,13 +17,14 @@ GPU_PAGES = (16, 32, 64, 128, 256)
 IMAGES = (".png", ".svg", ".pdf")
 
 
-def lengths_option(text: str, least: int, most: int) -> list[int]:
+def lengths_option(text: str, least: int, most: int, option: str = "--lengths") -> list[int]:
     """Prompt lengths, in rising order.
 
     Args:
         text: comma-separated tokens.
         least: shortest allowed; lengths must be its multiples.
         most: longest allowed.
+        option: what it is told as.
 
     Returns:
         The lengths.
@@ -34,7 +35,7 @@ def lengths_option(text: str, least: int, most: int) -> list[int]:
     values = _integers(text)
     if not values or any(value % least or not least <= value <= most for value in values):
         raise OptionError(
-            f"--lengths is {text!r}: must be comma-separated multiples of {least} up to {most}"
+            f"{option} is {text!r}: must be comma-separated multiples of {least} up to {most}"
         )
     return sorted(set(values))
 
@@ -49,12 +50,12 @@ def pages_option(text: str, option: str = "--pages") -> list[int]:
     return values
 
 
-def gpu_pages_option(text: str) -> list[int]:
+def gpu_pages_option(text: str, option: str = "--pages") -> list[int]:
     """Page sizes that the GPU kernels take; raises OptionError for others."""
     values = _integers(text)
     if not values or any(value not in GPU_PAGES for value in values):
         allowed = ", ".join(map(str, GPU_PAGES))
-        raise OptionError(f"--pages is {text!r}: must be comma-separated, of {allowed} tokens")
+        raise OptionError(f"{option} is {text!r}: must be comma-separated, of {allowed} tokens")
     return values
 
 

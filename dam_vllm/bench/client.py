@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from dam_vllm.server import Server
+from dam_vllm.server import SHOWN, Server, failure
 
 COMMAND = Path(sys.executable).parent / "vllm"
-OUTPUT = 6000  # characters of the client's output that an error shows
 
 
 class ClientError(RuntimeError):
-    """The client did not answer every request; the message holds the end of its output."""
+    """The client did not answer every request; one line, which names where more is told."""
 
 
 @dataclass(frozen=True)
@@ -85,13 +84,12 @@ def ask(server: Server, load: Load, seed: int) -> Figures:
         except OSError as error:
             raise ClientError(f"vllm bench serve cannot be started: {error}") from error
         if done.returncode or not file.is_file():
-            raise ClientError(
-                f"vllm bench serve ended with {done.returncode}:\n{done.stdout[-OUTPUT:]}"
-            )
+            what = f"vllm bench serve ended with {done.returncode}"
+            raise ClientError(failure(what, done.stdout))
         try:
             return figures(json.loads(file.read_text()), load)
         except ClientError as error:
-            raise ClientError(f"{error}\nthe server's log: {server.log}") from error
+            raise ClientError(f"{error}; the server's log: {server.log}") from error
 
 
 def command(server: Server, load: Load, seed: int, file: Path) -> list[str]:
@@ -130,7 +128,8 @@ def figures(result: dict[str, object], load: Load) -> Figures:
     if result.get("completed") != load.requests:
         errors = result.get("errors")
         told = [error for error in errors if error] if isinstance(errors, list) else []
-        why = f":\n{str(told[0])[-OUTPUT:]}" if told else ""
+        # Of a traceback the last line names the reason.
+        why = f": {str(told[0]).strip().splitlines()[-1][-SHOWN:]}" if told else ""
         raise ClientError(
             f"vllm bench serve: {result.get('completed')} of {load.requests} requests of "
             f"{load.tokens} tokens were answered{why}"

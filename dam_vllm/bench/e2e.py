@@ -26,8 +26,6 @@ NEW = 17
 MOST, FLOPS = 4, {"cpu": 3e11, "cuda": 3e14}
 SPARSE = {"dense_below": 0}
 
-Found = Mapping[tuple[str, Load], Sequence[Figures]]
-
 
 def load_of(model: Model, tokens: int, concurrency: int) -> Load:
     """The requests of a round: one for each that is under way at a time, more if they are cheap."""

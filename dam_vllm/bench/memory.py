@@ -20,6 +20,7 @@ from dam_vllm.masks.baselines import streaming
 from dam_vllm.masks.file import load_mask_set, save_mask_set
 from dam_vllm.masks.mask_set import HeadMode, MaskSet
 from dam_vllm.masks.rounding import ceil_div
+from dam_vllm.server import ServerError, failure
 
 TARGETS = (
     "target: capacity ratio >= 1.4 with half of the heads bounded; rates are requests a second "
@@ -74,7 +75,7 @@ class Case:
             What `measure` found.
 
         Raises:
-            RuntimeError: if the engine failed; with the end of its output.
+            ServerError: if the engine failed.
         """
         arguments: dict[str, Any] = {
             "model": str(self.model),
@@ -97,7 +98,7 @@ class Case:
             text=True,
         )
         if done.returncode:
-            raise RuntimeError(f"vLLM ended:\n{(done.stdout + done.stderr)[-6000:]}")
+            raise ServerError(failure("vLLM ended", done.stdout + done.stderr))
         (line,) = (line for line in done.stdout.splitlines() if line.startswith(RESULT))
         found: dict[str, Any] = json.loads(line.removeprefix(RESULT))
         return found

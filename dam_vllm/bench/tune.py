@@ -157,7 +157,7 @@ def line(entry: Entry, tuned: Tuning, device: torch.device) -> str:
 
 
 def table_lines(rows: Sequence[Row]) -> str:
-    """The best entries, as `attention/tuning.py` holds them."""
+    """The best entries, as `attention/cuda/tuning.py` holds them."""
     return "\n".join(row["best"] for row in rows if row["best"])
 
 

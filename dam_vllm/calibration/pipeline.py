@@ -53,7 +53,7 @@ class Job:
 
     Attributes:
         source: the model.
-        data: where the texts come from (`corpus.read_documents`).
+        data: where the texts come from (`texts.read_documents`).
         field: key of the text in JSONL lines and data set rows.
         config: the settings.
         output: mask file to write.
@@ -156,6 +156,12 @@ class _Run:
             raise CalibrationError(
                 f"fit.lengths holds {max(fit.lengths)}, must be at most the model's "
                 f"{shape.max_length} positions"
+            )
+        channels = max(fit.channels or [1])
+        if shape.head_size is not None and channels > shape.head_size:
+            raise CalibrationError(
+                f"fit.channels holds {channels}, must be at most the model's "
+                f"{shape.head_size} channels a head"
             )
         plain = cut(texts.held_out, texts.prefix, max(fit.lengths), fit.plain)
         return fit_prompts(self.job.source.tokenizer(), fit, plain)

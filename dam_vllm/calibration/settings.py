@@ -1,6 +1,6 @@
 """The settings of a calibration and of its fit; each is told of here, and nowhere else."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -12,6 +12,12 @@ ASSIGNMENTS = 4
 TRUSTS_KEPT = 1  # they are measured for as many trusts, the free one's best
 # Density of the frontier's other points over that of the one taken.
 FRONTIER_STEPS = (0.5, 0.7, 1.5, 2.5)
+
+
+Length = Annotated[int, Field(ge=256)]  # shorter ones hold no question of some tasks
+Threshold = Annotated[float, Field(allow_inf_nan=False)]  # amplified attention may be negative
+Share = Annotated[float, Field(gt=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
 
 
 class FitConfig(BaseModel):
@@ -41,7 +47,7 @@ class FitConfig(BaseModel):
         "and dense ones do; or null. Pages of static heads are freed (kv_free).",
     )
     page: int = Field(default=32, ge=16, multiple_of=16, description="Tokens a page, as served.")
-    lengths: list[int] = Field(
+    lengths: list[Length] = Field(
         default=[2048, 4096, 8192], min_length=1, description="Tokens of the texts with a question."
     )
     questions: int = Field(default=2, ge=1, description="Texts of each retrieval task and length.")
@@ -60,18 +66,19 @@ class FitConfig(BaseModel):
         ge=1,
         description="Static query blocks of context that are measured in each text.",
     )
-    taus: list[float] = Field(
+    taus: list[Threshold] = Field(
         default=[0.05, 0.1, 0.2, 0.3],
         min_length=1,
         description="Thresholds of the true mask that are tried for static heads.",
     )
-    mus: list[float] = Field(
+    mus: list[Share] = Field(
         default=[0.6, 0.8],
         min_length=1,
         description="Shares of a pattern's cells that are tried for static heads.",
     )
-    channels: list[int] | None = Field(
+    channels: list[Count] | None = Field(
         default=None,
+        min_length=1,
         description="Channels that score a token, or null for an eighth, a quarter and a half of a "
         "head's.",
     )
@@ -84,8 +91,8 @@ class FitConfig(BaseModel):
     choosing_cost: float = Field(
         default=1.0,
         ge=0,
-        description="What choosing pages costs, over what was measured on the platform "
-        "(fit.costs): 1 counts it as it is, 0 not at all.",
+        description="What choosing pages costs, over what was measured on the platform: "
+        "1 counts it as it is, 0 not at all.",
     )
     seed: int = Field(default=0, ge=0, description="Of questions and query blocks.")
 
@@ -152,7 +159,7 @@ class CalibrationConfig(BaseModel):
     amplification: Amplification = Field(
         default=Amplification(), description="How mean attention is amplified."
     )
-    tau: float = Field(
+    tau: Threshold = Field(
         default=0.3, description="Threshold of the true mask, on the amplified scale."
     )
     mu: float = Field(

@@ -115,7 +115,7 @@ def tune(
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
-    """Block sizes of the Triton kernel for the GPU at hand, as lines for attention/tuning.py."""
+    """Block sizes of the Triton kernel for the GPU at hand, for attention/cuda/tuning.py."""
     benchmarks.finish([kernel_benchmarks.tune(head_sizes, page, tokens, batch, rounds)], json)
 
 

@@ -4,7 +4,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from dam_vllm.calibration.pipeline import Job
 
+AUTO = "auto"
 
 ModelArgument = Annotated[
     str | None, typer.Argument(help="Folder or Hugging Face Hub id of the model.")
@@ -36,7 +37,9 @@ ConfigOption = Annotated[
         "those named earlier, and the options below before all."
     ),
 ]
-FieldOption = Annotated[str, typer.Option(help="Key of the text in JSONL and data sets.")]
+FieldOption = Annotated[
+    str | None, typer.Option(help="Key of the text in JSONL and data sets (default: text).")
+]
 PclOption = Annotated[int | None, typer.Option(help=meaning(CalibrationConfig, "pcl"))]
 ReachOption = Annotated[int | None, typer.Option(help=meaning(CalibrationConfig, "reach"))]
 TargetErrorOption = Annotated[float | None, typer.Option(help=meaning(FitConfig, "target_error"))]
@@ -64,8 +67,10 @@ DeviceOption = Annotated[
     str | None, typer.Option(help="cpu, cuda or cuda:N (default: cuda where there is one).")
 ]
 DtypeOption = Annotated[
-    str,
-    typer.Option(help="auto (float32 on a CPU, else the model's), float32, bfloat16, float16."),
+    str | None,
+    typer.Option(
+        help="auto (the default: float32 on a CPU, else the model's), float32, bfloat16, float16."
+    ),
 ]
 RevisionOption = Annotated[str | None, typer.Option(help="Hub revision of the model.")]
 
@@ -75,7 +80,7 @@ def calibrate(
     model: ModelArgument = None,
     data: DataOption = None,
     config: ConfigOption = None,
-    field: FieldOption = "text",
+    field: FieldOption = None,
     pcl: PclOption = None,
     reach: ReachOption = None,
     target_error: TargetErrorOption = None,
@@ -87,7 +92,7 @@ def calibrate(
     seed: SeedOption = None,
     memory_gib: MemoryGibOption = None,
     device: DeviceOption = None,
-    dtype: DtypeOption = "auto",
+    dtype: DtypeOption = None,
     revision: RevisionOption = None,
     quiet: Quiet = False,
 ) -> None:
@@ -106,23 +111,33 @@ def calibrate(
         "texts": texts,
         "batch_size": batch_size,
         "seed": seed,
-        "target_error": target_error,
-        "target_density": target_density,
         "target_kv_memory": target_kv_memory,
     }
-    _check(memory_gib, dtype, output)
+    targets = {"target_error": target_error, "target_density": target_density}
+    _check(memory_gib, dtype or AUTO, output)
     if retarget is not None:
-        _retarget(retarget, output, target_density, target_error, (model, data))
+        unused = {
+            "MODEL": model,
+            "--data": data,
+            "--config": [str(each) for each in config or []] or None,
+            "--field": field,
+            "--memory-gib": memory_gib,
+            "--device": device,
+            "--dtype": dtype,
+            "--revision": revision,
+            **{f"--{name.replace('_', '-')}": value for name, value in overrides.items()},
+        }
+        _retarget(retarget, output, targets, unused)
         return
     if model is None or data is None:
         raise OptionError(
             f"MODEL is {model!r} and --data is {data!r}: both must be given, unless --retarget is"
         )
     job = Job(
-        source=ModelSource(model, revision, _device(device), dtype),
+        source=ModelSource(model, revision, _device(device), dtype or AUTO),
         data=data,
-        field=field,
-        config=load_config(config or [], overrides),
+        field=field or "text",
+        config=load_config(config or [], overrides | targets),
         output=output,
         memory_gib=memory_gib,
     )
@@ -137,18 +152,14 @@ def calibrate(
 
 
 def _retarget(
-    file: Path,
-    output: Path,
-    target_density: float | None,
-    target_error: float | None,
-    unused: tuple[str | None, str | None],
+    file: Path, output: Path, targets: dict[str, float | None], unused: dict[str, Any]
 ) -> None:
     from dam_vllm.calibration.retarget import retarget
 
-    for name, value in zip(("MODEL", "--data"), unused, strict=True):
+    for name, value in unused.items():
         if value is not None:
             raise OptionError(f"{name} is {value!r}, must be left away with --retarget")
-    masks = retarget(file, output, target_density, target_error)
+    masks = retarget(file, output, **targets)
     chosen = masks.header.parameters["fit"]["chosen"]
     typer.echo(
         f"Wrote {output}: density {chosen['density']:.4f}, KL {chosen['loss']:.4f}, "
@@ -161,7 +172,7 @@ def _check(memory_gib: float | None, dtype: str, output: Path) -> None:
 
     if memory_gib is not None and memory_gib <= 0:
         raise OptionError(f"--memory-gib is {memory_gib}, must be more than 0")
-    if dtype != "auto" and dtype not in DTYPES:
+    if dtype != AUTO and dtype not in DTYPES:
         raise OptionError(f"--dtype is {dtype!r}, must be one of auto, {', '.join(DTYPES)}")
     if output.is_dir():
         raise OptionError(f"--output is {str(output)!r}, a folder; must be a file")

@@ -87,7 +87,9 @@ TextOption = Annotated[
         help='Text (plain, or .jsonl with "text") for perplexity and agreement with dense.'
     ),
 ]
-WindowsOption = Annotated[int, typer.Option(min=1, help="Pieces of the text at each length.")]
+WindowsOption = Annotated[
+    int | None, typer.Option(min=1, help="Pieces of the text at each length (default: 4).")
+]
 StreamingOption = Annotated[
     bool,
     typer.Option(
@@ -128,7 +130,7 @@ def evaluate(
     samples: SamplesOption = 20,
     seed: SeedOption = 0,
     text: TextOption = None,
-    windows: WindowsOption = 4,
+    windows: WindowsOption = None,
     streaming: StreamingOption = True,
     dense_below: DenseBelowOption = 0,
     page: PageOption = None,

@@ -123,7 +123,7 @@ def _gpu_cases(options: KernelOptions) -> "list[Case]":
     least = max(query_block_size(page) for page in pages)
     tokens = lengths_option(options.lengths or GPU.lengths, least, LONGEST_GPU)
     batches = counts_option(options.batches or BATCHES, "--batches")
-    chunks = lengths_option(options.chunks or CHUNKS, least, LONGEST_GPU)
+    chunks = lengths_option(options.chunks or CHUNKS, least, LONGEST_GPU, "--chunks")
     kv_heads = counts_option(options.kv_heads or GPU.kv_heads, "--kv-heads")
     size = options.head_size or GPU.head_size
     for number in kv_heads:
@@ -190,8 +190,8 @@ def tune(head_sizes: str, page: int, tokens: int, batch: int, rounds: int) -> Be
     from dam_vllm.masks.page_tables import query_block_size
 
     sizes = channels_option(head_sizes, "--head-sizes", 16)
-    gpu_pages_option(str(page))
-    lengths_option(str(tokens), query_block_size(page), LONGEST_GPU)
+    gpu_pages_option(str(page), "--page")
+    lengths_option(str(tokens), query_block_size(page), LONGEST_GPU, "--tokens")
     if not torch.cuda.is_available():
         raise OptionError("bench tune measures the GPU's kernel: torch finds no CUDA here")
     wanted = tune.entries(sizes, page, tokens, batch)

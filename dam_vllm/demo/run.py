@@ -25,7 +25,7 @@ class Row:
     """One line of the demo's table.
 
     Attributes:
-        masks: "dense", or the mask file's name.
+        masks: "dense", or the name that the masks are shown by.
         tokens: length of the prompts.
         accuracy: share of right answers.
         density: pages read over pages of dense attention, in the prompt's prefill.

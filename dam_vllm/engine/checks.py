@@ -92,7 +92,7 @@ def admit(config: VllmConfig) -> Serving:
 def _load(
     options: DamOptions, model: str, revision: str | None, cache_dir: str | None, dummy: bool
 ) -> Serving:
-    serving = read_masks(options, model, revision)
+    serving = read_masks(options, model, revision, cache_dir)
     file, masks = serving.file, serving.masks
     strict = options.fingerprint == "strict" and masks.header.fingerprint.weights is not None
     served = fingerprint(model, revision, cache_dir, weights=strict and not dummy)
@@ -115,17 +115,20 @@ def _load(
 
 def serving_of(config: VllmConfig) -> Serving:
     """What the workers of a configuration serve with, which have checked that it can be."""
-    model = config.model_config
-    return read_masks(parse_options(config.additional_config), model.model, model.revision)
+    model, options = config.model_config, parse_options(config.additional_config)
+    return read_masks(options, model.model, model.revision, config.load_config.download_dir)
 
 
-def read_masks(options: DamOptions, model: str, revision: str | None) -> Serving:
+def read_masks(
+    options: DamOptions, model: str, revision: str | None, cache_dir: str | None
+) -> Serving:
     """Finds and reads the masks, whatever the model.
 
     Args:
         options: validated options.
         model: folder or Hub id of the served model.
         revision: its Hub revision.
+        cache_dir: where what is downloaded is kept, or None for the Hub's own place.
 
     Returns:
         What to serve with.
@@ -134,7 +137,7 @@ def read_masks(options: DamOptions, model: str, revision: str | None) -> Serving
         OptionError: for a place without a mask file, and a target that its frontier does not reach.
         MaskFileError: for a damaged mask file.
     """
-    file = find_masks(options, model, revision)
+    file = find_masks(options, model, revision, cache_dir)
     try:
         masks = at_target(load_mask_set(file), options.target_density, options.target_error)
     except TargetError as error:

@@ -28,7 +28,8 @@ def settle_page(arguments: EngineArgs) -> None:
     if arguments.block_size is not None:
         return
     options = parse_options(arguments.additional_config)
-    header = read_masks(options, arguments.model, arguments.revision).masks.header
+    served = arguments.model, arguments.revision, arguments.download_dir
+    header = read_masks(options, *served).masks.header
     multiple = PAGE_MULTIPLES.get(current_platform.device_type, 1)
     fitted = header.fitted_page or PAGE
     arguments.block_size = PAGE if fitted % multiple else fitted

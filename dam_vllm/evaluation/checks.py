@@ -21,7 +21,7 @@ from dam_vllm.questions.keys import KINDS
 from dam_vllm.questions.prompting import prompting
 from dam_vllm.questions.tasks import TASKS, make_questions
 
-DEFAULT_LENGTHS = (2048, 4096, 8192)
+DEFAULT_LENGTHS, DEFAULT_WINDOWS = (2048, 4096, 8192), 4
 MIN_LENGTH = 256
 # Of vLLM's block sizes, as the engine takes them on this machine.
 PAGE_MULTIPLE = 16 if torch.cuda.is_available() else 32
@@ -88,11 +88,15 @@ def page_option(page: int | None, masks: Sequence[Subject]) -> int:
 
 
 def serve_args_option(text: str) -> tuple[str, ...]:
-    """Arguments as a shell would split them."""
+    """Arguments as a shell would split them; raises OptionError for a size of pages."""
     try:
-        return tuple(shlex.split(text))
+        arguments = tuple(shlex.split(text))
     except ValueError as error:
         raise OptionError(f"--serve-args is {text!r}, must be shell words: {error}") from None
+    # vLLM takes both spellings.
+    if any(each.split("=")[0].replace("_", "-") == "--block-size" for each in arguments):
+        raise OptionError(f"--serve-args is {text!r}, must be without --block-size: use --page")
+    return arguments
 
 
 def output_options(
@@ -171,6 +175,13 @@ def text_option(file: Path, tokenizer: Any, windows: int, longest: int) -> str:
             f" for --windows {windows} of {longest} tokens"
         )
     return text
+
+
+def windows_option(windows: int | None, text: Path | None) -> int:
+    """Pieces of the text at each length, 0 without one; raises OptionError if given without one."""
+    if text is None and windows is not None:
+        raise OptionError(f"--windows is {windows}, must be left away without --text")
+    return 0 if text is None else windows or DEFAULT_WINDOWS
 
 
 def _jsonl(file: Path, content: str) -> Iterator[str]:

@@ -1,10 +1,14 @@
 """Asks a running server: replies with the time to their first token, log-probabilities, pages."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+
+from dam_vllm.server import SHOWN, ServerError
 
 TOP = 20  # vLLM's own limit (--max-logprobs)
 TIMEOUT = 3600.0
@@ -54,6 +58,8 @@ class HttpClient:
         url: base of its API, ending in "/v1".
         model: name that it knows its model by.
         chat: whether questions go through the chat endpoint.
+
+    All that asks raises ServerError where the server refuses or is gone.
     """
 
     def __init__(self, url: str, model: str, chat: bool) -> None:
@@ -67,10 +73,11 @@ class HttpClient:
         """See `Client`."""
         began = time.perf_counter()
         first, text = 0.0, ""
-        for part in self._chat(prompt, tokens) if self.chat else self._complete(prompt, tokens):
-            if part:
-                first = first or time.perf_counter() - began
-                text += part
+        with self._errors():
+            for part in self._chat(prompt, tokens) if self.chat else self._complete(prompt, tokens):
+                if part:
+                    first = first or time.perf_counter() - began
+                    text += part
         return Reply(text, first or time.perf_counter() - began)
 
     def _chat(self, prompt: str, tokens: int) -> Any:
@@ -106,10 +113,26 @@ class HttpClient:
     def _ask(self, method: str, url: str, body: dict[str, Any] | None = None) -> Any:
         import httpx
 
-        reply = httpx.request(method, url, json=body, timeout=TIMEOUT)
+        with self._errors():
+            reply = httpx.request(method, url, json=body, timeout=TIMEOUT)
         if reply.is_error:
-            raise RuntimeError(f"{url} answers {reply.status_code}: {reply.text[:500]}")
+            raise ServerError(f"{url} answers {reply.status_code}: {_line(reply.text)}")
         return reply.json()
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Tells what either of the two clients raises as our own error."""
+        import httpx
+        from openai import OpenAIError
+
+        try:
+            yield
+        except (httpx.HTTPError, OpenAIError) as error:
+            raise ServerError(f"{self.url}: {_line(str(error))}") from error
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())[:SHOWN]
 
 
 def read_logprobs(ids: list[int], positions: list[dict[str, dict[str, Any]] | None]) -> Logprobs:

@@ -47,7 +47,7 @@ def prepare(
     dense_below: int,
     streaming: bool,
     text: Path | None,
-    windows: int,
+    windows: int | None,
     serve_args: str,
     keys: str,
     completion: bool,
@@ -65,7 +65,7 @@ def prepare(
         dense_below: query positions below it attend densely.
         streaming: whether to ask streaming masks of equal density too.
         text: file for perplexity and agreement.
-        windows: pieces of it a length.
+        windows: pieces of it a length, or None for the default.
         serve_args: further arguments of `vllm serve`, as shell words.
         keys: kind of the records' keys.
         completion: whether to ask by completions in any case.
@@ -79,6 +79,7 @@ def prepare(
     names = checks.tasks_option(tasks)
     checks.keys_option(keys)
     arguments = checks.serve_args_option(serve_args)
+    pieces = checks.windows_option(windows, text)
     served = fingerprint(model)
     subjects = checks.masks_option(masks, served)
     tokenizer, longest = _load(model)
@@ -93,8 +94,8 @@ def prepare(
         dense_below=dense_below,
         streaming=streaming,
         serve_args=arguments,
-        text=None if text is None else checks.text_option(text, tokenizer, windows, tokens[-1]),
-        windows=0 if text is None else windows,
+        text=None if text is None else checks.text_option(text, tokenizer, pieces, tokens[-1]),
+        windows=pieces,
         record_keys=keys,
         completion=completion,
     )

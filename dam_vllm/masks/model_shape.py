@@ -15,12 +15,21 @@ LAYER_KINDS: dict[str, LayerType] = {
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Attributes: per-layer types, query and KV heads, and the longest position."""
+    """A model's attention.
+
+    Attributes:
+        layer_types: of each layer.
+        heads: query heads.
+        kv_heads: KV heads.
+        max_length: positions, or None where the configuration does not tell.
+        head_size: channels a head, or None likewise.
+    """
 
     layer_types: list[LayerType]
     heads: int
     kv_heads: int
     max_length: int | None
+    head_size: int | None
 
 
 def model_shape(config: Any) -> ModelShape:
@@ -34,6 +43,7 @@ def model_shape(config: Any) -> ModelShape:
     """
     text = config.get_text_config()
     heads = text.num_attention_heads
+    hidden = getattr(text, "hidden_size", None)
     types = getattr(text, "layer_types", None)
     if types is not None:
         layer_types: list[LayerType] = [LAYER_KINDS.get(kind, "other") for kind in types]
@@ -46,4 +56,5 @@ def model_shape(config: Any) -> ModelShape:
         heads=heads,
         kv_heads=getattr(text, "num_key_value_heads", None) or heads,
         max_length=getattr(text, "max_position_embeddings", None),
+        head_size=getattr(text, "head_dim", None) or (hidden and hidden // heads),
     )

@@ -171,7 +171,8 @@ def test_fp8_cache(answers):
         answers(Setup(cache_dtype="fp8", **NAIVE)),
     )
     assert_close(fast.alone, naive.alone)
-    assert fast.alone != answers(Setup()).alone
+    largest, _ = distance(fast.alone, answers(Setup()).alone)
+    assert largest > BF16_ROUNDING
 
 
 @pytest.mark.parametrize(
@@ -196,8 +197,9 @@ def test_short_requests_run_dense(answers):
     sparse = answers(Setup(dtype="float32")).alone
     short = [row for row, length in enumerate(LENGTHS) if length + NEW_TOKENS <= 896]
     assert_close([limited[row] for row in short], [dense[row] for row in short], FP32_ROUNDING)
-    assert limited[0] != dense[0]
-    assert limited[0] != sparse[0]
+    for other in (dense, sparse):
+        largest, _ = distance(limited[:1], other[:1])
+        assert largest > FP32_ROUNDING
 
 
 def test_start_up_table(answers):

@@ -195,13 +195,18 @@ def pages_held(masks, lengths):
 
 @needs_fp8_on_cpu
 def test_fp8_cache_and_dense_requests(run):
-    """Requests below `dense_below` read everything, longer ones beyond it what masks say."""
+    """Requests below `dense_below` read everything, bit for bit as where all do."""
     setup = {"dtype": "bfloat16", "cache_dtype": "fp8", "dense_below": 1600, "length": 8192}
     expected, _ = run(SHORTER, "off", alone=True, **setup)
     found, log = run(SHORTER, "head", alone=True, poison=True, **setup)
     assert "units of 1 KV heads" in log
+    assert found["poisoned"] > 0
     assert_close(expected, found, BF16_ROUNDING)
     assert_whole(found)
+    dense, _ = run(SHORTER, "off", alone=True, **setup | {"dense_below": 8192})
+    for length, mine, all_read in zip(SHORTER, expected["answers"], dense["answers"], strict=True):
+        if length + NEW_TOKENS < 1600:
+            assert mine == all_read
 
 
 def test_model_runner_v2(run, masks):
@@ -216,7 +221,7 @@ def test_model_runner_v2(run, masks):
 
 
 def test_tensor_parallel(run):
-    """Each rank frees heads of its own, as many as the other."""
+    """Two ranks that free pages answer as one that keeps them."""
     expected, _ = run(LENGTHS, "off", "mixed")
     found, log = run(LENGTHS, "head", "mixed", ranks=2)
     assert "DAM frees KV pages" in log

@@ -84,6 +84,16 @@ def test_what_fits_is_served(masks):
     assert serving.masks.kv_heads == 4
 
 
+def test_the_folder_for_downloads_is_where_masks_are_looked_for(masks, monkeypatch):
+    from dam_vllm.engine import checks
+
+    asked = []
+    monkeypatch.setattr(checks, "find_masks", lambda *given: asked.append(given) or masks)
+    served = config("", load_config={"download_dir": "/downloads"})
+    assert checks.admit(served).file == checks.serving_of(served).file == masks
+    assert [given[1:] for given in asked] == [(MODEL, None, "/downloads")] * 2
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [

@@ -9,11 +9,12 @@ from dam_vllm.attention.cpu.kernel import CPULayer
 from dam_vllm.attention.dynamic_heads import DynamicHeads
 from dam_vllm.attention.interface import Step
 from dam_vllm.attention.layout import FP8_DTYPES, KVLayout
-from dam_vllm.attention.oracle import dynamic_mask, masked_attention, page_mask
+from dam_vllm.attention.oracle import masked_attention, page_mask
 from dam_vllm.attention.rotation import HeadRotation
 from dam_vllm.masks.page_tables import PageSelector, page_tables
 from dam_vllm.masks.sharding import Shard
 from tests.conftest import needs_fp8_on_cpu
+from tests.oracle import dynamic_mask
 
 pytestmark = pytest.mark.engine
 

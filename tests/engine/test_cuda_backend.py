@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from dam_vllm.attention.layout import KVLayout
-from dam_vllm.attention.oracle import dynamic_mask, exact_mask, masked_attention, page_mask
+from dam_vllm.attention.oracle import exact_mask, masked_attention, page_mask
 from dam_vllm.demo import model_dir
 from dam_vllm.options import DamOptions, OptionError
+from tests.oracle import dynamic_mask
 from tests.unit.attention.cuda.launches import Launches
 from tests.unit.attention.cuda.no_sync import no_sync
 from tests.unit.attention.cuda.varlen_oracle import varlen
@@ -35,7 +36,7 @@ DECODE = ((391, 1), (1, 1), (640, 1), (64, 1))
 
 
 @pytest.fixture
-def backend(monkeypatch, random_masks, rng, device):
+def backend(monkeypatch, random_masks, device):
     """Function that makes the backend's builder and implementation for one layer."""
     from vllm.config import set_current_vllm_config
     from vllm.engine.arg_utils import EngineArgs

@@ -94,7 +94,10 @@ class Client:
         answer = Answer([], [])
         try:
             async with asyncio.timeout(way.seconds):
-                await (self._stream if way.stream else self._complete)(request, way, answer)
+                if way.stream:
+                    await self._stream(request, way, answer)
+                else:
+                    await self._complete(request, answer)
         except TimeoutError:
             if way.seconds is None:
                 raise
@@ -112,7 +115,7 @@ class Client:
             "stream": stream,
         }
 
-    async def _complete(self, request, way, answer):
+    async def _complete(self, request, answer):
         reply = await self._http.post("/completions", json=self._body(request, False))
         reply.raise_for_status()
         take(reply.json()["choices"][0], answer)

@@ -88,6 +88,7 @@ def test_the_code_map_is_the_code():
         "attention/cuda/",
         "engine/",
         "engine/kv_free/",
+        "calibration/",
         "calibration/fit/",
         "calibration/static/",
     ):

@@ -28,8 +28,9 @@ from dam_vllm.cli.main import app
 from dam_vllm.options import find_masks, parse_options
 
 @app.command()
-def find(masks: str, model: str) -> None:
-    print(find_masks(parse_options({"dam": {"masks": masks} if masks != "-" else {}}), model))
+def find(masks: str, model: str, cache: str | None = None) -> None:
+    options = parse_options({"dam": {"masks": masks} if masks != "-" else {}})
+    print(find_masks(options, model, cache=cache))
 
 for arguments, token in json.load(sys.stdin):
     os.environ["HF_TOKEN"] = token
@@ -98,6 +99,14 @@ def test_masks_go_to_the_hub_and_come_back(hub, ask, file):
 
     # What is in the cache serves without a network.
     assert ask(["find", "org/masks", "/no/model"], **OFFLINE)[0][0] == 0
+
+
+@pytest.mark.parametrize("place", [("org/kept", "/no/model"), ("-", "org/kept")])
+def test_a_folder_for_downloads_is_the_cache(hub, home, ask, file, tmp_path, place):
+    hub.repositories["org/kept"] = {"dam/masks.safetensors": file.read_bytes()}
+    (found,) = ask(["find", *place, "--cache", tmp_path / "cache"])
+    assert found[1].startswith(str(tmp_path / "cache")), found
+    assert not list(home.rglob("*kept*"))
 
 
 def refused(found, status=1):

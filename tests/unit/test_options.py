@@ -28,6 +28,25 @@ def test_bad_options(values, message):
         parse_options({"dam": values})
 
 
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({"masks": "x"}, "'masks' is 'x'"),
+        ({"dam": {}, "dense_below": 0}, "'dense_below' is 0"),
+        ({"DAM": {"masks": "x"}}, "'DAM' is {'masks': 'x'}"),
+    ],
+)
+def test_options_outside_of_their_level(config, named):
+    with pytest.raises(OptionError) as error:
+        parse_options(config)
+    assert str(error.value).startswith(f"--additional-config: {named} at the top")
+    assert 'must stand under "dam", as {"dam": {"masks": PATH}}' in str(error.value)
+
+
+def test_other_plugins_keys_are_left_alone():
+    assert parse_options({"ascend": {"masks": "x"}, "dam": {"masks": "y"}}).masks == "y"
+
+
 @pytest.fixture
 def places(tmp_path, monkeypatch):
     """A model folder with masks of its own, and two mask files elsewhere."""

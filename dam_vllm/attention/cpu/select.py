@@ -49,22 +49,6 @@ class CachedKeys:
         return found.float().view(*table.shape, channels, self.page)
 
 
-def select_dynamic(
-    dynamic: DynamicHeads,
-    query: torch.Tensor,
-    keys: CachedKeys,
-    query_blocks: QueryBlocks,
-    tables: torch.Tensor,
-) -> torch.Tensor:
-    """Selects the pages of each query block: static and chosen ones; see `choose_dynamic`.
-
-    Returns:
-        bool [dynamic heads, query_blocks, pages], static and own pages included, causal.
-    """
-    static, chosen = choose_dynamic(dynamic, query, keys, query_blocks, tables)
-    return static | chosen
-
-
 def choose_dynamic(
     dynamic: DynamicHeads,
     query: torch.Tensor,

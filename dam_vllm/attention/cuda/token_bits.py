@@ -69,7 +69,7 @@ def token_visible(
     query, key, head,
     columns_ptr, diagonals_ptr, true_ptr, bytes_each, true_bytes, pcl, reach, dense_below,
 ):  # fmt: skip
-    """The rule of `masks.extension.token_mask`, dense positions added; causality is not checked.
+    """The rule of `masks.rule.token_mask`, dense positions added; causality is not checked.
 
     `query` int32 [M, 1] and `key` int32 [1, N] are positions, `head` int32 [M, 1] query heads; for
     the rest see `TokenBits`. Gives int1 [M, N], which counts where no key lies after its query.

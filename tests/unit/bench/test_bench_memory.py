@@ -1,3 +1,6 @@
+from pathlib import Path
+from subprocess import CompletedProcess
+
 import pytest
 
 from dam_vllm.bench import memory
@@ -7,6 +10,7 @@ from dam_vllm.bench.memory import bounded_masks
 from dam_vllm.demo import model_dir
 from dam_vllm.masks.mask_set import HeadMode
 from dam_vllm.options import OptionError
+from dam_vllm.server import ServerError
 
 
 @pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
@@ -29,6 +33,17 @@ def test_every_engine_is_counted(monkeypatch, masks):
     monkeypatch.setattr(memory.Case, "run", run)
     memory.measure(masks, None, lambda: steps.append(1))
     assert len(started) == len(steps) == memory.total(masks)
+
+
+def test_an_engine_that_fails_is_one_line(monkeypatch, tmp_path):
+    said = "INFO a\n" * 2000 + "ValueError: why\n"
+    done = CompletedProcess([], 1, "said before\n", said)
+    monkeypatch.setattr(memory.subprocess, "run", lambda *given, **also: done)
+    case = memory.Case("a", tmp_path, tmp_path / "masks", 0.5, 64, 32, 1024, True)
+    with pytest.raises(ServerError, match=r"^vLLM ended: ValueError: why \(its whole") as error:
+        case.run(None)
+    (line,) = str(error.value).splitlines()
+    assert Path(line.split("output: ")[1].removesuffix(")")).read_text() == "said before\n" + said
 
 
 def test_plot_of_pages_held(tmp_path, drawn):

@@ -1,4 +1,4 @@
-"""Every file of configs/ calibrates a small random model of its family."""
+"""Every file of configs/ calibrates a small random model of its family, with shorter lengths."""
 
 from pathlib import Path
 
@@ -41,6 +41,16 @@ FAMILIES = {
         **SMALL, sliding_window=8, layer_types=["sliding_attention", "full_attention"]
     ),
 }
+# Positions (max_position_embeddings) of the shortest models that each file's comment names.
+POSITIONS = {
+    "paper": 4096,  # Llama 2
+    "llama": 131072,  # 3.1, 3.2 and 3.3
+    "qwen2.5": 32768,
+    "qwen3": 40960,
+    "mistral": 32768,  # 7B v0.3 and Small 3
+    "phi": 16384,
+    "gemma": 8192,  # 2
+}
 PRESETS = ("quality", "balanced", "speed")
 # What a small model's length and texts allow, and what is measured often.
 LENGTHS = {"pcl": 40, "window": 60, "texts": 8, "batch_size": 4, "min_support": None}
@@ -67,6 +77,13 @@ def save(config, folder):
 
 def test_every_file_is_tried():
     assert {file.stem for file in FOLDER.glob("*.yaml")} == {*FAMILIES, *PRESETS}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_lengths_are_within_a_familys_positions(name):
+    """The small models below are calibrated with shorter ones."""
+    config = load_config([FOLDER / f"{name}.yaml"], {})
+    assert max(config.pcl, config.reach or 0, config.window) <= POSITIONS[name]
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -27,7 +27,7 @@ def test_jsonl_by_field(tmp_path):
         read_documents(str(file), "text", 9)
 
 
-def test_bad_sources_are_named(tmp_path, monkeypatch):
+def test_bad_sources_are_named(tmp_path):
     (tmp_path / "bad.jsonl").write_text("{\n")
     (tmp_path / "bad.txt").write_bytes(b"\xff\xfe")
     (tmp_path / "empty").mkdir()

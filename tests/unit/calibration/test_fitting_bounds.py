@@ -39,7 +39,7 @@ def test_readers_are_tried_under_what_nothing_beats(rng):
             assert tried[layer, head, index] == (index > 0 and not beaten)
 
 
-def test_they_are_spread_over_cost_where_there_are_many(rng):
+def test_they_are_spread_over_cost_where_there_are_many():
     sums = Sums.empty(STRATA, 1, 1, len(CANDIDATES))
     costs = np.arange(13.0)[None, None]
     sums.error[:] = 20.0 - np.arange(13.0)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from dam_vllm.attention.oracle import dynamic_mask, masked_attention, page_mask
+from dam_vllm.attention.oracle import masked_attention, page_mask
 from dam_vllm.calibration.errors import CalibrationError
 from dam_vllm.calibration.fit.anchors import NONE
 from dam_vllm.calibration.fit.assemble import Assembler
@@ -32,6 +32,7 @@ from dam_vllm.calibration.fit.samples import FitText
 from dam_vllm.calibration.fit.states import LayerStates
 from dam_vllm.masks.budget import TopP
 from dam_vllm.masks.mask_set import HeadMode
+from tests.oracle import dynamic_mask
 
 PAGE, SIZE = 16, 8
 
@@ -151,7 +152,7 @@ def test_groups_tell_kinds_parts_and_lengths_apart():
 
 
 @pytest.fixture
-def patterns(rng, random_masks):
+def patterns(random_masks):
     """A bare pattern and a random one, of the same shape."""
     some = random_masks(layers=1, heads=4, kv_heads=2, pcl=64, share=0.05)
     bare = dataclasses.replace(

@@ -85,7 +85,7 @@ def test_an_anchor_takes_a_larger_budget_for_its_readers():
     assert settle(own, 0.4, one)[0].tolist() == [0, DENSE, DENSE, DENSE]
 
 
-def test_a_curve_counts_readers_without_choosing(rng):
+def test_a_curve_counts_readers_without_choosing():
     """Two heads alike: the second reads the first's pages and pays its density alone."""
     risks = np.array([[[[0.2, 1e-4]] * 2]])
     densities = np.array([[[0.05, 0.2]] * 2])

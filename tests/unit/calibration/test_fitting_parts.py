@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from dam_vllm.attention.oracle import dynamic_mask, masked_attention, page_mask
+from dam_vllm.attention.oracle import masked_attention, page_mask
 from dam_vllm.calibration.capture import register
 from dam_vllm.calibration.fit.rows import split_rows
 from dam_vllm.calibration.fit.samples import REPLY_TOKENS, question_prompts, with_reply
 from dam_vllm.calibration.fit.simulate import Simulation
 from dam_vllm.calibration.fit.states import KeyCovariance, LayerStates, hooked, prepare, run
 from dam_vllm.masks.mask_set import HeadMode
+from tests.oracle import dynamic_mask
 from tests.unit.calibration.conftest import build
 
 PAGE = 16

@@ -6,7 +6,7 @@ from dam_vllm.calibration.errors import CalibrationError, CalibrationStopped
 from dam_vllm.calibration.model import ModelSource
 from dam_vllm.calibration.pipeline import Job, calibrate
 from dam_vllm.calibration.progress import Reporter
-from dam_vllm.calibration.settings import CalibrationConfig
+from dam_vllm.calibration.settings import CalibrationConfig, FitConfig
 from dam_vllm.calibration.static import passes
 from dam_vllm.masks.file import load_mask_set
 from tests.unit.calibration.conftest import build, save_tokenizer
@@ -137,6 +137,20 @@ def test_a_chosen_pcl_leaves_no_reach_below_it(make):
     config = REACHING.model_copy(update={"pcl": None, "reach": 40})
     with pytest.raises(CalibrationError, match=r"reach is 40, must be more than the PCL \(\d+\)"):
         calibrate(make(config=config))
+
+
+@pytest.mark.parametrize(
+    ("fit", "message"),
+    [
+        ({"lengths": [512]}, "fit.lengths holds 512, must be at most the model's 256 positions"),
+        ({"lengths": [256], "channels": [4, 9]},
+         "fit.channels holds 9, must be at most the model's 8 channels a head"),
+    ],
+)  # fmt: skip
+def test_a_fit_beyond_the_model_is_refused(make, fit, message):
+    fit = FitConfig(target_density=0.5, **fit)
+    with pytest.raises(CalibrationError, match=message):
+        calibrate(make(config=CONFIG.model_copy(update={"fit": fit})))
 
 
 def test_a_checkpoint_every_few_batches_survives_a_crash(make, monkeypatch):

@@ -17,7 +17,7 @@ def no_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
-def test_a_cut_run_keeps_its_rows(tmp_path, capsys):
+def test_a_cut_run_keeps_its_rows(tmp_path):
     file = tmp_path / "rows.json"
 
     def run(advance):
@@ -71,6 +71,7 @@ def test_cpu_defaults_are_as_they_were():
         (KernelOptions(pages="48"), "--pages is '48'.*of 16, 32, 64, 128, 256"),
         (KernelOptions(pages="256", lengths="384"), "--lengths is '384'.*multiples of 256"),
         (KernelOptions(batches="0"), "--batches is '0'"),
+        (KernelOptions(chunks="100"), "--chunks is '100'.*multiples of 128"),
         (KernelOptions(kv_heads="8,5"), "--heads is 32.*multiple of --kv-heads, 5"),
     ],
 )
@@ -89,7 +90,7 @@ def test_gpu_options_are_checked(monkeypatch, options, said):
         (Phase.DECODE, 2 * 9),
     ],
 )
-def test_gpu_cases(monkeypatch, tmp_path, phase, count):
+def test_gpu_cases(monkeypatch, phase, count):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr("dam_vllm.bench.fa3.load", lambda folder: missing())
     found = kernel_benchmarks.kernel(KernelOptions(phase=phase))
@@ -108,6 +109,15 @@ def test_tuning_needs_a_gpu(monkeypatch):
     assert isinstance(result.exception, OptionError)
     assert "torch finds no CUDA here" in str(result.exception)
     assert ran == []
+
+
+@pytest.mark.parametrize(
+    ("page", "tokens", "said"),
+    [(48, 1024, "--page is '48'.*of 16, 32"), (128, 100, "--tokens is '100'.*multiples of 128")],
+)
+def test_tuning_names_its_options(page, tokens, said):
+    with pytest.raises(OptionError, match=said):
+        kernel_benchmarks.tune("64", page, tokens, 1, 1)
 
 
 @pytest.fixture

@@ -81,7 +81,7 @@ def fitted(random_masks, tmp_path):
 
 def test_retargeted_masks_are_another_choice_of_the_same_file(fitted, tmp_path):
     output = tmp_path / "other.safetensors"
-    done = run("calibrate", "--retarget", fitted, "--target-error", 0.01, "--output", output)
+    done = run("calibrate", "--retarget", fitted, "--target-error", 0.01, "--output", output, "-q")
     assert done.exit_code == 0, done.output
     assert "density 0.3000, KL 0.0100, cost 0.3100" in done.output
     report = json.loads(run("inspect", output, "--json").output)
@@ -105,6 +105,18 @@ def test_retargeted_masks_are_another_choice_of_the_same_file(fitted, tmp_path):
         (["--target-density", 0.1, "--target-error", 0.1], "needs exactly one of them"),
         (["--target-density", 0.1, "--data", "x"], "--data is 'x', must be left away"),
         (["model", "--target-density", 0.1], "MODEL is 'model', must be left away"),
+        (["--config", "a", "--config", "b"], "--config is ['a', 'b'], must be left away"),
+        (["--pcl", 64], "--pcl is 64, must be left away"),
+        (["--reach", 64], "--reach is 64, must be left away"),
+        (["--texts", 9], "--texts is 9, must be left away"),
+        (["--batch-size", 2], "--batch-size is 2, must be left away"),
+        (["--seed", 0], "--seed is 0, must be left away"),
+        (["--field", "text"], "--field is 'text', must be left away"),
+        (["--device", "cpu"], "--device is 'cpu', must be left away"),
+        (["--dtype", "auto"], "--dtype is 'auto', must be left away"),
+        (["--revision", "main"], "--revision is 'main', must be left away"),
+        (["--target-kv-memory", 0.5], "--target-kv-memory is 0.5, must be left away"),
+        (["--memory-gib", 1], "--memory-gib is 1.0, must be left away"),
     ],
 )
 def test_retarget_refuses(fitted, tmp_path, arguments, message):

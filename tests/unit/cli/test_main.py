@@ -87,7 +87,7 @@ def test_the_version():
     assert (done.exit_code, done.output) == (0, f"{__version__}\n")
 
 
-def test_quiet_silences_progress_alone(capsys):
+def test_quiet_silences_progress_alone():
     app = typer.Typer(cls=Program)
     app.callback()(lambda: None)
 

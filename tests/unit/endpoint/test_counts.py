@@ -105,7 +105,7 @@ def test_metrics_of_each_engine(rng):
             assert buckets[-1][0] == float("inf")
 
 
-def test_who_cannot_wait_gets_what_was_there(rng):
+def test_who_cannot_wait_gets_what_was_there():
     """One reading at a time, however many ask; one that fails leaves what was read before."""
     reports, asked = [{0: engine(freed=each)} for each in range(3)], []
 

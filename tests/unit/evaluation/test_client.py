@@ -8,7 +8,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from dam_vllm.evaluation.client import HttpClient
+from dam_vllm.server import ServerError, free_port
 
+REFUSED = "What not?"
 PAUSE = 0.2  # after the first part, which is empty
 
 
@@ -29,6 +31,8 @@ class Handler(BaseHTTPRequestHandler):
             rows = [None, {"7": {"logprob": -0.5, "rank": 1, "decoded_token": "x"}}]
             reply = {"choices": [{"prompt_logprobs": rows}]}
             return self._send(200, "application/json", json.dumps(reply))
+        if REFUSED in json.dumps(body):
+            return self._send(500, "text/plain", "out of\norder")
         chat = "messages" in body
         parts = ["", "It is", " 12", "", "3."]
         chunks = [
@@ -93,5 +97,16 @@ def test_logprobs(server):
 
 
 def test_errors_tell_the_answer(server):
-    with pytest.raises(RuntimeError, match="answers 400: too short"):
+    with pytest.raises(ServerError, match="answers 400: too short"):
         client(server, True).logprobs([0])
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_a_server_that_refuses_or_is_gone_is_one_line(server, chat):
+    refused = client(server, chat)
+    for asked in (refused, HttpClient(f"http://127.0.0.1:{free_port()}/v1", "model", chat)):
+        with pytest.raises(ServerError, match=r"^http://127.0.0.1:.*/v1: ") as error:
+            asked.ask(REFUSED, 8)
+        assert len(str(error.value).splitlines()) == 1
+    with pytest.raises(ServerError):
+        asked.pages()

@@ -193,11 +193,14 @@ def test_agreement_on_a_text(servers, files, tmp_path):
         (("--text", "none.txt"), "--text is 'none.txt', must be a UTF-8 text file"),
         (("--text", "SHORT"), "tokens, must have at least 32768 for --windows 4 of 8192 tokens"),
         (("--text", "BROKEN"), 'whose line 1 must be JSON with a "text"'),
+        (("--windows", 4), "--windows is 4, must be left away without --text"),
+        (("--serve-args", "--block-size 64"), "must be without --block-size: use --page"),
+        (("--serve-args", "-q --block_size=64"), "must be without --block-size: use --page"),
         (("--serve-args", "'a"), '--serve-args is "\'a", must be shell words'),
     ],
 )
 def test_bad_options_are_refused_before_a_server_starts(
-    servers, files, tmp_path, monkeypatch, random_masks, changed, message
+    servers, files, tmp_path, random_masks, changed, message
 ):
     save_mask_set(random_masks(), tmp_path / "OTHER")
     (tmp_path / "SHORT").write_text("few words")
@@ -230,7 +233,7 @@ def test_default_lengths_are_those_that_fit(servers, tmp_path):
     assert "--lengths is '2048,4096,8192', must be numbers from 256 to 1940" in done.output
 
 
-def test_servers_are_stock_or_masked(monkeypatch, tmp_path):
+def test_servers_are_stock_or_masked(monkeypatch):
     """What `vllm serve` is told for each subject."""
     started = []
 

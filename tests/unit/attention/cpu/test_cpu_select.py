@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from dam_vllm.attention.cpu.plan import VirtualPages
-from dam_vllm.attention.cpu.select import CachedKeys, select_dynamic
+from dam_vllm.attention.cpu.select import CachedKeys, choose_dynamic
 from dam_vllm.attention.dynamic_heads import DynamicHeads
-from dam_vllm.attention.oracle import dynamic_mask, page_mask
+from dam_vllm.attention.oracle import page_mask
 from dam_vllm.attention.query_blocks import cut_query_blocks
 from dam_vllm.masks.budget import BudgetKind
 from dam_vllm.masks.mask_set import HeadMode
 from dam_vllm.masks.page_tables import PageSelector, page_tables
+from tests.oracle import dynamic_mask
 
 SCALE = 0.4
 
@@ -63,7 +64,8 @@ class Batch:
         table = VirtualPages.of_layers(self.table, 1, self.masks.kv_heads)
         tables = table.take(0, torch.from_numpy(heads)).tables()[0]
         keys = CachedKeys(self.cache.flatten(0, 1), **changes)
-        selected = select_dynamic(dynamic, query, keys, query_blocks, tables)
+        static, chosen = choose_dynamic(dynamic, query, keys, query_blocks, tables)
+        selected = static | chosen
         return [
             (
                 selected[:, query_blocks.request == row],

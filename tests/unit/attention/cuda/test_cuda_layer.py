@@ -13,9 +13,10 @@ from dam_vllm.attention.cuda.scratch import Scratch
 from dam_vllm.attention.dynamic_heads import DynamicHeads
 from dam_vllm.attention.interface import Step
 from dam_vllm.attention.layout import KVLayout
-from dam_vllm.attention.oracle import dynamic_mask, masked_attention, page_mask
+from dam_vllm.attention.oracle import masked_attention, page_mask
 from dam_vllm.masks.mask_set import HeadMode
 from dam_vllm.masks.sharding import Shard
+from tests.oracle import dynamic_mask
 
 HEADS, KV_HEADS, SIZE, PAGE, BLOCKS, SCALE = 8, 2, 64, 32, 99, 0.15
 REQUESTS, LONGEST = 4, 1024

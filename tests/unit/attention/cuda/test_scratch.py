@@ -38,7 +38,7 @@ def test_a_room_is_given_again_and_never_too_small():
 
 @pytest.mark.parametrize("page", [16, 48, 128])
 def test_choices_fit_into_what_the_largest_step_needs(rng, monkeypatch, page):
-    """Nothing is allocated while serving, whatever a step's size."""
+    """Choosing takes all from its room and asks `torch.empty` for nothing, whatever the step."""
     monkeypatch.setattr(choosing, "SCRATCH", 3 << 20)
     launch = type("Kernel", (), {"__getitem__": lambda self, grid: lambda *a, **given: None})()
     for name in ("_sum_chunks", "_share_pages"):

@@ -13,10 +13,11 @@ from dam_vllm.attention.cuda.dynamic import DeviceDynamic
 from dam_vllm.attention.cuda.query_blocks import DeviceQueryBlocks, query_block_slots
 from dam_vllm.attention.cuda.shares import share_pages
 from dam_vllm.attention.dynamic_heads import DynamicHeads
-from dam_vllm.attention.oracle import dynamic_mask, page_mask
+from dam_vllm.attention.oracle import page_mask
 from dam_vllm.masks.budget import BudgetKind
 from dam_vllm.masks.mask_set import HeadMode
 from dam_vllm.masks.page_tables import PageSelector, page_tables
+from tests.oracle import dynamic_mask
 from tests.unit.attention.cuda.no_sync import HostWaitsError, no_sync
 
 pytestmark = pytest.mark.slow
