@@ -7,15 +7,17 @@ surroundings, or everywhere a little, ask for nothing.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import groupby
 from typing import ClassVar
 
 import numpy as np
 import torch
 from torch.nn.functional import pad
 
-SUM_BLOCK = 64
+SUM_BLOCK, FEW = 64, 1 << 16
 # Pages of the best that top-p adds up at a time: it ends where every row has enough.
 TOP_P_STEP = 64
 
@@ -67,9 +69,11 @@ def _total(weights: torch.Tensor) -> torch.Tensor:
     `sum` adds up in an order that depends on the other dimensions.
     """
     pages, *rest = weights.shape
-    whole = pages // SUM_BLOCK * SUM_BLOCK
-    last = pad(weights[whole:], (0, 0) * len(rest) + (0, whole + SUM_BLOCK - pages))
-    sums = [_halved(part.view(-1, SUM_BLOCK, *rest)) for part in (weights[:whole], last)]
+    # A copy of a few is faster than sums of two parts, and adds up the same.
+    whole = pages // SUM_BLOCK * SUM_BLOCK if weights.numel() > FEW else 0
+    last = pad(weights[whole:], (0, 0) * len(rest) + (0, -pages % SUM_BLOCK))
+    parts = [part for part in (weights[:whole], last) if len(part)]
+    sums = [_halved(part.view(-1, SUM_BLOCK, *rest)) for part in parts]
     return torch.cat(sums).cumsum(dim=0)[-1]
 
 
@@ -99,13 +103,22 @@ class Budget(ABC):
     floor: int
     cap: int
 
+    @classmethod
     @abstractmethod
     def wanted(
-        self, mass: torch.Tensor, largest: torch.Tensor, static: torch.Tensor, own: torch.Tensor
+        cls,
+        values: torch.Tensor,
+        cap: int,
+        mass: torch.Tensor,
+        largest: torch.Tensor,
+        static: torch.Tensor,
+        own: torch.Tensor,
     ) -> torch.Tensor:
         """Pages wanted before floor and cap; beyond the cap, any number that is no smaller.
 
         Args:
+            values: float32 [query blocks], the value of each one's budget.
+            cap: most pages that any of them may choose.
             mass: float32 [pages, query blocks, rows], see `PageScores.mass`.
             largest: float32 [query blocks, pages], the largest mass over rows.
             static: bool [query blocks, pages], pages that are read anyway.
@@ -151,10 +164,17 @@ class TopK(Budget):
 
     kind = BudgetKind.TOP_K
 
+    @classmethod
     def wanted(
-        self, mass: torch.Tensor, largest: torch.Tensor, static: torch.Tensor, own: torch.Tensor
+        cls,
+        values: torch.Tensor,
+        cap: int,
+        mass: torch.Tensor,
+        largest: torch.Tensor,
+        static: torch.Tensor,
+        own: torch.Tensor,
     ) -> torch.Tensor:
-        return torch.full_like(own, int(self.value))
+        return values.long()
 
     def expected_pages(self, causal: np.ndarray, share: float | np.ndarray) -> np.ndarray:
         return np.full(causal.shape, self.value)
@@ -176,10 +196,17 @@ class Share(Budget):
 
     kind = BudgetKind.SHARE
 
+    @classmethod
     def wanted(
-        self, mass: torch.Tensor, largest: torch.Tensor, static: torch.Tensor, own: torch.Tensor
+        cls,
+        values: torch.Tensor,
+        cap: int,
+        mass: torch.Tensor,
+        largest: torch.Tensor,
+        static: torch.Tensor,
+        own: torch.Tensor,
     ) -> torch.Tensor:
-        return torch.ceil(self.value * (own + 1) - 1e-6).long()
+        return torch.ceil(values * (own + 1) - 1e-6).long()
 
     def expected_pages(self, causal: np.ndarray, share: float | np.ndarray) -> np.ndarray:
         return np.asarray(np.ceil(self.value * causal - 1e-6))
@@ -195,8 +222,15 @@ class TopP(Budget):
     kind = BudgetKind.TOP_P
     measured = True
 
+    @classmethod
     def wanted(
-        self, mass: torch.Tensor, largest: torch.Tensor, static: torch.Tensor, own: torch.Tensor
+        cls,
+        values: torch.Tensor,
+        cap: int,
+        mass: torch.Tensor,
+        largest: torch.Tensor,
+        static: torch.Tensor,
+        own: torch.Tensor,
     ) -> torch.Tensor:
         order = largest.masked_fill(static, 2.0).argsort(dim=1, descending=True, stable=True).t()
         read, each = static.sum(dim=1), torch.arange(len(own), device=own.device)
@@ -204,11 +238,11 @@ class TopP(Budget):
         reached = torch.where(mass.amax(dim=0) > 0.0, 0.0, torch.inf)
         count = torch.zeros_like(own)
         # Where the cap ends it anyway, no further page needs to be added up.
-        for some in order[: int(read.max()) + self.cap].split(TOP_P_STEP):
+        for some in order[: int(read.max()) + cap].split(TOP_P_STEP):
             added = mass[some, each]
             before = added.cumsum(dim=0) - added + reached
             # A row's shares add up to 1 but for rounding.
-            short = (before < self.value - 1e-6).any(dim=2)
+            short = (before < (values - 1e-6)[:, None]).any(dim=2)
             count += short.sum(dim=0)
             if not short[-1].any():
                 break
@@ -226,22 +260,45 @@ class TopP(Budget):
 BUDGETS: dict[BudgetKind, type[Budget]] = {each.kind: each for each in (TopK, Share, TopP)}
 
 
-def choose(scores: PageScores, static: torch.Tensor, budget: Budget) -> torch.Tensor:
+def choose(scores: PageScores, static: torch.Tensor, budgets: Sequence[Budget]) -> torch.Tensor:
     """Chooses pages beyond the static ones; of equal ones all, of those without mass none.
 
     Args:
-        scores: of the head.
+        scores: of a head, or of several one after the other.
         static: bool [query_blocks, pages], pages that are read anyway, own pages included.
-        budget: of the head.
+        budgets: of each head.
 
     Returns:
         bool [query_blocks, pages], disjoint from `static`.
     """
     mass = scores.mass()
     largest = mass.amax(dim=2).t()
-    count = budget.wanted(mass, largest, static, scores.own).clamp(budget.floor, budget.cap)
+    count = _counts(mass, largest, static, scores.own, budgets)
     largest = largest.masked_fill(static, 0.0)
     most = min(max(1, int(count.max())), largest.shape[1])
     ordered = largest.topk(most, dim=1).values
     last = ordered.gather(1, (count - 1).clamp(0, most - 1)[:, None])
     return (largest >= last) & (largest > 0.0) & (count > 0)[:, None]
+
+
+def _counts(
+    mass: torch.Tensor,
+    largest: torch.Tensor,
+    static: torch.Tensor,
+    own: torch.Tensor,
+    budgets: Sequence[Budget],
+) -> torch.Tensor:
+    """Pages that each query block chooses, int64; neighbours of a kind are counted together."""
+    found, first, each = [], 0, len(own) // len(budgets)
+    for _, group in groupby(budgets, type):
+        alike = list(group)
+        bounds = torch.tensor([(one.value, float(one.floor), float(one.cap)) for one in alike])
+        values, floors, caps = bounds.repeat_interleave(each, dim=0).to(own.device).unbind(1)
+        some = slice(first, first + len(values))
+        most = max(one.cap for one in alike)
+        wanted = alike[0].wanted(
+            values, most, mass[:, some], largest[some], static[some], own[some]
+        )
+        found.append(wanted.clamp(floors.long(), caps.long()))
+        first = some.stop
+    return torch.cat(found)

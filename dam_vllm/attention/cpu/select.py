@@ -6,6 +6,7 @@ block is cut by them, and every page before a query block is complete. Query blo
 else is in the batch.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,8 @@ from dam_vllm.masks.budget import PageScores, choose
 from dam_vllm.masks.rounding import ceil_div
 
 SPAN_ROWS = 1024
+# Numbers that decoding gathers at a time, beyond one head.
+GATHERED = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -96,20 +99,39 @@ def _choose_decode(
     static: torch.Tensor,
 ) -> torch.Tensor:
     """Chooses pages for query blocks of one query, beyond bool [heads, query_blocks, pages]."""
-    own = query_blocks.index
-    each = torch.arange(len(own))
-    after = torch.arange(static.shape[2])[:, None] > own
     chosen = torch.empty_like(static)
-    place = (query_blocks.stop - 1) % keys.page
-    for at, channels in enumerate(dynamic.channels):
-        cached = keys.gather(channels, tables[at, query_blocks.request, : static.shape[2]])
-        asked = query[at, query_blocks.row, :, :channels].float()
+    size = static[0].numel() * keys.page
+    for heads in _scored_together(dynamic.channels, size):
+        channels, count = dynamic.channels[heads[0]], len(heads)
+        own, place = (
+            each.repeat(count) for each in (query_blocks.index, (query_blocks.stop - 1) % keys.page)
+        )
+        table = tables[heads][:, query_blocks.request, : static.shape[2]].flatten(0, 1)
+        cached = keys.gather(channels, table)
+        asked = query[heads][:, query_blocks.row, :, :channels].flatten(0, 1).float()
+        each = torch.arange(len(own))
         max_scores = max_scores_of_rows(asked, cached)
         max_scores[own, each] = max_scores_of_own_page(asked[:, None], cached[each, own], place)
+        after = torch.arange(static.shape[2])[:, None] > own
         logits = dynamic.logits(max_scores).masked_fill_(after[..., None], float("-inf"))
-        scores = PageScores(logits, None, own)
-        chosen[at] = choose(scores, static[at], dynamic.budgets[at])
+        budgets = [dynamic.budgets[head] for head in heads]
+        found = choose(PageScores(logits, None, own), static[heads].flatten(0, 1), budgets)
+        chosen[heads] = found.view(count, -1, static.shape[2])
     return chosen
+
+
+def _scored_together(channels: Sequence[int], tokens: int) -> Iterator[list[int]]:
+    """Heads whose keys' leading channels, as many for all, are gathered at a time.
+
+    Args:
+        channels: of each head.
+        tokens: whose keys are gathered for each.
+    """
+    for count in dict.fromkeys(channels):
+        alike = [head for head, each in enumerate(channels) if each == count]
+        step = max(1, GATHERED // (tokens * count))
+        for first in range(0, len(alike), step):
+            yield alike[first : first + step]
 
 
 def _choose_prefill(
@@ -159,7 +181,7 @@ def _choose_prefill(
             logits, None if present.all() else present.repeat_interleave(heads_per_kv, dim=1), index
         )
         mine = static[index - base // page, : len(logits)]
-        result[index, : len(logits)] = choose(scores, mine, dynamic.budgets[at])
+        result[index, : len(logits)] = choose(scores, mine, [dynamic.budgets[at]])
     return result[query_blocks.index, :pages]
 
 

@@ -56,5 +56,5 @@ def chosen_pages(
             each = logits(states, head, position, rotation, channels)
             max_scores = by_page(each, page, float("-inf")).amax(dim=-1)
             scores[channels] = _Scores(max_scores.permute(2, 0, 1).contiguous(), None, own)
-        found.append(choose(scores[channels], anyway, budget))
+        found.append(choose(scores[channels], anyway, [budget]))
     return torch.stack(found)

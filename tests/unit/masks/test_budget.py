@@ -50,7 +50,7 @@ def by_definition(scores, static, budget):
 )
 def test_chosen_pages_are_the_best_within_the_budget(case, kind, value, floor, cap):
     budget = kind(value, floor, cap)
-    np.testing.assert_array_equal(choose(*case, budget).numpy(), by_definition(*case, budget))
+    np.testing.assert_array_equal(choose(*case, [budget]).numpy(), by_definition(*case, budget))
 
 
 @pytest.mark.parametrize(("value", "cap"), [(0.2, 999), (0.6, 999), (0.99, 999), (0.99, 70)])
@@ -67,19 +67,33 @@ def test_mass_is_added_up_over_many_pages(rng, value, cap):
     static[torch.arange(BLOCKS), own] = True
     static &= torch.arange(pages) <= own[:, None]
     scores, budget = PageScores(logits, present, own), TopP(value, 1, cap)
-    found = choose(scores, static, budget).numpy()
+    found = choose(scores, static, [budget]).numpy()
     np.testing.assert_array_equal(found, by_definition(scores, static, budget))
 
 
-def test_mass_does_not_depend_on_the_batch(rng):
-    """Bit for bit, alone and beside longer requests, for few pages and many."""
+@pytest.mark.parametrize("count", [3, 99])
+def test_mass_does_not_depend_on_the_batch(rng, count):
+    """Bit for bit, alone and beside longer requests, few or many, for few pages and many."""
     for pages in (5, 64, 65, 130, 199):
-        logits = torch.full((230, 3, ROWS), -torch.inf)
-        logits[:pages] = torch.from_numpy(rng.normal(size=(pages, 3, ROWS))).float()
-        logits[:, 1:] = torch.from_numpy(rng.normal(size=(230, 2, ROWS))).float()
-        own = torch.full((3,), pages - 1)
+        logits = torch.full((230, count, ROWS), -torch.inf)
+        logits[:pages] = torch.from_numpy(rng.normal(size=(pages, count, ROWS))).float()
+        logits[:, 1:] = torch.from_numpy(rng.normal(size=(230, count - 1, ROWS))).float()
+        own = torch.full((count,), pages - 1)
         alone = PageScores(logits[:pages, :1].contiguous(), None, own[:1]).mass()
         assert torch.equal(PageScores(logits, None, own).mass()[:pages, :1], alone)
+
+
+def test_heads_choose_together_as_each_alone(rng, case):
+    """Budgets of all kinds, neighbours of one kind with other values, floors and caps."""
+    budgets = [TopP(0.3, 0, 99), TopP(0.9, 2, 4), TopK(3, 0, 9), TopP(0.6, 1, 99), Share(0.2, 0, 9)]
+    shape = (len(budgets), PAGES, BLOCKS, ROWS)
+    logits = case[0].logits + torch.from_numpy(rng.normal(size=shape)).float()
+    own, static = case[0].own, torch.from_numpy(rng.random((len(budgets), BLOCKS, PAGES)) < 0.1)
+    static &= torch.arange(PAGES) <= own[:, None]
+    heads = PageScores(logits.transpose(0, 1).flatten(1, 2), None, own.repeat(len(budgets)))
+    found = choose(heads, static.flatten(0, 1), budgets).view(static.shape)
+    for each, mine, only, budget in zip(found, logits, static, budgets, strict=True):
+        assert torch.equal(each, choose(PageScores(mine, None, own), only, [budget]))
 
 
 def test_of_equal_pages_all_are_chosen(case):
@@ -87,7 +101,7 @@ def test_of_equal_pages_all_are_chosen(case):
     scores = dataclasses.replace(scores, logits=scores.logits.clamp_max(-torch.inf).nan_to_num(0.0))
     causal = torch.arange(PAGES) <= scores.own[:, None]
     scores.logits[~causal.t()] = -torch.inf
-    assert torch.equal(choose(scores, static, TopK(1, 0, 1)), causal & ~static)
+    assert torch.equal(choose(scores, static, [TopK(1, 0, 1)]), causal & ~static)
 
 
 @pytest.mark.parametrize(
