@@ -308,7 +308,8 @@ def test_other_weights(tmp_path, mode, accepted):
 def test_options_of_other_platforms_are_refused(masks, monkeypatch, cpu, options, message):
     from dam_vllm.engine import checks
 
-    platform = SimpleNamespace(is_cpu=lambda: cpu, is_cuda=lambda: not cpu)
+    kind = "cpu" if cpu else "cuda"
+    platform = SimpleNamespace(is_cpu=lambda: cpu, is_cuda=lambda: not cpu, device_type=kind)
     monkeypatch.setattr(checks, "current_platform", platform)
     asked = config(masks, additional_config={"dam": {"masks": str(masks), **options}})
     if message is None:
