@@ -71,8 +71,8 @@ def _check_configurations(backend: Any) -> None:
 
 def _asks_for(backend: Any, arguments: EngineArgs) -> bool:
     """Whether arguments name the backend, before vLLM has checked them."""
-    config = arguments.attention_config
-    asked = (arguments.attention_backend, config.backend, *config.backend_per_kind.values())
+    attention = arguments.attention_config
+    asked = arguments.attention_backend, attention.backend, *attention.backend_per_kind.values()
     return backend.name in (str(getattr(each, "name", each)).upper() for each in asked)
 
 
