@@ -65,7 +65,8 @@ def test_commands_exist(page):
         while words and hasattr(command, "commands"):
             assert words[0].split("|")[0] in command.commands, line
             command = command.commands[words.pop(0).split("|")[0]]
-        options = {name for each in command.params for name in each.opts} | {"--help"}
+        options = {name for each in command.params for name in each.opts + each.secondary_opts}
+        options.add("--help")
         assert {word.strip("[]") for word in words if re.match(r"\[?--", word)} <= options, line
 
 
