@@ -21,8 +21,8 @@ FULL = sum(-(-length // PAGE) for length in LENGTHS) + 1
 
 # Masks whose heads choose pages.
 CHOOSING = ("dynamic", "reuse")
-# What is asked alone and beside others: bit for bit where linear layers allow that, else within
-# what float32 rounds.
+# What is asked alone and whole, in chunks or beside others: bit for bit where linear layers allow
+# that, else within what float32 rounds.
 IN_BATCH = {} if rows_round_alike() else {"dtype": "float32"}
 
 
@@ -35,7 +35,7 @@ def assert_same(first, second):
 
 
 def assert_same_in_batch(first, second):
-    """As `assert_same`, where linear layers round a row alike in any batch."""
+    """As `assert_same`, where linear layers round a row alike whatever is beside it."""
     if rows_round_alike():
         assert_same(first, second)
     else:
@@ -91,15 +91,15 @@ def test_sparse_differs_from_dense(answers):
 
 @pytest.mark.parametrize("chunk", [500, 1000])
 def test_chunked_prefill(answers, chunk):
-    chunked = answers(Setup(chunk=chunk, together=chunk == 500))
-    assert_same(chunked.alone, answers(Setup()).alone)
+    chunked = answers(Setup(chunk=chunk, together=chunk == 500, **IN_BATCH))
+    assert_same_in_batch(chunked.alone, answers(Setup(**IN_BATCH)).alone)
 
 
 @pytest.mark.parametrize("masks", CHOOSING)
 def test_chunked_prefill_of_dynamic_heads(answers, masks):
     """Where chunks end at pages; a page of queries that a chunk splits is chosen for in parts."""
-    chunked = answers(Setup(masks, chunk=512, together=False))
-    assert_same(chunked.alone, answers(Setup(masks)).alone)
+    chunked = answers(Setup(masks, chunk=512, together=False, **IN_BATCH))
+    assert_same_in_batch(chunked.alone, answers(Setup(masks, **IN_BATCH)).alone)
 
 
 @pytest.mark.parametrize("masks", ["random", *CHOOSING])

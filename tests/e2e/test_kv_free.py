@@ -21,7 +21,7 @@ from tests.interpreted_triton import V2
 
 pytestmark = pytest.mark.e2e
 
-ROUNDING, BF16_ROUNDING = 2e-3, 0.25
+ROUNDING, FP8_ROUNDING = 2e-3, 0.05
 LONG = 16384
 # Bytes of a page of all the demo model's heads in float32: 4 layers, 4 KV heads of 32 channels.
 PAGE_BYTES = 16 * PAGE * 2 * 32 * 4
@@ -105,9 +105,16 @@ def arguments(
     }
 
 
-def assert_close(first, second, rounding=ROUNDING):
-    """Equal within rounding as long as the tokens agree; they may part at a tie."""
-    agreed = 0
+def assert_close(first, second, rounding=ROUNDING, of=np.max):
+    """Equal within rounding as long as the tokens agree; they may part at a tie.
+
+    Args:
+        first: what an engine told.
+        second: what another told.
+        rounding: bound of the differences of log-probabilities.
+        of: what of them is bound.
+    """
+    agreed, differences = 0, []
     answers = [
         [each for batch in result["answers"] for each in batch] for result in (first, second)
     ]
@@ -116,10 +123,11 @@ def assert_close(first, second, rounding=ROUNDING):
             ours, theirs = one["logprobs"][at], other["logprobs"][at]
             shared = ours.keys() & theirs.keys()
             assert len(shared) >= 3
-            assert max(abs(ours[key] - theirs[key]) for key in shared) < rounding
+            differences += [abs(ours[key] - theirs[key]) for key in shared]
             if token != same:
                 break
             agreed += 1
+    assert of(differences) < rounding
     assert agreed > sum(len(one["tokens"]) for one in answers[0]) * 0.8
 
 
@@ -201,7 +209,8 @@ def test_fp8_cache_and_dense_requests(run):
     found, log = run(SHORTER, "head", alone=True, poison=True, **setup)
     assert "units of 1 KV heads" in log
     assert found["poisoned"] > 0
-    assert_close(expected, found, BF16_ROUNDING)
+    # Rounding may move a key by a step of fp8, of an eighth, and with it single log-probabilities.
+    assert_close(expected, found, FP8_ROUNDING, np.mean)
     assert_whole(found)
     dense, _ = run(SHORTER, "off", alone=True, **setup | {"dense_below": 8192})
     for length, mine, all_read in zip(SHORTER, expected["answers"], dense["answers"], strict=True):
