@@ -86,6 +86,27 @@ def _halved(blocks: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
+class PageMasses:
+    """What query blocks choose from.
+
+    Attributes:
+        mass: float32 [pages, query blocks, rows], see `PageScores.mass`.
+        largest: float32 [query blocks, pages], the largest mass over rows.
+        static: bool [query blocks, pages], pages that are read anyway.
+        own: int64 [query blocks], the query block's own page.
+    """
+
+    mass: torch.Tensor
+    largest: torch.Tensor
+    static: torch.Tensor
+    own: torch.Tensor
+
+    def take(self, some: slice) -> "PageMasses":
+        """Some of the query blocks."""
+        return PageMasses(self.mass[:, some], self.largest[some], self.static[some], self.own[some])
+
+
+@dataclass(frozen=True)
 class Budget(ABC):
     """How many pages a KV head chooses beyond those that it reads anyway.
 
@@ -105,24 +126,13 @@ class Budget(ABC):
 
     @classmethod
     @abstractmethod
-    def wanted(
-        cls,
-        values: torch.Tensor,
-        cap: int,
-        mass: torch.Tensor,
-        largest: torch.Tensor,
-        static: torch.Tensor,
-        own: torch.Tensor,
-    ) -> torch.Tensor:
+    def wanted(cls, values: torch.Tensor, cap: int, pages: PageMasses) -> torch.Tensor:
         """Pages wanted before floor and cap; beyond the cap, any number that is no smaller.
 
         Args:
             values: float32 [query blocks], the value of each one's budget.
             cap: most pages that any of them may choose.
-            mass: float32 [pages, query blocks, rows], see `PageScores.mass`.
-            largest: float32 [query blocks, pages], the largest mass over rows.
-            static: bool [query blocks, pages], pages that are read anyway.
-            own: int64 [query blocks], the query block's own page.
+            pages: what the query blocks may choose from.
 
         Returns:
             int64 [query blocks].
@@ -165,15 +175,7 @@ class TopK(Budget):
     kind = BudgetKind.TOP_K
 
     @classmethod
-    def wanted(
-        cls,
-        values: torch.Tensor,
-        cap: int,
-        mass: torch.Tensor,
-        largest: torch.Tensor,
-        static: torch.Tensor,
-        own: torch.Tensor,
-    ) -> torch.Tensor:
+    def wanted(cls, values: torch.Tensor, cap: int, pages: PageMasses) -> torch.Tensor:
         return values.long()
 
     def expected_pages(self, causal: np.ndarray, share: float | np.ndarray) -> np.ndarray:
@@ -197,16 +199,8 @@ class Share(Budget):
     kind = BudgetKind.SHARE
 
     @classmethod
-    def wanted(
-        cls,
-        values: torch.Tensor,
-        cap: int,
-        mass: torch.Tensor,
-        largest: torch.Tensor,
-        static: torch.Tensor,
-        own: torch.Tensor,
-    ) -> torch.Tensor:
-        return torch.ceil(values * (own + 1) - 1e-6).long()
+    def wanted(cls, values: torch.Tensor, cap: int, pages: PageMasses) -> torch.Tensor:
+        return torch.ceil(values * (pages.own + 1) - 1e-6).long()
 
     def expected_pages(self, causal: np.ndarray, share: float | np.ndarray) -> np.ndarray:
         return np.asarray(np.ceil(self.value * causal - 1e-6))
@@ -223,20 +217,14 @@ class TopP(Budget):
     measured = True
 
     @classmethod
-    def wanted(
-        cls,
-        values: torch.Tensor,
-        cap: int,
-        mass: torch.Tensor,
-        largest: torch.Tensor,
-        static: torch.Tensor,
-        own: torch.Tensor,
-    ) -> torch.Tensor:
-        order = largest.masked_fill(static, 2.0).argsort(dim=1, descending=True, stable=True).t()
-        read, each = static.sum(dim=1), torch.arange(len(own), device=own.device)
+    def wanted(cls, values: torch.Tensor, cap: int, pages: PageMasses) -> torch.Tensor:
+        mass, static = pages.mass, pages.static
+        order = pages.largest.masked_fill(static, 2.0).argsort(dim=1, descending=True, stable=True)
+        order, read = order.t(), static.sum(dim=1)
+        each = torch.arange(len(read), device=read.device)
         # Absent rows have no mass and want nothing.
         reached = torch.where(mass.amax(dim=0) > 0.0, 0.0, torch.inf)
-        count = torch.zeros_like(own)
+        count = torch.zeros_like(read)
         # Where the cap ends it anyway, no further page needs to be added up.
         for some in order[: int(read.max()) + cap].split(TOP_P_STEP):
             added = mass[some, each]
@@ -273,7 +261,7 @@ def choose(scores: PageScores, static: torch.Tensor, budgets: Sequence[Budget]) 
     """
     mass = scores.mass()
     largest = mass.amax(dim=2).t()
-    count = _counts(mass, largest, static, scores.own, budgets)
+    count = _counts(PageMasses(mass, largest, static, scores.own), budgets)
     largest = largest.masked_fill(static, 0.0)
     most = min(max(1, int(count.max())), largest.shape[1])
     ordered = largest.topk(most, dim=1).values
@@ -281,24 +269,15 @@ def choose(scores: PageScores, static: torch.Tensor, budgets: Sequence[Budget]) 
     return (largest >= last) & (largest > 0.0) & (count > 0)[:, None]
 
 
-def _counts(
-    mass: torch.Tensor,
-    largest: torch.Tensor,
-    static: torch.Tensor,
-    own: torch.Tensor,
-    budgets: Sequence[Budget],
-) -> torch.Tensor:
+def _counts(pages: PageMasses, budgets: Sequence[Budget]) -> torch.Tensor:
     """Pages that each query block chooses, int64; neighbours of a kind are counted together."""
-    found, first, each = [], 0, len(own) // len(budgets)
+    found, first, each = [], 0, len(pages.own) // len(budgets)
     for _, group in groupby(budgets, type):
         alike = list(group)
         bounds = torch.tensor([(one.value, float(one.floor), float(one.cap)) for one in alike])
-        values, floors, caps = bounds.repeat_interleave(each, dim=0).to(own.device).unbind(1)
+        values, floors, caps = bounds.repeat_interleave(each, dim=0).to(pages.own.device).unbind(1)
         some = slice(first, first + len(values))
-        most = max(one.cap for one in alike)
-        wanted = alike[0].wanted(
-            values, most, mass[:, some], largest[some], static[some], own[some]
-        )
+        wanted = alike[0].wanted(values, max(one.cap for one in alike), pages.take(some))
         found.append(wanted.clamp(floors.long(), caps.long()))
         first = some.stop
     return torch.cat(found)

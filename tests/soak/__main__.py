@@ -2,9 +2,10 @@
 
 Each server in turn is asked every request alone. Then bursts of the same requests come, more than
 its cache holds: of 1 to 8192 tokens, streamed or not, cut in the middle, with shared prefixes. None
-may be lost, and each must be what it was alone: by masks of static heads bit for bit, else as often
-as stock vLLM's are, which is asked the same. Pages must all be free at the end. What must not be is
-told last and ends in exit status 1; whether memory grows is told alone.
+may be lost, and each must be what it was alone: by masks of static heads within
+`load.ROUNDING`, else as often as stock vLLM's are, which is asked the same. Pages must all be free
+at the end. What must not be is told last and ends in exit status 1; whether memory grows is told
+alone.
 """
 
 import argparse
