@@ -6,6 +6,7 @@ its rows. So one query that looks far back gets its page, while rows that look a
 surroundings, or everywhere a little, ask for nothing.
 """
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,9 +16,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from torch.nn.functional import pad
 
-SUM_BLOCK, FEW = 64, 1 << 16
 # Pages of the best that top-p adds up at a time: it ends where every row has enough.
 TOP_P_STEP = 64
 
@@ -34,55 +33,20 @@ class BudgetKind(IntEnum):
     head reads anyway included."""
 
 
-@dataclass(frozen=True)
-class PageScores:
-    """A head's scores for some query blocks.
+def page_mass(logits: torch.Tensor) -> torch.Tensor:
+    """Estimated share of each row's attention mass in each page, by the page's largest logit alone.
 
-    Attributes:
-        logits: float32 [pages, query_blocks, rows], largest logit (scaled, capped) of each page;
-            -inf for pages that a row may not see.
-        present: bool [query_blocks, rows], rows that hold a query of this step, or None for all.
-        own: int64 [query_blocks], the query block's own page, the last one it may see.
+    That costs no further pass over tokens. It is the softmax over pages, whose own rounding depends
+    on how many rows there are and where among them a row stands; here pages are added up one after
+    the other, so that a row's shares depend neither on the rest of the batch nor on how many pages
+    follow.
+
+    Args:
+        logits: float32 [..., pages, rows], largest logit (scaled, capped) of each page; -inf for
+            pages that a row may not see.
     """
-
-    logits: torch.Tensor
-    present: torch.Tensor | None
-    own: torch.Tensor
-
-    def mass(self) -> torch.Tensor:
-        """Estimated share of each row's attention mass in each page, 0 for absent rows.
-
-        A page's mass is estimated by its largest logit alone, which costs no further pass over
-        tokens.
-
-        Returns:
-            float32 [pages, query_blocks, rows].
-        """
-        weights = (self.logits - self.logits.amax(dim=0)).exp_()
-        weights /= _total(weights)
-        return weights if self.present is None else weights.masked_fill_(~self.present, 0.0)
-
-
-def _total(weights: torch.Tensor) -> torch.Tensor:
-    """Sum over pages, by halves of blocks: the same whatever and whoever else is in the batch.
-
-    `sum` adds up in an order that depends on the other dimensions.
-    """
-    pages, *rest = weights.shape
-    # A copy of a few is faster than sums of two parts, and adds up the same.
-    whole = pages // SUM_BLOCK * SUM_BLOCK if weights.numel() > FEW else 0
-    last = pad(weights[whole:], (0, 0) * len(rest) + (0, -pages % SUM_BLOCK))
-    parts = [part for part in (weights[:whole], last) if len(part)]
-    sums = [_halved(part.view(-1, SUM_BLOCK, *rest)) for part in parts]
-    return torch.cat(sums).cumsum(dim=0)[-1]
-
-
-def _halved(blocks: torch.Tensor) -> torch.Tensor:
-    """Sum over the second dimension, a power of two."""
-    while blocks.shape[1] > 1:
-        half = blocks.shape[1] // 2
-        blocks = blocks[:, :half] + blocks[:, half:]
-    return blocks[:, 0]
+    weights = (logits - logits.amax(dim=-2, keepdim=True)).exp_()
+    return weights.div_(weights.cumsum(dim=-2)[..., -1:, :])
 
 
 @dataclass(frozen=True)
@@ -90,7 +54,8 @@ class PageMasses:
     """What query blocks choose from.
 
     Attributes:
-        mass: float32 [pages, query blocks, rows], see `PageScores.mass`.
+        mass: float32 [pages, query blocks, rows], as `page_mass` gives them; 0 for
+            absent rows.
         largest: float32 [query blocks, pages], the largest mass over rows.
         static: bool [query blocks, pages], pages that are read anyway.
         own: int64 [query blocks], the query block's own page.
@@ -248,20 +213,23 @@ class TopP(Budget):
 BUDGETS: dict[BudgetKind, type[Budget]] = {each.kind: each for each in (TopK, Share, TopP)}
 
 
-def choose(scores: PageScores, static: torch.Tensor, budgets: Sequence[Budget]) -> torch.Tensor:
+def choose(
+    mass: torch.Tensor, static: torch.Tensor, own: torch.Tensor, budgets: Sequence[Budget]
+) -> torch.Tensor:
     """Chooses pages beyond the static ones; of equal ones all, of those without mass none.
 
     Args:
-        scores: of a head, or of several one after the other.
+        mass: float32 [pages, query_blocks, rows], as `page_mass` gives them; 0 for rows that hold
+            no query of this step. Query blocks are of a head, or of several one after the other.
         static: bool [query_blocks, pages], pages that are read anyway, own pages included.
+        own: int64 [query_blocks], the query block's own page, the last one it may see.
         budgets: of each head.
 
     Returns:
         bool [query_blocks, pages], disjoint from `static`.
     """
-    mass = scores.mass()
     largest = mass.amax(dim=2).t()
-    count = _counts(PageMasses(mass, largest, static, scores.own), budgets)
+    count = _counts(PageMasses(mass, largest, static, own), budgets)
     largest = largest.masked_fill(static, 0.0)
     most = min(max(1, int(count.max())), largest.shape[1])
     ordered = largest.topk(most, dim=1).values
@@ -273,11 +241,18 @@ def _counts(pages: PageMasses, budgets: Sequence[Budget]) -> torch.Tensor:
     """Pages that each query block chooses, int64; neighbours of a kind are counted together."""
     found, first, each = [], 0, len(pages.own) // len(budgets)
     for _, group in groupby(budgets, type):
-        alike = list(group)
-        bounds = torch.tensor([(one.value, float(one.floor), float(one.cap)) for one in alike])
-        values, floors, caps = bounds.repeat_interleave(each, dim=0).to(pages.own.device).unbind(1)
+        alike = tuple(group)
+        bounds = _bounds(alike, pages.own.device)
+        values, floors, caps = bounds.repeat_interleave(each, dim=1).unbind()
         some = slice(first, first + len(values))
         wanted = alike[0].wanted(values, max(one.cap for one in alike), pages.take(some))
         found.append(wanted.clamp(floors.long(), caps.long()))
         first = some.stop
     return torch.cat(found)
+
+
+@functools.lru_cache(maxsize=1024)
+def _bounds(budgets: tuple[Budget, ...], device: torch.device) -> torch.Tensor:
+    """Values, floors and caps, float32 [3, budgets]."""
+    bounds = [(each.value, float(each.floor), float(each.cap)) for each in budgets]
+    return torch.tensor(bounds, device=device).t().contiguous()

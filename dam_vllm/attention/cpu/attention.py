@@ -12,7 +12,7 @@ import torch
 from dam_vllm.attention.chosen_pages import ChosenPages
 from dam_vllm.attention.cpu.kernel import CPULayer, PagedKernel, VirtualBatch
 from dam_vllm.attention.cpu.plan import Plan, VirtualPages, build_plan, plan_pages
-from dam_vllm.attention.cpu.select import CachedKeys, choose_dynamic
+from dam_vllm.attention.cpu.select import Asking, CachedKeys, choose_dynamic
 from dam_vllm.attention.cpu.workspace import WORKSPACE
 from dam_vllm.attention.interface import Step
 from dam_vllm.attention.layout import KVLayout
@@ -37,7 +37,7 @@ class CPUPlan:
     """
 
     fixed: Mapping[str, VirtualBatch | None]
-    chosen: QueryBlocks | None
+    chosen: Asking | None
     new: torch.Tensor
     where: VirtualPages
     tokens: int
@@ -98,7 +98,7 @@ class CPUAttention:
             for row, (name, layer) in enumerate(self.served.items())
         }
         chosen = cut_query_blocks(step.query_start_loc, step.seq_lens, self.selector.page)
-        return CPUPlan(fixed, chosen, new, where, step.tokens)
+        return CPUPlan(fixed, Asking.of(chosen), new, where, step.tokens)
 
     def plan_dense(self, step: Step, where: VirtualPages) -> CPUPlan:
         """The plan of a step all of whose queries read everything; one sequence a request."""
@@ -169,7 +169,7 @@ class CPUAttention:
             selected.append(static | chosen)
         if served.reusing is not None:
             reused = torch.stack(self.chosen.of(served.reusing.anchors))
-            static = served.reusing.static.select(plan.chosen.index, reused.shape[2])[0]
+            static = served.reusing.static.select(plan.chosen.blocks.index, plan.chosen.pages)[0]
             selected.append(static | reused)
         self.chosen.drop(served.index)
         return torch.cat(selected)
@@ -179,12 +179,12 @@ class CPUAttention:
         assert plan.chosen is not None
         heads = torch.tensor(self.served[layer].choosing)
         where = plan.where.take(self._rows[layer], heads)
-        made = plan_pages(selected[None], where, plan.chosen, self.selector.page)
+        made = plan_pages(selected[None], where, plan.chosen.blocks, self.selector.page)
         table, lens, starts = made.block_table[0], made.seq_lens[0], made.query_start_loc
         if self.counts is not None:
             pages = ceil_div(lens, self.selector.page).view(len(heads), -1)
             row = torch.full_like(heads, self.counts.row(self.served[layer].index))
-            self.counts.add((row, heads), pages, plan.chosen, plan.new, self.selector.page)
+            self.counts.add((row, heads), pages, plan.chosen.blocks, plan.new, self.selector.page)
         return VirtualBatch(heads, table, lens, starts, self.kernel.schedule(starts, lens))
 
     def _count_fixed(self, plan: Plan, query_blocks: QueryBlocks, new: torch.Tensor) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from dam_vllm.attention.cpu.select import CachedKeys, choose_dynamic
+from dam_vllm.attention.cpu.select import Asking, CachedKeys, choose_dynamic
 from dam_vllm.attention.dynamic_heads import DynamicHeads
 from dam_vllm.attention.query_blocks import QueryBlocks, cut_query_blocks
 from dam_vllm.calibration.fit.states import LayerStates
@@ -161,7 +161,7 @@ class Simulation:
         )
         table = torch.arange(len(cache), dtype=torch.int32).expand(1, query_blocks.tokens + 1, -1)
         keys = CachedKeys(cache.transpose(1, 2).contiguous())
-        static, chosen = choose_dynamic(dynamic, query, keys, query_blocks, table)
+        static, chosen = choose_dynamic(dynamic, query, keys, Asking.of(query_blocks), table)
         return static[0], chosen[0]
 
 

@@ -1,13 +1,25 @@
-import dataclasses
 import math
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 
-from dam_vllm.masks.budget import BUDGETS, BudgetKind, PageScores, Share, TopK, TopP, choose
+from dam_vllm.masks.budget import BUDGETS, BudgetKind, Share, TopK, TopP, choose, page_mass
 
 PAGES, BLOCKS, ROWS = 30, 6, 4
+
+
+class Scores(NamedTuple):
+    """Logits [pages, blocks, rows], and who asks."""
+
+    logits: torch.Tensor
+    present: torch.Tensor
+    own: torch.Tensor
+
+    def choose(self, static, budgets):
+        mass = self.logits.softmax(dim=0).masked_fill(~self.present, 0.0)
+        return choose(mass, static, self.own, budgets)
 
 
 @pytest.fixture
@@ -20,7 +32,7 @@ def case(rng):
     present[:, 0] = True
     static = torch.from_numpy(rng.random((BLOCKS, PAGES)) < 0.1)
     static[torch.arange(BLOCKS), own] = True
-    return PageScores(logits, present, own), static & (torch.arange(PAGES) <= own[:, None])
+    return Scores(logits, present, own), static & (torch.arange(PAGES) <= own[:, None])
 
 
 def by_definition(scores, static, budget):
@@ -49,8 +61,9 @@ def by_definition(scores, static, budget):
     [(TopK, 0), (TopK, 4), (Share, 0.1), (Share, 0.31), (TopP, 0.3), (TopP, 0.9), (TopP, 1.0)],
 )
 def test_chosen_pages_are_the_best_within_the_budget(case, kind, value, floor, cap):
-    budget = kind(value, floor, cap)
-    np.testing.assert_array_equal(choose(*case, [budget]).numpy(), by_definition(*case, budget))
+    budget, (scores, static) = kind(value, floor, cap), case
+    found = scores.choose(static, [budget]).numpy()
+    np.testing.assert_array_equal(found, by_definition(scores, static, budget))
 
 
 @pytest.mark.parametrize(("value", "cap"), [(0.2, 999), (0.6, 999), (0.99, 999), (0.99, 70)])
@@ -66,21 +79,22 @@ def test_mass_is_added_up_over_many_pages(rng, value, cap):
     static = torch.from_numpy(rng.random((BLOCKS, pages)) < 0.05)
     static[torch.arange(BLOCKS), own] = True
     static &= torch.arange(pages) <= own[:, None]
-    scores, budget = PageScores(logits, present, own), TopP(value, 1, cap)
-    found = choose(scores, static, [budget]).numpy()
+    scores, budget = Scores(logits, present, own), TopP(value, 1, cap)
+    found = scores.choose(static, [budget]).numpy()
     np.testing.assert_array_equal(found, by_definition(scores, static, budget))
 
 
+@pytest.mark.parametrize("rows", [4, 8, 16, 24])
 @pytest.mark.parametrize("count", [3, 99])
-def test_mass_does_not_depend_on_the_batch(rng, count):
+def test_mass_does_not_depend_on_the_batch(rng, count, rows):
     """Bit for bit, alone and beside longer requests, few or many, for few pages and many."""
     for pages in (5, 64, 65, 130, 199):
-        logits = torch.full((230, count, ROWS), -torch.inf)
-        logits[:pages] = torch.from_numpy(rng.normal(size=(pages, count, ROWS))).float()
-        logits[:, 1:] = torch.from_numpy(rng.normal(size=(230, count - 1, ROWS))).float()
-        own = torch.full((count,), pages - 1)
-        alone = PageScores(logits[:pages, :1].contiguous(), None, own[:1]).mass()
-        assert torch.equal(PageScores(logits, None, own).mass()[:pages, :1], alone)
+        logits = torch.full((count, 230, rows), -torch.inf)
+        logits[0, :pages] = torch.from_numpy(rng.normal(size=(pages, rows)))
+        logits[1:] = torch.from_numpy(rng.normal(size=(count - 1, 230, rows)))
+        alone = page_mass(logits[:1, :pages])
+        torch.testing.assert_close(alone, logits[:1, :pages].softmax(dim=1))
+        assert torch.equal(page_mass(logits)[:1, :pages], alone)
 
 
 def test_heads_choose_together_as_each_alone(rng, case):
@@ -90,18 +104,20 @@ def test_heads_choose_together_as_each_alone(rng, case):
     logits = case[0].logits + torch.from_numpy(rng.normal(size=shape)).float()
     own, static = case[0].own, torch.from_numpy(rng.random((len(budgets), BLOCKS, PAGES)) < 0.1)
     static &= torch.arange(PAGES) <= own[:, None]
-    heads = PageScores(logits.transpose(0, 1).flatten(1, 2), None, own.repeat(len(budgets)))
-    found = choose(heads, static.flatten(0, 1), budgets).view(static.shape)
-    for each, mine, only, budget in zip(found, logits, static, budgets, strict=True):
-        assert torch.equal(each, choose(PageScores(mine, None, own), only, [budget]))
+    mass = page_mass(logits)
+    together = mass.transpose(0, 1).flatten(1, 2), static.flatten(0, 1), own.repeat(len(budgets))
+    found = choose(*together, budgets).view(static.shape)
+    for each, mine, only, budget in zip(found, mass, static, budgets, strict=True):
+        assert torch.equal(each, choose(mine, only, own, [budget]))
 
 
 def test_of_equal_pages_all_are_chosen(case):
     scores, static = case
-    scores = dataclasses.replace(scores, logits=scores.logits.clamp_max(-torch.inf).nan_to_num(0.0))
     causal = torch.arange(PAGES) <= scores.own[:, None]
-    scores.logits[~causal.t()] = -torch.inf
-    assert torch.equal(choose(scores, static, [TopK(1, 0, 1)]), causal & ~static)
+    alike = scores._replace(
+        logits=torch.where(causal.t()[..., None], scores.logits * 0, -torch.inf)
+    )
+    assert torch.equal(alike.choose(static, [TopK(1, 0, 1)]), causal & ~static)
 
 
 @pytest.mark.parametrize(

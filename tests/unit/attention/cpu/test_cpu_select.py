@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dam_vllm.attention.cpu.plan import VirtualPages
-from dam_vllm.attention.cpu.select import CachedKeys, choose_dynamic
+from dam_vllm.attention.cpu.select import Asking, CachedKeys, choose_dynamic
 from dam_vllm.attention.dynamic_heads import DynamicHeads
 from dam_vllm.attention.oracle import page_mask
 from dam_vllm.attention.query_blocks import cut_query_blocks
@@ -64,7 +64,7 @@ class Batch:
         table = VirtualPages.of_layers(self.table, 1, self.masks.kv_heads)
         tables = table.take(0, torch.from_numpy(heads)).tables()[0]
         keys = CachedKeys(self.cache.flatten(0, 1), **changes)
-        static, chosen = choose_dynamic(dynamic, query, keys, query_blocks, tables)
+        static, chosen = choose_dynamic(dynamic, query, keys, Asking.of(query_blocks), tables)
         selected = static | chosen
         return [
             (
