@@ -3,7 +3,8 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -14,6 +15,34 @@ from dam_vllm.masks.rounding import ceil_div
 PHASES = ("prefill", "decode")
 # Upper bounds of what a step's density is sorted into.
 DENSITIES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0)
+
+
+@dataclass(frozen=True)
+class QueryWeights:
+    """How much a step's query blocks count, on the CPU.
+
+    Attributes:
+        queries: float64 [query_blocks, phases], a block's queries; sums of products are exact, and
+            fast.
+        causal: float64 [query_blocks], pages up to its end.
+    """
+
+    queries: torch.Tensor
+    causal: torch.Tensor
+
+    @classmethod
+    def of(cls, query_blocks: QueryBlocks, new: torch.Tensor, page: int) -> Self:
+        """Weights of query blocks.
+
+        Args:
+            query_blocks: the step's.
+            new: int [requests], queries of each request.
+            page: tokens a page.
+        """
+        decodes = new[query_blocks.request] == 1
+        queries = (query_blocks.stop - query_blocks.start).double()
+        by_phase = torch.stack([queries * ~decodes, queries * decodes], dim=1)
+        return cls(by_phase, ((query_blocks.stop - 1) // page + 1).double())
 
 
 class PageCounts:
@@ -83,29 +112,17 @@ class PageCounts:
         self.plan_seconds += time.perf_counter() - began
 
     def add(
-        self,
-        where: tuple[torch.Tensor, torch.Tensor],
-        pages: torch.Tensor,
-        query_blocks: QueryBlocks,
-        new: torch.Tensor,
-        page: int,
+        self, where: tuple[torch.Tensor, torch.Tensor], pages: torch.Tensor, weights: QueryWeights
     ) -> None:
         """Counts query blocks of some heads, on the CPU.
 
         Args:
             where: int64 [n] each, rows of layers and local KV heads, each pair once.
             pages: int [n, query_blocks], pages read.
-            query_blocks: the step's query blocks.
-            new: int [requests], queries of each request.
-            page: tokens a page.
+            weights: of the query blocks.
         """
-        decodes = new[query_blocks.request] == 1
-        queries = (query_blocks.stop - query_blocks.start).double()
-        # Sums of products are exact in float64, and fast.
-        queries = torch.stack([queries * ~decodes, queries * decodes], dim=1)
-        causal = ((query_blocks.stop - 1) // page + 1).double()
-        self.pages[:, 0, where[0], where[1]] += (pages.double() @ queries).long().t()
-        self.pages[:, 1, where[0], where[1]] += (causal @ queries).long()[:, None]
+        self.pages[:, 0, where[0], where[1]] += (pages.double() @ weights.queries).long().t()
+        self.pages[:, 1, where[0], where[1]] += (weights.causal @ weights.queries).long()[:, None]
 
     def add_whole(
         self,

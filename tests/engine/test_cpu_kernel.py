@@ -143,6 +143,6 @@ def read_pages(pages, cache_dtype):
 def dynamic_pages(attention, plan, query, cache, row, page):
     """What dynamic head 1 selects for a request's queries, bool [queries, pages * page]."""
     selected = attention.select(plan, "layer", query.view(len(query), 3, -1, SIZE), cache)[0]
-    mine = plan.chosen.blocks.request == row
-    count = (plan.chosen.blocks.stop - plan.chosen.blocks.start)[mine]
+    mine = plan.choosing.asking.blocks.request == row
+    count = (plan.choosing.asking.blocks.stop - plan.choosing.asking.blocks.start)[mine]
     return selected[mine].repeat_interleave(count, dim=0).repeat_interleave(page, dim=1)

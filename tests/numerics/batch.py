@@ -114,7 +114,7 @@ class Batch:
         if self.dynamic:
             asked = query.view(len(query), case.kv_heads, -1, case.size)
             selected = self.attention.select(plan, "0", asked, self.cache)
-            reads += self.dynamic_reads(plan.chosen.blocks, selected)
+            reads += self.dynamic_reads(plan.choosing.asking.blocks, selected)
         return output, reads
 
     def static_reads(self, row):

@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 import torch
 
 from dam_vllm.attention.chosen_pages import ChosenPages
+from dam_vllm.attention.cpu.choosing import Choosing, ChoosingHeads
 from dam_vllm.attention.cpu.kernel import CPULayer, PagedKernel, VirtualBatch
 from dam_vllm.attention.cpu.plan import Plan, VirtualPages, build_plan, plan_pages
-from dam_vllm.attention.cpu.select import Asking, CachedKeys, choose_dynamic
+from dam_vllm.attention.cpu.select import CachedKeys, choose_dynamic
 from dam_vllm.attention.cpu.workspace import WORKSPACE
 from dam_vllm.attention.interface import Step
 from dam_vllm.attention.layout import KVLayout
-from dam_vllm.attention.page_counts import PageCounts
+from dam_vllm.attention.page_counts import PageCounts, QueryWeights
 from dam_vllm.attention.query_blocks import QueryBlocks, cut_query_blocks
 from dam_vllm.masks.page_tables import PageSelector
 from dam_vllm.masks.rounding import ceil_div
@@ -29,16 +30,13 @@ class CPUPlan:
     Attributes:
         fixed: by layer name, virtual sequences of the heads whose pages are known, or None without
             such heads.
-        chosen: the queries cut at pages, for dynamic and reusing heads; None where these read
-            everything too.
-        new: int64 [requests], queries of each request.
+        choosing: for dynamic and reusing heads; None without any, and where they read everything.
         where: virtual pages of all layers and heads.
         tokens: query rows of the step, without padding.
     """
 
     fixed: Mapping[str, VirtualBatch | None]
-    chosen: Asking | None
-    new: torch.Tensor
+    choosing: Choosing | None
     where: VirtualPages
     tokens: int
 
@@ -64,6 +62,7 @@ class CPUAttention:
     counts: PageCounts | None = None
     _rows: Mapping[str, int] = field(init=False)
     _fixed_heads: tuple[torch.Tensor, torch.Tensor] = field(init=False)
+    _choosing: ChoosingHeads | None = field(init=False)
 
     def __post_init__(self) -> None:
         rows = {name: row for row, name in enumerate(self.served)}
@@ -71,6 +70,7 @@ class CPUAttention:
         fixed = [(row, head) for row, name in enumerate(rows) for head in self.served[name].fixed]
         row, head = torch.tensor(fixed, dtype=torch.int64).view(-1, 2).unbind(1)
         object.__setattr__(self, "_fixed_heads", (row, head))
+        object.__setattr__(self, "_choosing", ChoosingHeads.of(self.served))
 
     @property
     def layers(self) -> Mapping[str, CPULayer]:
@@ -91,14 +91,22 @@ class CPUAttention:
     def plan_over(self, step: Step, where: VirtualPages) -> CPUPlan:
         """The step's plan over virtual pages of all layers and heads, wherever they lie."""
         blocks = cut_query_blocks(step.query_start_loc, step.seq_lens, self.selector.query_block)
-        plan, new = build_plan(self.selector, blocks, where), step.query_start_loc.diff()
-        self._count_fixed(plan, blocks, new)
+        plan = build_plan(self.selector, blocks, where)
+        self._count_fixed(plan, self._weights(blocks, step))
         fixed = {
             name: self._fixed(plan, row, layer.fixed)
             for row, (name, layer) in enumerate(self.served.items())
         }
-        chosen = cut_query_blocks(step.query_start_loc, step.seq_lens, self.selector.page)
-        return CPUPlan(fixed, Asking.of(chosen), new, where, step.tokens)
+        choosing = None
+        if self._choosing is not None:
+            asked = cut_query_blocks(step.query_start_loc, step.seq_lens, self.selector.page)
+            choosing = self._choosing.plan(asked, self._weights(asked, step))
+        return CPUPlan(fixed, choosing, where, step.tokens)
+
+    def _weights(self, blocks: QueryBlocks, step: Step) -> QueryWeights | None:
+        if self.counts is None:
+            return None
+        return QueryWeights.of(blocks, step.query_start_loc.diff(), self.selector.page)
 
     def plan_dense(self, step: Step, where: VirtualPages) -> CPUPlan:
         """The plan of a step all of whose queries read everything; one sequence a request."""
@@ -112,7 +120,7 @@ class CPUAttention:
             name: VirtualBatch(None, tables[row], lens, starts, schedule)
             for row, name in enumerate(self.served)
         }
-        return CPUPlan(fixed, None, step.query_start_loc.diff(), where, step.tokens)
+        return CPUPlan(fixed, None, where, step.tokens)
 
     def count_dense(self, step: Step) -> None:
         """Counts what a step reads all of whose queries read everything."""
@@ -136,7 +144,7 @@ class CPUAttention:
         shape = (tokens, self.selector.heads, heads // self.selector.heads, size)
         asked, result = query[:tokens].view(shape), output[:tokens].view(shape)
         batches, served = [plan.fixed[layer]], self.served[layer]
-        if served.choosing and plan.chosen is not None:
+        if served.choosing and plan.choosing is not None:
             selected = self.select(plan, layer, asked, cache)
             batches.append(self._chosen(plan, layer, selected))
         for batch in batches:
@@ -157,39 +165,43 @@ class CPUAttention:
         Returns:
             bool [heads, query blocks, pages] of the layer's `choosing` heads, static ones included.
         """
-        assert plan.chosen is not None
-        served, selected = self.served[layer], []
+        assert plan.choosing is not None
+        assert self._choosing is not None
+        served, heads = self.served[layer], self._choosing.heads[layer]
+        static, chosen = plan.choosing.static[self._choosing.rows[layer]], []
         if served.dynamic is not None:
-            dynamic, heads = served.dynamic, torch.tensor(served.dynamic.ids)
+            dynamic, heads = served.dynamic, heads[: len(served.dynamic.ids)]
             scoring = query.transpose(0, 1)[..., : max(dynamic.channels)]
             tables = plan.where.take(self._rows[layer], heads).tables()[0]
             keys = CachedKeys(self.layout.channels(cache), self.layout.stored)
-            static, chosen = choose_dynamic(dynamic, scoring[heads], keys, plan.chosen, tables)
-            self.chosen.keep(served.index, dict(zip(dynamic.ids, chosen, strict=True)))
-            selected.append(static | chosen)
+            found = choose_dynamic(
+                dynamic, scoring[heads], keys, plan.choosing.asking, tables, static[: len(heads)]
+            )
+            self.chosen.keep(served.index, dict(zip(dynamic.ids, found, strict=True)))
+            chosen += list(found)
         if served.reusing is not None:
-            reused = torch.stack(self.chosen.of(served.reusing.anchors))
-            static = served.reusing.static.select(plan.chosen.blocks.index, plan.chosen.pages)[0]
-            selected.append(static | reused)
+            chosen += self.chosen.of(served.reusing.anchors)
         self.chosen.drop(served.index)
-        return torch.cat(selected)
+        return static | torch.stack(chosen)
 
     def _chosen(self, plan: CPUPlan, layer: str, selected: torch.Tensor) -> VirtualBatch:
         """Virtual sequences of a layer's dynamic and reusing heads."""
-        assert plan.chosen is not None
-        heads = torch.tensor(self.served[layer].choosing)
+        assert plan.choosing is not None
+        assert self._choosing is not None
+        heads, weights = self._choosing.heads[layer], plan.choosing.weights
         where = plan.where.take(self._rows[layer], heads)
-        made = plan_pages(selected[None], where, plan.chosen.blocks, self.selector.page)
+        blocks = plan.choosing.asking.blocks
+        made = plan_pages(selected[None], where, blocks, self.selector.page)
         table, lens, starts = made.block_table[0], made.seq_lens[0], made.query_start_loc
-        if self.counts is not None:
+        if self.counts is not None and weights is not None:
             pages = ceil_div(lens, self.selector.page).view(len(heads), -1)
             row = torch.full_like(heads, self.counts.row(self.served[layer].index))
-            self.counts.add((row, heads), pages, plan.chosen.blocks, plan.new, self.selector.page)
+            self.counts.add((row, heads), pages, weights)
         return VirtualBatch(heads, table, lens, starts, self.kernel.schedule(starts, lens))
 
-    def _count_fixed(self, plan: Plan, query_blocks: QueryBlocks, new: torch.Tensor) -> None:
+    def _count_fixed(self, plan: Plan, weights: QueryWeights | None) -> None:
         """Counts a new step's heads whose pages are known; the worker's first layer begins it."""
-        if self.counts is None:
+        if self.counts is None or weights is None:
             return
         indices = [layer.index for layer in self.served.values()]
         if self.counts.layers[0] in indices:
@@ -198,7 +210,7 @@ class CPUAttention:
         pages = ceil_div(plan.seq_lens, self.selector.page)
         pages = pages.view(self.selector.layers, self.selector.heads, -1)[rows, heads]
         counted = torch.tensor([self.counts.row(index) for index in indices])[rows]
-        self.counts.add((counted, heads), pages, query_blocks, new, self.selector.page)
+        self.counts.add((counted, heads), pages, weights)
 
     def _fixed(self, plan: Plan, row: int, heads: Sequence[int]) -> VirtualBatch | None:
         """A layer's part of a plan that covers all KV heads, cut to some of them."""

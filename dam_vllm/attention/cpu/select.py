@@ -90,7 +90,8 @@ def choose_dynamic(
     keys: CachedKeys,
     asking: Asking,
     tables: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    static: torch.Tensor,
+) -> torch.Tensor:
     """Chooses pages for each query block from its queries and the cache.
 
     Args:
@@ -100,14 +101,13 @@ def choose_dynamic(
         keys: the cache's, these queries' own included.
         asking: the batch's query blocks.
         tables: int32 [dynamic heads, requests, pages], each head's virtual pages.
+        static: bool [dynamic heads, query_blocks, pages], what the heads read anyway.
 
     Returns:
-        Static pages, own ones among them, and those chosen beyond them, both causal: each bool
-        [dynamic heads, query_blocks, pages].
+        bool like `static`, chosen beyond it; causal.
     """
-    static = dynamic.static.select(asking.blocks.index, asking.pages)[0]
     if not asking.prefill:
-        return static, _choose_decode(dynamic, query, keys, asking.decode, tables, static)
+        return _choose_decode(dynamic, query, keys, asking.decode, tables, static)
     chosen, single = torch.zeros_like(static), asking.single
     if len(single):
         chosen[:, single] = _choose_decode(
@@ -118,7 +118,7 @@ def choose_dynamic(
         for at, table in enumerate(own_tables):
             found = _choose_prefill(dynamic, at, query[at], keys, blocks, table, asking.pages)
             chosen[at, which] = found
-    return static, chosen
+    return chosen
 
 
 def _choose_decode(

@@ -161,8 +161,9 @@ class Simulation:
         )
         table = torch.arange(len(cache), dtype=torch.int32).expand(1, query_blocks.tokens + 1, -1)
         keys = CachedKeys(cache.transpose(1, 2).contiguous())
-        static, chosen = choose_dynamic(dynamic, query, keys, Asking.of(query_blocks), table)
-        return static[0], chosen[0]
+        asking = Asking.of(query_blocks)
+        static = selector.select(query_blocks.index, asking.pages)[0]
+        return static[0], choose_dynamic(dynamic, query, keys, asking, table, static)[0]
 
 
 def _dense(states: LayerStates, head: int) -> torch.Tensor:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dam_vllm.attention.page_counts import DENSITIES, PageCounts, pages_up_to
+from dam_vllm.attention.page_counts import DENSITIES, PageCounts, QueryWeights, pages_up_to
 from dam_vllm.attention.query_blocks import cut_query_blocks
 
 
@@ -38,7 +38,7 @@ def test_query_blocks_and_whole_steps_add_up_by_phase(rng):
     blocks = cut_query_blocks(starts, lens, 128)
     where = (torch.tensor([0, 2, 2]), torch.tensor([3, 0, 1]))
     pages = torch.from_numpy(rng.integers(1, 5, (3, len(blocks.stop))))
-    counts.add(where, pages, blocks, starts.diff(), 16)
+    counts.add(where, pages, QueryWeights.of(blocks, starts.diff(), 16))
     read, dense = np.zeros((2, 2, 3, 4), int)
     for block, request in enumerate(blocks.request.tolist()):
         queries = int(blocks.stop[block] - blocks.start[block])

@@ -64,8 +64,9 @@ class Batch:
         table = VirtualPages.of_layers(self.table, 1, self.masks.kv_heads)
         tables = table.take(0, torch.from_numpy(heads)).tables()[0]
         keys = CachedKeys(self.cache.flatten(0, 1), **changes)
-        static, chosen = choose_dynamic(dynamic, query, keys, Asking.of(query_blocks), tables)
-        selected = static | chosen
+        asking = Asking.of(query_blocks)
+        static = dynamic.static.select(query_blocks.index, asking.pages)[0]
+        selected = static | choose_dynamic(dynamic, query, keys, asking, tables, static)
         return [
             (
                 selected[:, query_blocks.request == row],
