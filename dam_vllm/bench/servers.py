@@ -12,6 +12,7 @@ import torch
 
 from dam_vllm.bench.masks import scattered_masks, with_dynamic_heads
 from dam_vllm.bench.model import Model, write_model
+from dam_vllm.bench.weights import write_weights
 from dam_vllm.masks.baselines import streaming
 from dam_vllm.masks.file import load_mask_set, save_mask_set
 from dam_vllm.masks.fingerprint import fingerprint
@@ -132,8 +133,10 @@ def serve(setup: Setup, peers: Peers) -> Iterator[tuple[dict[str, Server], MaskS
         masks = masks_of(setup, model)
         file = Path(folder) / "masks.safetensors"
         save_mask_set(masks, file)
+        if masks.dynamic is not None:
+            write_weights(model, setup.model)
         common = [
-            "--load-format=dummy",
+            f"--load-format={'dummy' if masks.dynamic is None else 'auto'}",
             f"--block-size={setup.page}",
             f"--max-model-len={setup.length}",
             f"--kv-cache-memory-bytes={setup.cache_bytes}",
