@@ -6,6 +6,7 @@ import json
 import time
 from collections import Counter
 
+import httpx
 import numpy as np
 import psutil
 
@@ -64,9 +65,15 @@ def resident(server):
 
 
 def compare(request, way, answer, alone, counts):
-    """Counts what became of a request; log-probabilities are others beyond `ROUNDING`."""
+    """Counts what became of a request; an answer of None is lost.
+
+    Log-probabilities are others beyond `ROUNDING`.
+    """
     counts["asked"] += 1
     counts["streamed"] += way.stream
+    if answer is None:
+        counts["lost"] += 1
+        return
     came = len(answer.tokens)
     if not way.whole:
         counts["cut"] += 1
@@ -80,8 +87,16 @@ def compare(request, way, answer, alone, counts):
 
 async def burst(client, rows, ways, requests, alone, counts):
     """Sends requests at once, each in its own way."""
-    asked = [client.ask(requests[row], way) for row, way in zip(rows, ways, strict=True)]
-    for row, way, answer in zip(rows, ways, await asyncio.gather(*asked), strict=True):
+
+    async def ask(row, way):
+        try:
+            return await client.ask(requests[row], way)
+        except httpx.HTTPError as error:
+            print(f"no answer to {len(requests[row].prompt)} tokens, {way}: {error!r}", flush=True)
+            return None
+
+    answers = await asyncio.gather(*map(ask, rows, ways))
+    for row, way, answer in zip(rows, ways, answers, strict=True):
         compare(requests[row], way, answer, alone[row], counts)
 
 
