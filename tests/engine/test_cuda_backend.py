@@ -1,7 +1,7 @@
 """The CUDA backend's own code: on a GPU, or on this processor with Triton's interpreter.
 
-What a GPU alone has is replaced where there is none: FlashAttention by an oracle, and the kernel
-that stores keys by plain indexing.
+What a GPU alone has is replaced where there is none: FlashAttention by an oracle, which also takes
+float32 where it is, and the kernel that stores keys by plain indexing.
 """
 
 import re
@@ -30,6 +30,8 @@ NAME = "model.layers.0.self_attn.attn"
 GROUP = HEADS // KV_HEADS
 QUERY_SCALE, KEY_SCALE, VALUE_SCALE = 0.03, 0.5, 0.25
 FP8 = torch.float8_e4m3fn
+# What FlashAttention takes itself, where there is a GPU.
+OWN = torch.bfloat16 if torch.cuda.is_available() else torch.float32
 # Tokens up to the last query, and queries; vLLM puts requests with one query first.
 MIXED = ((300, 1), (65, 1), (411, 250), (129, 129), (5, 5), (271, 2))
 DECODE = ((391, 1), (1, 1), (640, 1), (64, 1))
@@ -47,6 +49,8 @@ def backend(monkeypatch, random_masks, device):
     from dam_vllm.engine import cuda, cuda_builder, cuda_layers
     from dam_vllm.engine.checks import Serving
     from dam_vllm.masks.sharding import Shard
+
+    stock = getattr(flash_attn, "flash_attn_varlen_func", None)
 
     def make(
         dtype=torch.float32, stored=None, softcap=0.0, mode="static", padded=None, masks=None,
@@ -67,7 +71,8 @@ def backend(monkeypatch, random_masks, device):
             schedule = {"get_scheduler_metadata": lambda **given: torch.zeros(5)}
             monkeypatch.setattr(flash_attn, *schedule.popitem(), raising=False)
         monkeypatch.setattr(cuda_builder, "log_masks", lambda *args: None)
-        if not hasattr(flash_attn, "flash_attn_varlen_func"):
+        refused = stock is None or dtype == torch.float32
+        if refused and getattr(flash_attn, "flash_attn_varlen_func", None) is stock:
             monkeypatch.setattr(flash_attn, "flash_attn_varlen_func", varlen, raising=False)
         monkeypatch.setattr(
             flash_attn, "flash_attn_supports_kv_cache_dtype", lambda *args, **kwargs: True
@@ -198,10 +203,10 @@ class Steps:
     ("options", "dtype", "stored", "softcap", "mode"),
     [
         ({"kernel": "triton", "dense_below": 40}, torch.float32, None, 0.0, "static"),
-        ({"kernel": "flash", "dense_below": 0}, torch.float32, None, 3.0, "static"),
+        ({"kernel": "flash", "dense_below": 0}, OWN, None, 3.0, "static"),
         ({"granularity": "token", "dense_below": 7}, torch.float16, None, 0.0, "static"),
         ({"dense_below": 0}, torch.bfloat16, torch.float8_e4m3fn, 0.0, "static"),
-        ({"dense_below": 40}, torch.float32, None, 0.0, "dynamic"),
+        ({"dense_below": 40}, OWN, None, 0.0, "dynamic"),
         ({"kernel": "triton", "dense_below": 0}, torch.float32, None, 3.0, "dynamic"),
         ({"kernel": "naive", "dense_below": 0}, torch.float32, None, 0.0, "dynamic"),
     ],
