@@ -55,8 +55,8 @@ UNIT=("$PYTHON" -m pytest -q -p no:cacheprovider)
 KERNEL=($(dam bench kernel) "${FA3[@]}")
 
 part machine "$GPU" "$PYTHON" -c 'from dam_vllm.machine import *; import torch; print(torch.cuda.get_device_name())'
-part smoke "$GPU" "${KERNEL[@]}" --lengths 8192 --batches 1 --kv-heads 8 --densities 0.1,1.0 \
-  --rounds 5 --json "$OUT/smoke.json"
+part smoke "$GPU" "$PYTHON" deploy/gpu/smoke.py "$OUT/smoke.json" "${KERNEL[@]}" --lengths 8192 \
+  --batches 1 --kv-heads 8 --densities 0.1,1.0 --rounds 5
 part kernels "$GPU" "${UNIT[@]}" tests/unit/attention/cuda
 part benches "$GPU" "${UNIT[@]}" tests/unit/bench
 part backend "$VLLM" "${UNIT[@]}" tests/engine/test_cuda_backend.py tests/engine/test_cuda_flags.py
