@@ -25,7 +25,8 @@ from dam_vllm.options import DENSE_BELOW, DamOptions, OptionError, find_masks, p
 
 logger = init_logger("vllm.dam")
 
-# What vLLM's CPU kernels and FlashAttention take.
+# The platforms that are served, by vLLM's names (`device_type` calls ROCm "cuda" too), and what
+# vLLM's CPU kernels and FlashAttention take there.
 PAGE_MULTIPLES = {"cpu": 32, "cuda": 16}
 CACHE_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2")
 
@@ -49,7 +50,7 @@ class Serving:
         """Query positions below it attend densely, in tokens: the option, or the platform's own."""
         if self.options.dense_below is not None:
             return self.options.dense_below
-        return DENSE_BELOW[current_platform.device_type]
+        return DENSE_BELOW[current_platform.device_name]
 
 
 def admit(config: VllmConfig) -> Serving:
@@ -151,9 +152,9 @@ def may_free_heads(options: DamOptions) -> bool:
 
 
 def _refuse_platform() -> None:
-    if not (current_platform.is_cpu() or current_platform.is_cuda()):
+    if current_platform.device_name not in PAGE_MULTIPLES:
         raise OptionError(
-            f"--attention-backend dam: it serves on CPU and CUDA, not on "
+            f"--attention-backend dam: it serves on {' and '.join(PAGE_MULTIPLES)}, not on "
             f"{current_platform.device_name}; leave the option away"
         )
 
@@ -285,11 +286,11 @@ def _refuse_sleep(config: VllmConfig) -> None:
 
 def _refuse_cache(config: VllmConfig) -> None:
     cache = config.cache_config
-    multiple = PAGE_MULTIPLES[current_platform.device_type]
+    multiple = PAGE_MULTIPLES[current_platform.device_name]
     if cache.block_size is not None and cache.block_size % multiple:
         raise OptionError(
             f"--block-size is {cache.block_size}: --attention-backend dam needs pages of a "
-            f"multiple of {multiple} tokens on {current_platform.device_type}"
+            f"multiple of {multiple} tokens on {current_platform.device_name}"
         )
     if cache.cache_dtype not in CACHE_DTYPES:
         raise OptionError(

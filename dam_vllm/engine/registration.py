@@ -29,7 +29,7 @@ def member() -> registry.AttentionBackendEnum:
     if known is not None:
         return known
     # On other platforms `admit` refuses, by name.
-    platform = current_platform.device_type
+    platform = current_platform.device_name
     registry.register_backend(NAME, BACKENDS.get(platform, BACKENDS["cuda"]))
     added = registry.AttentionBackendEnum[NAME]
     added.__reduce_ex__ = lambda protocol: (member, ())
