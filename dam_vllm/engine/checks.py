@@ -123,7 +123,7 @@ def serving_of(config: VllmConfig) -> Serving:
 def read_masks(
     options: DamOptions, model: str, revision: str | None, cache_dir: str | None
 ) -> Serving:
-    """Finds and reads the masks, whatever the model.
+    """Finds the masks, whatever the model, and reads them where they were not read before.
 
     Args:
         options: validated options.
@@ -139,6 +139,13 @@ def read_masks(
         MaskFileError: for a damaged mask file.
     """
     file = find_masks(options, model, revision, cache_dir)
+    found = file.stat()
+    return _read(options, file, (found.st_ino, found.st_size, found.st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=1)
+def _read(options: DamOptions, file: Path, version: tuple[int, ...]) -> Serving:
+    """Reads a version of a file: the first process asks for its pages, then for all of it."""
     try:
         masks = at_target(load_mask_set(file), options.target_density, options.target_error)
     except TargetError as error:
