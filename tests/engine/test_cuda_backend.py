@@ -554,8 +554,8 @@ def test_padded_pages_are_refused(backend):
 
 
 KERNELS = {
-    "counts": {"_close_step"}, "merge": {"_merge_kernel"}, "paged": {"_attend_kernel"},
-    "plan": {"_plan_kernel"}, "regroup": {"_copy_heads"}, "rotation": {"_rotate"},
+    "counts": {"_close_step"}, "flash": {"_copy_heads"}, "merge": {"_merge_kernel"},
+    "paged": {"_attend_kernel"}, "plan": {"_plan_kernel"}, "rotation": {"_rotate"},
     "score": {"_score_pages"}, "select": {"_choose_pages"},
     "shares": {"_share_pages", "_sum_chunks"}, "store": {"_store_kernel"},
 }  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 from dam_vllm.attention.chosen_pages import ChosenPages
 from dam_vllm.attention.cuda import attention as cuda
 from dam_vllm.attention.cuda import counts as counting
-from dam_vllm.attention.cuda import flash, merge, paged, plan, regroup, score, select, shares
+from dam_vllm.attention.cuda import flash, merge, paged, plan, score, select, shares
 from dam_vllm.attention.cuda.choices import Choices, rows_of
 from dam_vllm.attention.cuda.dynamic import DeviceChoosing
 from dam_vllm.attention.cuda.flash import Flash
@@ -260,7 +260,7 @@ def test_static_heads_take_few_launches(rng, masks, device, requests, most):
 LATER = (((65, 1), (200, 50), (7, 7)), ((300, 1),), ((40, 1),) * 5, ((7, 7), (9, 3), (60, 31)))
 KERNELS = {
     (module, name): kernel
-    for module in (counting, merge, paged, plan, regroup, score, select, shares)
+    for module in (counting, flash, merge, paged, plan, score, select, shares)
     for name, kernel in vars(module).items()
     if hasattr(kernel, "arg_names")
 }
