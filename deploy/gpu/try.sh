@@ -70,7 +70,9 @@ for heads in 8 2; do
   done
 done
 # A synchronisation or a kernel that is compiled while requests are served ends the server.
-part serve "$VLLM" env VLLM_GPU_SYNC_CHECK=error "$PYTHON" deploy/gpu/serve.py
+for kernel in flash triton; do
+  part "serve-$kernel" "$VLLM" env VLLM_GPU_SYNC_CHECK=error "$PYTHON" deploy/gpu/serve.py "$kernel"
+done
 for load in 32768:1,4 131072:1; do
   tokens=${load%:*}
   part "e2e-$tokens" "$VLLM" $(dam bench e2e) --model llama-3.1-8b --lengths "$tokens" \
