@@ -42,7 +42,8 @@ class DamOptions(BaseModel):
             the platform's own, see `DENSE_BELOW`.
         kv_free: "layer" gives KV-cache pages that no head of a layer can read again back to vLLM;
             "head" those of single KV heads too, where that gains more; "off" keeps all. "auto" is
-            "head" on CPU and "layer" on CUDA, where "head" has not been measured.
+            "head" on CPU and "layer" on CUDA, where "head" has not been measured; it keeps all
+            where nothing can be freed, the other two are refused there.
         kernel: "flash" and "triton" are the kernels on CUDA, "auto" the first of them that can
             serve, and vLLM's own paged kernel on CPU; "naive" is a slow float32 oracle for
             debugging and tests.

@@ -26,7 +26,8 @@ TARGETS = (
     "bandwidth and operations / bf16 rate\n"
     "each KV head reads page 0, its query block's own, and pages at random distances of its own; "
     "heads: even, mixed as in fitted masks, dynamic: a quarter chooses, reuse: it does so in one "
-    "layer of four (those two are not compared with an oracle here)"
+    "layer of four (those two are not compared with an oracle here; where heads choose, queries "
+    "are rotated and new keys and values stored too, which no other time holds)"
 )
 SECONDS, LEAST_ROUNDS = 5.0, 5
 DENSE, SPARSE = ("fa3", "contiguous", "sdpa"), ("flex", "triton", "flash")

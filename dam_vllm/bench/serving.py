@@ -11,8 +11,10 @@ from dam_vllm.attention.cuda.dynamic import DeviceChoosing
 from dam_vllm.attention.cuda.flash import Flash
 from dam_vllm.attention.cuda.layer import DeviceLayer, HeadSet
 from dam_vllm.attention.cuda.paged import Softmax
+from dam_vllm.attention.cuda.places import Homes
 from dam_vllm.attention.cuda.rotation import DeviceRotation
 from dam_vllm.attention.cuda.scratch import Scratch
+from dam_vllm.attention.cuda.store import HeadStore
 from dam_vllm.attention.dynamic_heads import DynamicHeads, ReusingHeads
 from dam_vllm.attention.interface import Step
 from dam_vllm.attention.layout import KVLayout
@@ -37,8 +39,8 @@ def dam_calls(
 ) -> list[Call]:
     """A step, layer by layer; the first layer's call makes the plan of all.
 
-    Where heads choose, the new tokens' queries and keys are rotated too, as in every layer that
-    has such heads.
+    Where heads choose, the new tokens' queries are rotated and their keys and values stored too,
+    as in every layer that has such heads; keys are rotated where they are stored.
 
     Args:
         case: the geometry.
@@ -64,17 +66,22 @@ def dam_calls(
         )
     )
     heads = torch.arange(selection.choosing, device=device)
+    # It turns nothing, so that stored keys are those that the cache holds already.
     basis = torch.eye(case.head_size, device=device).expand(len(heads), -1, -1).contiguous()
-    rotation = DeviceRotation(heads, basis)
+    rotation, factor = DeviceRotation(heads, basis), torch.ones((), device=device)
+    store = HeadStore(Homes.of_heads(where.every, case.kv_heads), (factor, factor), rotation)
+    slots = _token_slots(case, inputs[0].block_table)
     output = torch.full_like(inputs[0].query, torch.nan)
 
     def call_of(name: str, layer: DeviceLayer, each: Inputs) -> Call:
         turns = layer.choosing is not None and layer.choosing.dynamic is not None
+        key, value = (_new_tokens(case, part) for part in (each.key, each.value))
+        pages = attention.layout.keys_and_values(each.cache)
 
         def call() -> torch.Tensor:
             query = each.query
             if turns:
-                rotation.keys(query[:, : case.kv_heads])
+                store.write(key, value, *pages, slots)
                 query = rotation.queries(query, case.kv_heads)
             attention.run(plan, name, query, each.cache, output)
             return output
@@ -97,6 +104,17 @@ def _attention(
         counts=None,
         device=device,
     )
+
+
+def _new_tokens(case: Case, vectors: torch.Tensor) -> torch.Tensor:
+    """The new tokens' part of [batch, kv_heads, tokens, head_size]: [rows, kv_heads, head_size]."""
+    return vectors[:, :, case.tokens - case.queries :].transpose(1, 2).flatten(0, 1)
+
+
+def _token_slots(case: Case, block_table: torch.Tensor) -> torch.Tensor:
+    """Where the new tokens lie in the cache: int64 [rows], as vLLM's slots."""
+    at = torch.arange(case.tokens - case.queries, case.tokens, device=block_table.device)
+    return (block_table[:, at // case.page] * case.page + at % case.page).long().flatten()
 
 
 def _slots(case: Case) -> int:

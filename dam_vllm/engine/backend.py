@@ -16,7 +16,7 @@ from dam_vllm.attention.rotation import HeadRotation
 from dam_vllm.engine.checks import Serving, admit
 from dam_vllm.engine.kv_free.apply import free_kv_heads
 from dam_vllm.engine.private import cache_scales
-from dam_vllm.engine.shards import masked_layers, shard
+from dam_vllm.engine.shards import full_layers, masked_layers, shard
 from dam_vllm.masks.mask_set import HeadMode
 from dam_vllm.options import OptionError
 
@@ -124,11 +124,14 @@ def set_up_layers(config: VllmConfig) -> None:
 
     Args:
         config: vLLM's configuration, all layers built.
+
+    Raises:
+        OptionError: if a layer with masks was left to another backend.
     """
     serving, attention = admit(config), config.compilation_config.static_forward_context
     local, device = shard(serving.masks.kv_heads), torch.device(current_platform.device_type)
     chosen: ChosenPages[Any] = ChosenPages.of_masks(serving.masks, local)
-    ours = [name for name, layer in attention.items() if hasattr(layer, "impl")]
+    ours = _own_layers(attention, serving)
     masked = masked_layers(ours, attention, serving)
     counting = attention[ours[0]].impl.counting
     counts = counting(sorted(masked.values()), local.heads, local.start, device)
@@ -138,6 +141,18 @@ def set_up_layers(config: VllmConfig) -> None:
         impl.rotation = impl.rotations.of_layer(serving.masks, index, local, device)
         impl.chosen = chosen
     free_kv_heads(config)
+
+
+def _own_layers(attention: Mapping[str, Any], serving: Serving) -> list[str]:
+    """Layers that this backend was chosen for; all that have masks must be."""
+    impls = {name: layer.impl for name, layer in attention.items() if hasattr(layer, "impl")}
+    ours = [name for name, impl in impls.items() if isinstance(impl, DamImpl)]
+    for name in full_layers(impls.keys() - set(ours), serving):
+        raise OptionError(
+            f"--attention-config: backend_per_kind leaves {name} to {type(impls[name]).__name__}: "
+            f"mask file {serving.file} has masks for it, so that full_attention must be DAM"
+        )
+    return ours
 
 
 class DamImpl:

@@ -25,7 +25,8 @@ from dam_vllm.options import DENSE_BELOW, DamOptions, OptionError, find_masks, p
 
 logger = init_logger("vllm.dam")
 
-# What vLLM's CPU kernels and FlashAttention take.
+# The platforms that are served, by vLLM's names (`device_type` calls ROCm "cuda" too), and what
+# vLLM's CPU kernels and FlashAttention take there.
 PAGE_MULTIPLES = {"cpu": 32, "cuda": 16}
 CACHE_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2")
 
@@ -49,7 +50,7 @@ class Serving:
         """Query positions below it attend densely, in tokens: the option, or the platform's own."""
         if self.options.dense_below is not None:
             return self.options.dense_below
-        return DENSE_BELOW[current_platform.device_type]
+        return DENSE_BELOW[current_platform.device_name]
 
 
 def admit(config: VllmConfig) -> Serving:
@@ -122,7 +123,7 @@ def serving_of(config: VllmConfig) -> Serving:
 def read_masks(
     options: DamOptions, model: str, revision: str | None, cache_dir: str | None
 ) -> Serving:
-    """Finds and reads the masks, whatever the model.
+    """Finds the masks, whatever the model, and reads them where they were not read before.
 
     Args:
         options: validated options.
@@ -138,6 +139,13 @@ def read_masks(
         MaskFileError: for a damaged mask file.
     """
     file = find_masks(options, model, revision, cache_dir)
+    found = file.stat()
+    return _read(options, file, (found.st_ino, found.st_size, found.st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=1)
+def _read(options: DamOptions, file: Path, version: tuple[int, ...]) -> Serving:
+    """Reads a version of a file: the first process asks for its pages, then for all of it."""
     try:
         masks = at_target(load_mask_set(file), options.target_density, options.target_error)
     except TargetError as error:
@@ -151,9 +159,9 @@ def may_free_heads(options: DamOptions) -> bool:
 
 
 def _refuse_platform() -> None:
-    if not (current_platform.is_cpu() or current_platform.is_cuda()):
+    if current_platform.device_name not in PAGE_MULTIPLES:
         raise OptionError(
-            f"--attention-backend dam: it serves on CPU and CUDA, not on "
+            f"--attention-backend dam: it serves on {' and '.join(PAGE_MULTIPLES)}, not on "
             f"{current_platform.device_name}; leave the option away"
         )
 
@@ -285,11 +293,11 @@ def _refuse_sleep(config: VllmConfig) -> None:
 
 def _refuse_cache(config: VllmConfig) -> None:
     cache = config.cache_config
-    multiple = PAGE_MULTIPLES[current_platform.device_type]
+    multiple = PAGE_MULTIPLES[current_platform.device_name]
     if cache.block_size is not None and cache.block_size % multiple:
         raise OptionError(
             f"--block-size is {cache.block_size}: --attention-backend dam needs pages of a "
-            f"multiple of {multiple} tokens on {current_platform.device_type}"
+            f"multiple of {multiple} tokens on {current_platform.device_name}"
         )
     if cache.cache_dtype not in CACHE_DTYPES:
         raise OptionError(

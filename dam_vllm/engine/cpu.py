@@ -175,7 +175,8 @@ class DamCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         self.guessed = guessed_tokens(vllm_config, self.serving)
         self.naive = self.serving.options.kernel == "naive"
         if (self.serving.masks.modes == HeadMode.DYNAMIC).any() or self.naive:
-            self._read_plain_layout(layer_names)
+            # Keys in the plain layout, which we read ourselves, also where AMX is.
+            set_isa(self, "vec", layer_names)
         attention = vllm_config.compilation_config.static_forward_context
         self.layout = KVLayout(True, FP8_DTYPES.get(self.kv_cache_dtype))
         self.groups = attention[layer_names[0]].impl.groups
@@ -227,10 +228,6 @@ class DamCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             chosen=chosen_pages(self.serving, first, page),
             counts=self.counts,
         )
-
-    def _read_plain_layout(self, layer_names: list[str]) -> None:
-        """Keeps keys in the plain layout that we read ourselves, also where AMX is."""
-        set_isa(self, "vec" if self.block_size % 32 == 0 else "vec16", layer_names)
 
     def build(
         self,

@@ -14,6 +14,7 @@ from dam_vllm.attention.interface import SparseAttention
 from dam_vllm.attention.layout import KVLayout
 from dam_vllm.attention.self_check import HEADS, KV_HEADS, LAYER, PAGE, REQUESTS, SCALE, SIZE
 from dam_vllm.attention.self_check import difference as difference_from_oracle
+from dam_vllm.engine.checks import PAGE_MULTIPLES
 from dam_vllm.engine.registration import BACKENDS, NAME
 from dam_vllm.masks.mask_set import MaskSet
 from dam_vllm.masks.page_tables import PageSelector, page_tables
@@ -34,7 +35,7 @@ def examine() -> dict[str, Any]:
         kernel can serve.
     """
     load_general_plugins()
-    platform = current_platform.device_type
+    platform = current_platform.device_name
     found = {
         "vllm": vllm.__version__,
         "platform": platform,
@@ -61,7 +62,7 @@ def kernels() -> dict[str, str | None]:
         cuda = "serves on CUDA"
         return {"auto": None, "naive": None, "flash": cuda, "triton": cuda}
     if not current_platform.is_cuda():
-        why = f"DAM serves on CPU and CUDA, not on {current_platform.device_type}"
+        why = f"DAM serves on {' and '.join(PAGE_MULTIPLES)}, not on {current_platform.device_name}"
         return dict.fromkeys(("auto", "naive", "flash", "triton"), why)
     from vllm.triton_utils import HAS_TRITON
     from vllm.v1.attention.backends.fa_utils import is_flash_attn_varlen_func_available

@@ -30,6 +30,6 @@ def settle_page(arguments: EngineArgs) -> None:
     options = parse_options(arguments.additional_config)
     served = arguments.model, arguments.revision, arguments.download_dir
     header = read_masks(options, *served).masks.header
-    multiple = PAGE_MULTIPLES.get(current_platform.device_type, 1)
+    multiple = PAGE_MULTIPLES.get(current_platform.device_name, 1)
     fitted = header.fitted_page or PAGE
     arguments.block_size = PAGE if fitted % multiple else fitted

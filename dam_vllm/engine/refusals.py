@@ -30,6 +30,8 @@ from dam_vllm.options import OptionError
 REFUSALS = (OptionError, MaskFileError, FingerprintError)
 # Names the file in which workers leave what they refuse.
 TOLD = "DAM_VLLM_REFUSAL"
+# Marks our wrappers of vLLM's functions, which other plugins may have wrapped too.
+OURS = "wrapped_by_dam"
 
 
 def refuse_early(backend: Any) -> None:
@@ -40,7 +42,7 @@ def refuse_early(backend: Any) -> None:
     """
     if multiprocessing.parent_process() is not None:
         _leave_refusals()
-    elif not hasattr(EngineArgs.create_engine_config, "__wrapped__"):
+    elif not hasattr(EngineArgs.create_engine_config, OURS):
         _check_configurations(backend)
 
 
@@ -66,6 +68,7 @@ def _check_configurations(backend: Any) -> None:
             _repeat_refusals()
         return config
 
+    setattr(create_engine_config, OURS, True)
     EngineArgs.create_engine_config = create_engine_config
 
 

@@ -13,7 +13,7 @@ from vllm.v1.attention.backends import registry
 
 from dam_vllm.engine.counters import add_methods
 from dam_vllm.engine.private import warn_untested
-from dam_vllm.engine.refusals import refuse_early
+from dam_vllm.engine.refusals import OURS, refuse_early
 
 NAME = "DAM"
 # A platform is served by a backend here and an implementation of `attention.interface`.
@@ -29,7 +29,7 @@ def member() -> registry.AttentionBackendEnum:
     if known is not None:
         return known
     # On other platforms `admit` refuses, by name.
-    platform = current_platform.device_type
+    platform = current_platform.device_name
     registry.register_backend(NAME, BACKENDS.get(platform, BACKENDS["cuda"]))
     added = registry.AttentionBackendEnum[NAME]
     added.__reduce_ex__ = lambda protocol: (member, ())
@@ -48,7 +48,7 @@ def register_backend() -> None:
 
 def _honour_choice(platform: Any) -> None:
     stock = platform.get_attn_backend_cls.__func__
-    if hasattr(stock, "__wrapped__"):
+    if hasattr(stock, OURS):
         return
 
     @functools.wraps(stock)
@@ -67,4 +67,5 @@ def _honour_choice(platform: Any) -> None:
             )
         return member().get_path()
 
+    setattr(get_attn_backend_cls, OURS, True)
     platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)

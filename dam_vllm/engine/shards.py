@@ -32,10 +32,16 @@ def masked_layers(
     Returns:
         Global indices by name.
     """
+    full = full_layers(names, serving).items()
+    return {name: index for name, index in full if not attention[name].impl.windowed}
+
+
+def full_layers(names: Iterable[str], serving: Serving) -> dict[str, int]:
+    """Layers of full attention as the mask file has it; arguments and result as above."""
     types = serving.masks.header.layer_types
     found = {name: extract_layer_index(name) for name in names}
     return {
         name: index
         for name, index in found.items()
-        if index < len(types) and types[index] == "full" and not attention[name].impl.windowed
+        if index < len(types) and types[index] == "full"
     }

@@ -55,8 +55,8 @@ UNIT=("$PYTHON" -m pytest -q -p no:cacheprovider)
 KERNEL=($(dam bench kernel) "${FA3[@]}")
 
 part machine "$GPU" "$PYTHON" -c 'from dam_vllm.machine import *; import torch; print(torch.cuda.get_device_name())'
-part smoke "$GPU" "${KERNEL[@]}" --lengths 8192 --batches 1 --kv-heads 8 --densities 0.1,1.0 \
-  --rounds 5 --json "$OUT/smoke.json"
+part smoke "$GPU" "$PYTHON" deploy/gpu/smoke.py "$OUT/smoke.json" "${KERNEL[@]}" --lengths 8192 \
+  --batches 1 --kv-heads 8 --densities 0.1,1.0 --rounds 5
 part kernels "$GPU" "${UNIT[@]}" tests/unit/attention/cuda
 part benches "$GPU" "${UNIT[@]}" tests/unit/bench
 part backend "$VLLM" "${UNIT[@]}" tests/engine/test_cuda_backend.py tests/engine/test_cuda_flags.py
@@ -70,7 +70,9 @@ for heads in 8 2; do
   done
 done
 # A synchronisation or a kernel that is compiled while requests are served ends the server.
-part serve "$VLLM" env VLLM_GPU_SYNC_CHECK=error "$PYTHON" deploy/gpu/serve.py
+for kernel in flash triton; do
+  part "serve-$kernel" "$VLLM" env VLLM_GPU_SYNC_CHECK=error "$PYTHON" deploy/gpu/serve.py "$kernel"
+done
 for load in 32768:1,4 131072:1; do
   tokens=${load%:*}
   part "e2e-$tokens" "$VLLM" $(dam bench e2e) --model llama-3.1-8b --lengths "$tokens" \

@@ -123,9 +123,10 @@ def test_refused(masks, changed, message):
 def test_other_platforms_are_refused(masks, monkeypatch):
     from dam_vllm.engine import checks
 
-    no = {"is_cpu": lambda: False, "is_cuda": lambda: False, "device_name": "rocm"}
-    monkeypatch.setattr(checks, "current_platform", SimpleNamespace(**no))
-    with pytest.raises(OptionError, match="it serves on CPU and CUDA, not on rocm"):
+    # As ROCm calls itself.
+    other = SimpleNamespace(device_type="cuda", device_name="rocm")
+    monkeypatch.setattr(checks, "current_platform", other)
+    with pytest.raises(OptionError, match="it serves on cpu and cuda, not on rocm"):
         checks.admit(config(masks))
 
 
@@ -309,7 +310,7 @@ def test_options_of_other_platforms_are_refused(masks, monkeypatch, cpu, options
     from dam_vllm.engine import checks
 
     kind = "cpu" if cpu else "cuda"
-    platform = SimpleNamespace(is_cpu=lambda: cpu, is_cuda=lambda: not cpu, device_type=kind)
+    platform = SimpleNamespace(is_cpu=lambda: cpu, is_cuda=lambda: not cpu, device_name=kind)
     monkeypatch.setattr(checks, "current_platform", platform)
     asked = config(masks, additional_config={"dam": {"masks": str(masks), **options}})
     if message is None:
@@ -325,7 +326,7 @@ def test_options_of_other_platforms_are_refused(masks, monkeypatch, cpu, options
 def test_requests_run_dense_below_the_platforms_own_length(monkeypatch, random_masks, platform):
     from dam_vllm.engine import checks
 
-    monkeypatch.setattr(checks, "current_platform", SimpleNamespace(device_type=platform))
+    monkeypatch.setattr(checks, "current_platform", SimpleNamespace(device_name=platform))
     monkeypatch.setitem(checks.DENSE_BELOW, platform, 77)
     served = [
         checks.Serving(DamOptions(**options), Path("masks"), random_masks())

@@ -1,12 +1,13 @@
 """The CUDA backend's own code: on a GPU, or on this processor with Triton's interpreter.
 
-What a GPU alone has is replaced where there is none: FlashAttention by an oracle, and the kernel
-that stores keys by plain indexing.
+What a GPU alone has is replaced where there is none: FlashAttention by an oracle, which also takes
+float32 where it is, and the kernel that stores keys by plain indexing.
 """
 
 import re
 import sys
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ from dam_vllm.attention.oracle import exact_mask, masked_attention, page_mask
 from dam_vllm.demo import model_dir
 from dam_vllm.options import DamOptions, OptionError
 from tests.oracle import dynamic_mask
-from tests.unit.attention.cuda.launches import Launches
+from tests.unit.attention.cuda.launches import Launches, compiled, new, signature
 from tests.unit.attention.cuda.no_sync import no_sync
 from tests.unit.attention.cuda.varlen_oracle import varlen
 
@@ -30,6 +31,8 @@ NAME = "model.layers.0.self_attn.attn"
 GROUP = HEADS // KV_HEADS
 QUERY_SCALE, KEY_SCALE, VALUE_SCALE = 0.03, 0.5, 0.25
 FP8 = torch.float8_e4m3fn
+# What FlashAttention takes itself, where there is a GPU.
+OWN = torch.bfloat16 if torch.cuda.is_available() else torch.float32
 # Tokens up to the last query, and queries; vLLM puts requests with one query first.
 MIXED = ((300, 1), (65, 1), (411, 250), (129, 129), (5, 5), (271, 2))
 DECODE = ((391, 1), (1, 1), (640, 1), (64, 1))
@@ -47,6 +50,8 @@ def backend(monkeypatch, random_masks, device):
     from dam_vllm.engine import cuda, cuda_builder, cuda_layers
     from dam_vllm.engine.checks import Serving
     from dam_vllm.masks.sharding import Shard
+
+    stock = getattr(flash_attn, "flash_attn_varlen_func", None)
 
     def make(
         dtype=torch.float32, stored=None, softcap=0.0, mode="static", padded=None, masks=None,
@@ -67,7 +72,8 @@ def backend(monkeypatch, random_masks, device):
             schedule = {"get_scheduler_metadata": lambda **given: torch.zeros(5)}
             monkeypatch.setattr(flash_attn, *schedule.popitem(), raising=False)
         monkeypatch.setattr(cuda_builder, "log_masks", lambda *args: None)
-        if not hasattr(flash_attn, "flash_attn_varlen_func"):
+        refused = stock is None or dtype == torch.float32
+        if refused and getattr(flash_attn, "flash_attn_varlen_func", None) is stock:
             monkeypatch.setattr(flash_attn, "flash_attn_varlen_func", varlen, raising=False)
         monkeypatch.setattr(
             flash_attn, "flash_attn_supports_kv_cache_dtype", lambda *args, **kwargs: True
@@ -198,10 +204,10 @@ class Steps:
     ("options", "dtype", "stored", "softcap", "mode"),
     [
         ({"kernel": "triton", "dense_below": 40}, torch.float32, None, 0.0, "static"),
-        ({"kernel": "flash", "dense_below": 0}, torch.float32, None, 3.0, "static"),
+        ({"kernel": "flash", "dense_below": 0}, OWN, None, 3.0, "static"),
         ({"granularity": "token", "dense_below": 7}, torch.float16, None, 0.0, "static"),
         ({"dense_below": 0}, torch.bfloat16, torch.float8_e4m3fn, 0.0, "static"),
-        ({"dense_below": 40}, torch.float32, None, 0.0, "dynamic"),
+        ({"dense_below": 40}, OWN, None, 0.0, "dynamic"),
         ({"kernel": "triton", "dense_below": 0}, torch.float32, None, 3.0, "dynamic"),
         ({"kernel": "naive", "dense_below": 0}, torch.float32, None, 0.0, "dynamic"),
     ],
@@ -547,51 +553,56 @@ def test_padded_pages_are_refused(backend):
         backend(padded=2**20)
 
 
-@pytest.mark.parametrize("mode", ["static", "dynamic"])
-def test_kernels_are_compiled_before_the_first_request(backend, rng, device, monkeypatch, mode):
-    """What the layer launches is launched once, for prefill and for decoding."""
-    from dam_vllm.attention.cuda import (
-        counts,
-        merge,
-        paged,
-        plan,
-        rotation,
-        score,
-        select,
-        shares,
-        store,
-    )  # fmt: skip
+KERNELS = {
+    "counts": {"_close_step"}, "flash": {"_copy_heads"}, "merge": {"_merge_kernel"},
+    "paged": {"_attend_kernel"}, "plan": {"_plan_kernel"}, "rotation": {"_rotate"},
+    "score": {"_score_pages"}, "select": {"_choose_pages"},
+    "shares": {"_share_pages", "_sum_chunks"}, "store": {"_store_kernel"},
+}  # fmt: skip
+OF_DYNAMIC = KERNELS["score"] | KERNELS["select"] | KERNELS["shares"] | {"_rotate", "_store_kernel"}
 
-    launched, watched = set(), set()
 
-    class Watched:
-        def __init__(self, name, kernel):
-            self.name, self.kernel = name, kernel
-
-        def __getitem__(self, grid):
-            launched.add(self.name)
-            return self.kernel[grid]
-
-    for module in (counts, merge, paged, plan, rotation, score, select, shares, store):
-        source = Path(module.__file__).read_text()
-        for name in vars(module).copy():
-            if re.search(rf"(?<!\w){name}\[\(", source):
-                watched.add(name)
-                monkeypatch.setattr(module, name, Watched(name, getattr(module, name)))
-    assert watched == {
-        "_attend_kernel", "_merge_kernel", "_plan_kernel", "_score_pages", "_sum_chunks",
-        "_share_pages", "_choose_pages", "_rotate", "_close_step", "_store_kernel",
-    }  # fmt: skip
-    served = backend(kernel="triton", mode=mode, dense_below=0)
-    warmed = launched.copy()
-    steps = Steps(rng, device, torch.float32, None)
+@pytest.mark.parametrize(
+    ("kernel", "mode", "stored"),
+    [
+        ("triton", "static", None),
+        ("triton", "dynamic", None),
+        ("flash", "dynamic", None),
+        ("flash", "dynamic", FP8),
+    ],
+)
+def test_serving_compiles_nothing(backend, rng, device, monkeypatch, kernel, mode, stored):
+    """Queries, keys and values are slices of one projection, and slots begin anywhere."""
+    seen, watched = set(), []
+    for name, expected in KERNELS.items():
+        module = import_module(f"dam_vllm.attention.cuda.{name}")
+        launched = set(re.findall(r"(?<!\w)(\w+)\[\(", Path(module.__file__).read_text()))
+        assert launched == expected
+        for each in launched:
+            watched.append(getattr(module, each))
+            if device.type == "cpu":
+                monkeypatch.setattr(module, each, signature(watched[-1], seen))
+    dtype = torch.float32 if stored is None else torch.bfloat16
+    version = None if stored is None else 3
+    served = backend(dtype, stored, mode=mode, version=version, kernel=kernel, dense_below=0)
+    warmed, before = seen.copy(), compiled(watched) if device.type == "cuda" else None
+    steps = Steps(rng, device, dtype, stored)
+    cache = steps.cache.view(torch.uint8) if stored else steps.cache
     for requests in (MIXED, DECODE):
-        steps.run(served, served.builder.build(0, steps.step(served, requests)))
-    assert launched == warmed
-    chosen = {
-        "_score_pages", "_sum_chunks", "_share_pages", "_choose_pages", "_rotate", "_store_kernel",
-    }  # fmt: skip
-    assert (warmed >= chosen) == (mode == "dynamic")
+        common = steps.step(served, requests)
+        count = len(steps.query)
+        fused = torch.randn(count, HEADS + 2 * KV_HEADS, SIZE).to(dtype).to(device)
+        query, key, value = fused.split([HEADS, KV_HEADS, KV_HEADS], dim=1)
+        slots = torch.zeros(count + 1, dtype=torch.int64, device=device)[1:]
+        if served.impl.storing(served.layer) is not None:  # else vLLM's kernel does
+            served.impl.do_kv_cache_update(served.layer, key, value, cache, slots)
+        output, metadata = torch.empty_like(steps.query), served.builder.build(0, common)
+        served.impl.forward(served.layer, query, None, None, cache, metadata, output)
+    if device.type == "cuda":
+        assert compiled(watched) == before > 0
+        return
+    assert new(seen, warmed) == []
+    assert ({name for name, *_ in warmed} >= OF_DYNAMIC) == (mode == "dynamic")
 
 
 def test_a_page_holds_a_block_of_keys_unless_told():

@@ -75,11 +75,14 @@ def serve(tmp_path_factory):
     draw = random.Random(fresh_seed())
     prompts = [[1, *(draw.randrange(3, 63) for _ in range(length - 1))] for length in LENGTHS]
 
-    def ask(model, masks=None, load_format="auto", **options):
+    def ask(model, masks=None, load_format="auto", kinds=None, **options):
         arguments = ARGUMENTS | {"model": str(model), "load_format": load_format}
         if masks is not None:
             dam = {"masks": str(masks), "dense_below": 0, **options}
             arguments |= {"attention_backend": "dam", "additional_config": {"dam": dam}}
+        if kinds is not None:
+            arguments |= {"attention_config": {"backend_per_kind": kinds}}
+            del arguments["attention_backend"]
         process.stdin.write(json.dumps({"arguments": arguments, "prompts": prompts}) + "\n")
         process.stdin.flush()
         for line in process.stdout:
@@ -172,6 +175,17 @@ def test_a_family_is_calibrated_and_served(serve, model, family):
     oracle = serve(folder, folder / "masks", kernel="naive")
     assert distance(sparse, oracle) < ROUNDING
     assert distance(sparse, stock) > LEFT_OUT
+
+
+def test_kinds_of_layers_may_be_left_to_vllm(serve, model):
+    """The first layer has a sliding window; those with masks must be ours."""
+    folder = model("Gemma 3")
+    masks = folder / "masks"
+    found = serve(folder, masks, kinds={"full_attention": "DAM"})
+    assert distance(found, serve(folder, masks)) == 0
+    refused = serve(folder, masks, kinds={"sliding_window": "DAM"})["refused"]
+    assert "backend_per_kind leaves model.layers.1.self_attn.attn to CPUAttentionB" in refused
+    assert "full_attention must be DAM" in refused
 
 
 # Grouped queries, sliding windows with soft-capping, a KV head for each query head, and for all.

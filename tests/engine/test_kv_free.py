@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dam_vllm.masks.mask_set import HeadMode
-from dam_vllm.options import DamOptions
+from dam_vllm.options import DamOptions, OptionError
 
 pytestmark = pytest.mark.engine
 
@@ -121,12 +121,18 @@ def test_everything_is_kept(serve, layers, changed, options, reason):
     (line,) = serve(configuration, **options)
     assert line.startswith("DAM keeps all KV pages: ")
     assert reason in line
+    for asked in ("layer", "head"):
+        if "kv_free" not in options:
+            message = f"dam.kv_free is '{asked}', and nothing can be freed: .*{reason}.*or 'off'"
+            with pytest.raises(OptionError, match=message):
+                serve(configuration, **options, kv_free=asked)
     for each in configuration.compilation_config.static_forward_context.values():
         assert getattr(each, "attn_backend", Base) is Base
 
 
-def test_everything_is_kept_where_no_head_is_bounded(serve):
-    (line,) = serve(config(plain()), modes=HeadMode.DENSE)
+@pytest.mark.parametrize("asked", ["auto", "head"])
+def test_everything_is_kept_where_no_head_is_bounded(serve, asked):
+    (line,) = serve(config(plain()), modes=HeadMode.DENSE, kv_free=asked)
     assert "gains enough" in line
 
 

@@ -1,5 +1,7 @@
 """What cannot be served is refused by the first process, before vLLM starts any other."""
 
+import functools
+
 import pytest
 from transformers import LlamaConfig
 
@@ -57,6 +59,40 @@ def test_refused_before_a_worker_starts(files, options, arguments, message):
 def test_what_fits_is_served(files):
     config = configure(files, {"masks": "good"})
     assert config.attention_config.backend.name == "DAM"
+
+
+def test_masks_are_read_once(files, monkeypatch):
+    """And again once the file was replaced."""
+    from dam_vllm.engine import checks
+
+    read, load = [], checks.load_mask_set
+    monkeypatch.setattr(checks, "load_mask_set", lambda file: read.append(file) or load(file))
+    for window in (64, 96):
+        save_mask_set(streaming(DEMO, 4, window), files / "once")
+        configure(files, {"masks": "once"})
+        assert read == [files / "once"]
+        options = checks.parse_options({"dam": {"masks": str(files / "once")}})
+        assert checks.read_masks(options, DEMO, None, None).masks.reach == window
+        read.clear()
+        checks._load.cache_clear()
+
+
+def test_another_plugins_wrapper_does_not_keep_ours_away(files, monkeypatch):
+    from vllm import EngineArgs
+
+    from dam_vllm.engine.refusals import refuse_early
+    from dam_vllm.engine.registration import member
+    from dam_vllm.plugin import register
+
+    register()
+    stock = EngineArgs.create_engine_config.__wrapped__
+    other = functools.wraps(stock)(lambda *args, **kwargs: stock(*args, **kwargs))
+    monkeypatch.setattr(EngineArgs, "create_engine_config", other)
+    for _ in range(2):
+        refuse_early(member())
+        assert EngineArgs.create_engine_config.__wrapped__ is other
+    with pytest.raises(OptionError, match="unknown option"):
+        configure(files, {"mask": "good"})
 
 
 def test_other_backends_are_not_looked_at(files):

@@ -1,7 +1,9 @@
 """The choice reaches every process, and without it nothing changes."""
 
+import functools
 import multiprocessing
 import pickle
+from types import SimpleNamespace
 
 import pytest
 
@@ -57,6 +59,32 @@ def test_choice_is_honoured_and_others_are_left_alone():
     assert selected(member()) == BACKENDS["cpu"]
     stock = AttentionBackendEnum.CPU_ATTN.get_path()
     assert selected(None) == selected(AttentionBackendEnum.CPU_ATTN) == stock
+
+
+def test_another_plugins_wrapper_does_not_keep_ours_away():
+    """Below or above ours; ours is there once."""
+    from dam_vllm.engine.registration import BACKENDS, _honour_choice, member
+
+    class Platform:
+        @classmethod
+        def get_attn_backend_cls(cls, selected, config, num_heads=None):
+            return "stock"
+
+    def wrap():
+        stock = Platform.get_attn_backend_cls.__func__
+        other = functools.wraps(stock)(lambda *given: stock(*given))
+        Platform.get_attn_backend_cls = classmethod(other)
+
+    wrap()
+    _honour_choice(Platform)
+    config = SimpleNamespace(use_mla=False, use_sparse=False)
+    assert Platform.get_attn_backend_cls(member(), config) == BACKENDS["cpu"]
+    assert Platform.get_attn_backend_cls(None, config) == "stock"
+    for change in (wrap, lambda: None):
+        change()
+        before = Platform.get_attn_backend_cls.__func__
+        _honour_choice(Platform)
+        assert Platform.get_attn_backend_cls.__func__ is before
 
 
 def test_model_native_sparse_attention_is_refused():

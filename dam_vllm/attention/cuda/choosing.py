@@ -1,4 +1,4 @@
-"""Pages of dynamic heads on a GPU: scored, ranked and chosen, as many blocks at a time as fit."""
+"""Pages of dynamic heads on a GPU: scored, ordered and chosen, as many blocks at a time as fit."""
 
 from dataclasses import replace
 
@@ -21,7 +21,7 @@ SLOT_STEP = 16
 
 
 def slot_bytes(heads: int, width: int, page: int, rows: Rows) -> int:
-    """Bytes for the scores and ranks of a query block's pages, `width` of them."""
+    """Bytes for the scores and shares of a query block's pages, `width` of them."""
     chunks = triton.cdiv(width, PageBlocks(page).chunk)
     return 4 * heads * (rows.count * (width + 2 * chunks + 2) + width)
 

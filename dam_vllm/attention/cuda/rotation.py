@@ -13,13 +13,15 @@ import torch
 import triton
 import triton.language as tl
 
-from dam_vllm.attention.cuda.fp8 import to_fp8
 from dam_vllm.attention.rotation import HeadRotation
 from dam_vllm.masks.mask_set import MaskSet
 from dam_vllm.masks.sharding import Shard
 
 # Tokens a program, and channels that are multiplied at a time: both fit any GPU's shared memory.
 BLOCK, CHUNK = 32, 32
+# The largest number of float8_e4m3fn.
+FP8_MAX = tl.constexpr(448.0)
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @dataclass(frozen=True)
@@ -143,3 +145,17 @@ def _store(target, vectors, held, scale_ptr):
     if scale_ptr is not None:
         vectors = to_fp8(vectors.to(tl.float32) * (1.0 / tl.load(scale_ptr)))
     tl.store(target, vectors.to(target.dtype.element_ty), mask=held)
+
+
+@triton.jit
+def to_fp8(numbers):
+    """The nearest float8_e4m3fn of float32 numbers; what is too large becomes the largest one."""
+    numbers = tl.minimum(tl.maximum(numbers, -FP8_MAX), FP8_MAX)
+    if INTERPRETED:
+        # The interpreter loses the carry of a mantissa that is rounded up, and so half the number.
+        bits = numbers.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000
+        small = (numbers + 24576.0) - 24576.0  # multiples of the smallest number, 2 ** -9
+        rounded = bits.to(tl.float32, bitcast=True)
+        numbers = tl.where(tl.abs(numbers) < 0.015625, small, rounded)
+    return numbers.to(tl.float8e4nv)

@@ -1,7 +1,8 @@
-"""Choice of pages on a GPU: the rank from which on a query block's pages are enough for its budget.
+"""Choice of pages on a GPU: the share from which on a query block's pages fulfil its budget.
 
-Where pages are counted the rank is found by bisection. Where mass is, the best pages are sorted,
-and their masses added up until every row has enough.
+Pages are ordered by their shares of mass (`PageShares`). Where pages are counted the share is found
+by bisection. Where mass is, the best pages are sorted, and their masses added up until every row
+has enough.
 """
 
 import torch
@@ -61,16 +62,19 @@ def choose_pages(
 
 @triton.jit
 def _threshold_of_count(bits_ptr, own, needed, SCAN: tl.constexpr):
-    """The rank from which on at least `needed` pages are found, or all that have mass.
+    """The share from which on at least `needed` pages are found, or all that have mass.
 
-    A search by halves over the bits of a rank, which order as the ranks do.
+    A search by halves over the bits of a share. The first pages' are kept in registers; few query
+    blocks have more, which are read again each time.
     """
+    first_page = tl.arange(0, SCAN)
+    kept = tl.load(bits_ptr + first_page, mask=first_page <= own, other=0)
     low, high = tl.zeros([], tl.int32) + 1, tl.zeros([], tl.int32) + STATIC
     low = tl.where(needed > 0, low, high)
     while high - low > 1:
         middle = low + (high - low) // 2
-        count = tl.zeros([], tl.int32)
-        for first in range(0, own + 1, SCAN):
+        count = tl.sum(((kept >= middle) & (kept < STATIC)).to(tl.int32))
+        for first in range(SCAN, own + 1, SCAN):
             page = first + tl.arange(0, SCAN)
             bits = tl.load(bits_ptr + page, mask=page <= own, other=0)
             count += tl.sum(((bits >= middle) & (bits < STATIC)).to(tl.int32))
@@ -83,13 +87,13 @@ def _threshold_of_count(bits_ptr, own, needed, SCAN: tl.constexpr):
 
 @triton.jit
 def _best_pages(bits_ptr, own, below, SCAN: tl.constexpr, SORTED: tl.constexpr):
-    """The SORTED pages of the highest ranks `below` one, best first: rank << 32 | page, or 0."""
+    """The SORTED pages of the highest shares `below` one, best first: share << 32 | page, or 0."""
     best = tl.zeros([SORTED], tl.int64)
     for first in range(0, own + 1, SCAN):
         page = first + tl.arange(0, SCAN)
         bits = tl.load(bits_ptr + page, mask=page <= own, other=0)
-        ranked = bits.to(tl.int64) * (1 << 32) + page
-        found = tl.topk(tl.where((bits > 0) & (bits < below), ranked, 0), SORTED)
+        keyed = bits.to(tl.int64) * (1 << 32) + page
+        found = tl.topk(tl.where((bits > 0) & (bits < below), keyed, 0), SORTED)
         best = tl.topk(tl.reshape(tl.join(best, found), [2 * SORTED]), SORTED)
     return best
 
@@ -120,7 +124,7 @@ def _threshold_of_mass(
     SCAN: tl.constexpr, SORTED: tl.constexpr, PAGES: tl.constexpr, WHOLE: tl.constexpr,
     COUNT: tl.constexpr,
 ):  # fmt: skip
-    """The rank of the last page that is needed until every row has the mass it wants.
+    """The share of the last page that is needed until every row has the mass it wants.
 
     Pages are taken best first, PAGES at a time, so that only pages that are chosen are looked at.
     """
@@ -136,16 +140,16 @@ def _threshold_of_mass(
         at = tl.zeros([], tl.int32)
         while going & (at < SORTED):
             number = at + tl.arange(0, PAGES)
-            ranked = tl.gather(best, number, 0)
-            held = (ranked > 0) & (count + number < cap)
+            keyed = tl.gather(best, number, 0)
+            held = (keyed > 0) & (count + number < cap)
             shares = mass_of_pages(
-                query_block, (ranked & 0x7FFFFFFF).to(tl.int32), held, width, rows, 0,
+                query_block, (keyed & 0x7FFFFFFF).to(tl.int32), held, width, rows, 0,
                 max_score_ptr, largest_ptr, total_ptr, WHOLE, COUNT,
             )  # fmt: skip
             before = mass[None, :] + tl.cumsum(shares, axis=0) - shares
             short = tl.max((before < wanted[None, :]).to(tl.int32), axis=1) > 0
             taken = held & (short | (count + number < floor))
-            low = tl.minimum(low, tl.min(tl.where(taken, (ranked >> 32).to(tl.int32), STATIC)))
+            low = tl.minimum(low, tl.min(tl.where(taken, (keyed >> 32).to(tl.int32), STATIC)))
             mass += tl.sum(shares, axis=0)
             at += PAGES
             going = tl.min(taken.to(tl.int32)) > 0
@@ -202,7 +206,7 @@ def _choose_pages(
 
 @triton.jit
 def _store_chosen(chosen_ptr, bits_ptr, low, own, SCAN: tl.constexpr):
-    """Marks a query block's pages with low <= rank that are not static."""
+    """Marks a query block's pages with low <= share that are not static."""
     for first in range(0, own + 1, SCAN):
         page = first + tl.arange(0, SCAN)
         bits = tl.load(bits_ptr + page, mask=page <= own, other=0)

@@ -14,13 +14,13 @@ from dam_vllm.attention.cuda.scratch import Room
 from dam_vllm.masks.page_tables import PageSelector
 
 ELEMENTS = 4096
-# Bits of 2.0, above those of any share of mass: what a static page ranks as.
+# Bits of 2.0, above those of any share of mass: what a static page has instead.
 STATIC = tl.constexpr(0x40000000)
 
 
 @dataclass(frozen=True)
 class PageShares:
-    """Ranks of pages for query blocks, and what makes logits of rows shares of their mass.
+    """Shares of pages for query blocks, and what makes logits of rows shares of their mass.
 
     Attributes:
         largest: float32 [heads, slots, rows], largest logit of a row.
@@ -43,7 +43,7 @@ def share_pages(
     blocks: PageBlocks,
     room: Room,
 ) -> PageShares:
-    """Ranks pages for all query blocks of one query, or for all longer ones.
+    """Tells shares of pages for all query blocks of one query, or for all longer ones.
 
     Args:
         max_scores: of these query blocks.
@@ -54,7 +54,7 @@ def share_pages(
         room: memory for the result.
 
     Returns:
-        The page_shares; undefined for other query blocks.
+        The shares; undefined for other query blocks.
     """
     n, slots, width, count = max_scores.logits.shape
     chunks = max_scores.sums.shape[2]
@@ -148,7 +148,7 @@ def _share_pages(
     PAGES: tl.constexpr, HEADS_PER_KV: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr,
     COUNT: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
-    """Ranks some of a query block's pages."""
+    """Tells the shares of some of a query block's pages."""
     slot = tl.program_id(0)
     at = tl.program_id(1)
     _, own, _, _, queries = query_block_of_rows(

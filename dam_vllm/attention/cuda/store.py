@@ -10,9 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from dam_vllm.attention.cuda.fp8 import to_fp8
 from dam_vllm.attention.cuda.places import Homes
-from dam_vllm.attention.cuda.rotation import BLOCK, CHUNK, DeviceRotation, turned
+from dam_vllm.attention.cuda.rotation import BLOCK, CHUNK, DeviceRotation, to_fp8, turned
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from dam_vllm.engine.kv_free.head_groups import split_layers
 from dam_vllm.engine.kv_free.spec import BoundedAttentionSpec
 from dam_vllm.engine.shards import shard
 from dam_vllm.masks.sharding import shards
+from dam_vllm.options import OptionError
 
 FULL_ONLY = ("sliding_window", "attention_chunk_size", "non_causal")
 
@@ -29,9 +30,17 @@ def free_kv_heads(config: VllmConfig) -> None:
 
     Args:
         config: vLLM's configuration, all layers built.
+
+    Raises:
+        OptionError: if pages are to be freed, by an option that was set, and cannot be.
     """
     serving = admit(config)
-    reason = _reason_to_keep(config, serving)
+    asked, reason = serving.options.kv_free, _reason_to_keep(config, serving)
+    if reason is not None and asked in ("layer", "head"):
+        raise OptionError(
+            f"--additional-config: dam.kv_free is {asked!r}, and nothing can be freed: {reason}; "
+            f"set it to 'auto' or 'off'"
+        )
     if reason is None:
         page = config.cache_config.block_size
         heads = head_bounds(serving.masks, page, serving.dense_below)

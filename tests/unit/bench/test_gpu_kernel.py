@@ -13,6 +13,7 @@ from dam_vllm.bench.reference import expected, relative_error, sample
 from dam_vllm.bench.roof import Roof
 from dam_vllm.bench.scattered import Spread, scattered
 from tests.unit.attention.cuda.launches import Launches
+from tests.unit.attention.cuda.no_sync import no_sync
 from tests.unit.attention.cuda.varlen_oracle import varlen
 from tests.unit.bench.host_timer import HostTimer
 
@@ -75,6 +76,23 @@ def test_the_first_layer_makes_the_plan(flash):
             call()
         launched.append(launches.triton.count("_plan_kernel"))
     assert launched == [1, 0, 0]
+
+
+@pytest.mark.parametrize("case", [CHUNK, DECODE], ids=["chunk", "decode"])
+def test_dynamic_heads_launch_what_serving_does(case):
+    """So that a CUDA graph holds it; what is stored is what the cache holds already."""
+    selection, inputs = scattered(case, 0.5, Spread.DYNAMIC), draw(case, HERE, 2)
+    before = [each.cache.clone() for each in inputs]
+    calls = serving.dam_calls(case, geometry(case, HERE), inputs, selection, None)
+    for call in calls:
+        call()  # as before a graph is captured
+    for call in calls:
+        with no_sync(), Launches() as launches:
+            call()
+        assert launches.all == launches.triton
+        assert [launches.all.count(name) for name in ("_store_kernel", "_rotate")] == [1, 1]
+    for each, kept in zip(inputs, before, strict=True):
+        torch.testing.assert_close(each.cache, kept, rtol=0, atol=0)
 
 
 def test_spreads():

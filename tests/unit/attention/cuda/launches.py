@@ -115,3 +115,12 @@ def signature(kernel, seen):
             return getattr(kernel, name)
 
     return Told()
+
+
+def new(seen, warmed):
+    """What was not compiled before: kernels, and the parameters that differ from the nearest."""
+    found = []
+    for name, *told in seen - warmed:
+        known = [each[1:] for each in warmed if each[0] == name]
+        found.append((name, min(([*set(told) - set(each)] for each in known), key=len, default=())))
+    return found

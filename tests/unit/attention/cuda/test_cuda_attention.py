@@ -11,7 +11,7 @@ import torch
 from dam_vllm.attention.chosen_pages import ChosenPages
 from dam_vllm.attention.cuda import attention as cuda
 from dam_vllm.attention.cuda import counts as counting
-from dam_vllm.attention.cuda import flash, merge, paged, plan, regroup, score, select, shares
+from dam_vllm.attention.cuda import flash, merge, paged, plan, score, select, shares
 from dam_vllm.attention.cuda.choices import Choices, rows_of
 from dam_vllm.attention.cuda.dynamic import DeviceChoosing
 from dam_vllm.attention.cuda.flash import Flash
@@ -24,7 +24,7 @@ from dam_vllm.attention.layout import KVLayout
 from dam_vllm.attention.oracle import chosen_mask, masked_attention, page_mask
 from dam_vllm.masks.mask_set import HeadMode
 from dam_vllm.masks.sharding import Shard
-from tests.unit.attention.cuda.launches import Launches, compiled, signature
+from tests.unit.attention.cuda.launches import Launches, compiled, new, signature
 from tests.unit.attention.cuda.varlen_oracle import varlen
 
 pytestmark = pytest.mark.slow
@@ -137,15 +137,6 @@ def chosen(masks, made, anchor, rows, stored):
     static = page_mask(masks, layer, stop - rows.stop + rows.start, stop, PAGE, 0, PAGE)
     query, key = made.query[layer, rows, own].cpu(), stored[layer, :, head, :SIZE]
     return chosen_mask(masks, layer, head, query, key, static[own][0], PAGE, SCALE)
-
-
-def new(seen, warmed):
-    """What was not compiled before: kernels, and the parameters that differ from the nearest."""
-    found = []
-    for name, *told in seen - warmed:
-        known = [each[1:] for each in warmed if each[0] == name]
-        found.append((name, min(([*set(told) - set(each)] for each in known), key=len, default=())))
-    return found
 
 
 @pytest.fixture
@@ -269,7 +260,7 @@ def test_static_heads_take_few_launches(rng, masks, device, requests, most):
 LATER = (((65, 1), (200, 50), (7, 7)), ((300, 1),), ((40, 1),) * 5, ((7, 7), (9, 3), (60, 31)))
 KERNELS = {
     (module, name): kernel
-    for module in (counting, merge, paged, plan, regroup, score, select, shares)
+    for module in (counting, flash, merge, paged, plan, score, select, shares)
     for name, kernel in vars(module).items()
     if hasattr(kernel, "arg_names")
 }

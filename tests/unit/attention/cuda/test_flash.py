@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dam_vllm.attention.cuda.regroup import gather_heads, scatter_heads
+from dam_vllm.attention.cuda.flash import gather_heads, scatter_heads
 
 
 @pytest.mark.parametrize("tokens", [1, 17, 100])
