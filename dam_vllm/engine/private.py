@@ -5,18 +5,36 @@ here and nowhere else.
 """
 
 import multiprocessing
+from importlib import import_module
+from operator import attrgetter
 from typing import Any
 
 import vllm
 from vllm import _custom_ops as ops
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
+
+from dam_vllm.options import OptionError
 
 __all__ = [
-    "attention_isa", "cache_scales", "give_back", "ops", "query_scale", "scale_tensors", "set_isa",
-    "single_queries_first", "warn_untested",
+    "attention_isa", "cache_scales", "give_back", "ops", "query_scale", "refuse_changed",
+    "scale_tensors", "set_isa", "single_queries_first", "warn_untested",
 ]  # fmt: skip
 
 TESTED = ("0.32", "0.33")
+# What is looked up where a server starts, by module; the rest is taken while layers are set up.
+NAMES = {
+    "vllm.v1.core.single_type_kv_cache_manager": [
+        "SingleTypeKVCacheManager._remove_blocks_in_range"
+    ],
+    "vllm.v1.attention.backend": ["AttentionMetadataBuilder._init_reorder_batch_threshold"],
+}
+CPU_NAMES = {
+    "vllm.v1.attention.backends.cpu_attn": [
+        "CPUAttentionMetadataBuilder._set_isa_to_layers",
+        "_get_attn_isa",
+    ],
+}
 
 logger = init_logger(__name__)
 
@@ -31,6 +49,23 @@ def warn_untested() -> None:
             " and ".join(TESTED),
             vllm.__version__,
         )
+
+
+def refuse_changed() -> None:
+    """Looks private names up before anything is served.
+
+    Raises:
+        OptionError: for the first that this vLLM lacks.
+    """
+    for module, names in (NAMES | (CPU_NAMES if current_platform.is_cpu() else {})).items():
+        for name in names:
+            try:
+                attrgetter(name)(import_module(module))
+            except (ImportError, AttributeError):
+                raise OptionError(
+                    f"--attention-backend dam: vLLM {vllm.__version__} has no {module}.{name}; "
+                    f"install vLLM {' or '.join(TESTED)}, or leave the option away"
+                ) from None
 
 
 def cache_scales(layer: Any) -> tuple[float, float]:

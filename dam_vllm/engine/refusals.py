@@ -23,6 +23,7 @@ from vllm.engine.arg_utils import EngineArgs
 
 from dam_vllm.engine.checks import admit
 from dam_vllm.engine.page import settle_page
+from dam_vllm.engine.private import refuse_changed
 from dam_vllm.masks.file import MaskFileError
 from dam_vllm.masks.fingerprint import FingerprintError
 from dam_vllm.options import OptionError
@@ -59,6 +60,7 @@ def _check_configurations(backend: Any) -> None:
         if backend not in (attention.backend, *attention.backend_per_kind.values()):
             return config
         try:
+            refuse_changed()
             admit(config)
         except REFUSALS as error:
             if _is_command():

@@ -1,11 +1,14 @@
 """What cannot be served is refused by the first process, before vLLM starts any other."""
 
 import functools
+from importlib import import_module
+from operator import attrgetter
 
 import pytest
 from transformers import LlamaConfig
 
 from dam_vllm.demo import model_dir
+from dam_vllm.engine import private
 from dam_vllm.masks.baselines import streaming
 from dam_vllm.masks.file import MaskFileError, save_mask_set
 from dam_vllm.options import OptionError
@@ -111,3 +114,19 @@ def test_a_backend_of_single_layer_kinds_is_looked_at(files):
     )
     with pytest.raises(OptionError, match="unknown option"):
         asked.create_engine_config()
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        (module, name)
+        for module, names in (private.NAMES | private.CPU_NAMES).items()
+        for name in names
+    ],
+)
+def test_a_release_without_a_private_name_is_refused(monkeypatch, files, module, name):
+    *owner, last = name.split(".")
+    found = import_module(module)
+    monkeypatch.delattr(attrgetter(*owner)(found) if owner else found, last)
+    with pytest.raises(OptionError, match=rf"has no {module}\.{name}; install vLLM 0"):
+        configure(files, {"masks": "good"})
