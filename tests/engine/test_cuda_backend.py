@@ -1,202 +1,33 @@
-"""The CUDA backend's own code: on a GPU, or on this processor with Triton's interpreter.
+"""What the CUDA backend gives, against the oracle; see `conftest.py`."""
 
-What a GPU alone has is replaced where there is none: FlashAttention by an oracle, which also takes
-float32 where it is, and the kernel that stores keys by plain indexing.
-"""
-
-import re
-import sys
 from dataclasses import replace
-from importlib import import_module
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from dam_vllm.attention.layout import KVLayout
-from dam_vllm.attention.oracle import exact_mask, masked_attention, page_mask
-from dam_vllm.demo import model_dir
-from dam_vllm.options import DamOptions, OptionError
-from tests.oracle import dynamic_mask
-from tests.unit.attention.cuda.launches import Launches, compiled, new, signature
-from tests.unit.attention.cuda.no_sync import no_sync
+from dam_vllm.attention.oracle import masked_attention, page_mask
+from dam_vllm.options import OptionError
+from tests.engine.cuda_steps import (
+    DECODE,
+    FP8,
+    GROUP,
+    HEADS,
+    KEY_SCALE,
+    KV_HEADS,
+    LONGEST,
+    MIXED,
+    OWN,
+    PAGE,
+    QUERY_SCALE,
+    SIZE,
+    VALUE_SCALE,
+    Steps,
+)
+from tests.unit.attention.cuda.launches import Launches
 from tests.unit.attention.cuda.varlen_oracle import varlen
 
 pytestmark = pytest.mark.engine
-
-SIZE, PAGE, HEADS, KV_HEADS, LONGEST = 64, 32, 6, 3, 1024
-NAME = "model.layers.0.self_attn.attn"
-GROUP = HEADS // KV_HEADS
-QUERY_SCALE, KEY_SCALE, VALUE_SCALE = 0.03, 0.5, 0.25
-FP8 = torch.float8_e4m3fn
-# What FlashAttention takes itself, where there is a GPU.
-OWN = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-# Tokens up to the last query, and queries; vLLM puts requests with one query first.
-MIXED = ((300, 1), (65, 1), (411, 250), (129, 129), (5, 5), (271, 2))
-DECODE = ((391, 1), (1, 1), (640, 1), (64, 1))
-
-
-@pytest.fixture
-def backend(monkeypatch, random_masks, device):
-    """Function that makes the backend's builder and implementation for one layer."""
-    from vllm.config import set_current_vllm_config
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.v1.attention.backends import flash_attn
-    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVQuantMode
-
-    from dam_vllm.engine import backend as shared
-    from dam_vllm.engine import cuda, cuda_builder, cuda_layers
-    from dam_vllm.engine.checks import Serving
-    from dam_vllm.masks.sharding import Shard
-
-    stock = getattr(flash_attn, "flash_attn_varlen_func", None)
-
-    def make(
-        dtype=torch.float32, stored=None, softcap=0.0, mode="static", padded=None, masks=None,
-        local=(0, KV_HEADS), shares=None, version=None, **options,
-    ):  # fmt: skip
-        masks = masks or random_masks(
-            layers=1, heads=HEADS, kv_heads=KV_HEADS, pcl=150, share=0.01,
-            dense=mode == "static", dynamic=mode == "dynamic", head_size=SIZE,
-        )  # fmt: skip
-        kv_heads = local[1] - local[0]
-        serving = Serving(DamOptions(**options), Path("masks"), masks)
-        for module in (cuda, cuda_builder, cuda_layers, shared):
-            monkeypatch.setattr(module, "admit", lambda config: serving)
-        for module in (cuda_layers, shared):
-            monkeypatch.setattr(module, "shard", lambda count: Shard(*local))
-        if version is not None:
-            monkeypatch.setattr(flash_attn, "get_flash_attn_version", lambda *a, **given: version)
-            schedule = {"get_scheduler_metadata": lambda **given: torch.zeros(5)}
-            monkeypatch.setattr(flash_attn, *schedule.popitem(), raising=False)
-        monkeypatch.setattr(cuda_builder, "log_masks", lambda *args: None)
-        refused = stock is None or dtype == torch.float32
-        if refused and getattr(flash_attn, "flash_attn_varlen_func", None) is stock:
-            monkeypatch.setattr(flash_attn, "flash_attn_varlen_func", varlen, raising=False)
-        monkeypatch.setattr(
-            flash_attn, "flash_attn_supports_kv_cache_dtype", lambda *args, **kwargs: True
-        )
-        name = "fp8_e4m3" if stored else "auto"
-        config = EngineArgs(
-            model=str(model_dir()),
-            max_model_len=LONGEST,
-            block_size=PAGE,
-            max_num_seqs=6,
-            kv_cache_dtype=name,
-            dtype=str(dtype).removeprefix("torch."),
-        ).create_engine_config()
-        with set_current_vllm_config(config):
-            made = cuda.DamCUDAImpl(
-                kv_heads * GROUP // Shard(*local).parts, SIZE, 0.17, kv_heads, None, None, name,
-                logits_soft_cap=softcap, kv_sharing_target_layer_name=shares,
-            )  # fmt: skip
-        scales = {"q": QUERY_SCALE, "k": KEY_SCALE, "v": VALUE_SCALE}
-        floats = {f"_{part}_scale_float": scale for part, scale in scales.items()}
-        tensors = {
-            f"_{part}_scale": torch.tensor(scale, device=device) for part, scale in scales.items()
-        }
-        layer = SimpleNamespace(impl=made, layer_name=NAME, **floats, **tensors)
-        config.compilation_config.static_forward_context[NAME] = layer
-        spec = FullAttentionSpec(
-            block_size=PAGE, num_kv_heads=kv_heads, head_size=SIZE, dtype=stored or dtype,
-            kv_quant_mode=KVQuantMode.FP8_PER_TENSOR if stored else KVQuantMode.NONE,
-            page_size_padded=padded,
-        )  # fmt: skip
-        made.rotation = made.rotations.of_layer(masks, 0, Shard(*local), device)
-        made.counts = made.counting([0], kv_heads, local[0], device)
-        monkeypatch.setattr(shared, "set_up_layers", lambda config: None)
-        made.asks = made.supports_quant_query_input
-        made.process_weights_after_loading(dtype)
-        builder = cuda_builder.DamCUDAMetadataBuilder(spec, [NAME], config, device)
-        return SimpleNamespace(builder=builder, impl=made, layer=layer, masks=masks)
-
-    return make
-
-
-class Steps:
-    """A paged cache with poison where nothing is stored, and steps over it."""
-
-    def __init__(self, rng, device, dtype, stored):
-        self.rng, self.device, self.dtype, self.stored = rng, device, dtype, stored
-        self.blocks = 64
-        shape = (self.blocks, KV_HEADS, PAGE, 2 * SIZE)
-        self.cache = torch.full(shape, torch.nan).to(stored or dtype).to(device)
-
-    def step(self, served, requests):
-        """Stores new random requests and gives vLLM's metadata for their last queries."""
-        from vllm.v1.attention.backend import CommonAttentionMetadata
-
-        counts = [-(-stop // PAGE) for stop, _ in requests]
-        order = self.rng.permutation(self.blocks)
-        table = torch.full((len(requests), LONGEST // PAGE), 2**30, dtype=torch.int32)
-        self.requests, self.keys, self.values = requests, [], []
-        for row, (stop, _) in enumerate(requests):
-            pages, order = torch.from_numpy(order[: counts[row]].copy()), order[counts[row] :]
-            table[row, : counts[row]] = pages
-            key, value = (torch.randn(stop, KV_HEADS, SIZE).to(self.dtype) for _ in range(2))
-            rotation = served.impl.rotation
-            if rotation is not None:
-                key = rotation.keys(key.to(self.device)).cpu()
-            both = torch.cat([key, value], dim=-1).to(self.cache.dtype)
-            token = torch.arange(stop)
-            self.cache[pages[token // PAGE], :, token % PAGE] = both.to(self.device)
-            self.keys.append(both[..., :SIZE].float())
-            self.values.append(both[..., SIZE:].float())
-        new = np.array([count for _, count in requests])
-        starts = torch.from_numpy(np.concatenate([[0], new.cumsum()])).int()
-        lens = torch.tensor([stop for stop, _ in requests], dtype=torch.int32)
-        self.query = torch.randn(int(new.sum()), HEADS, SIZE).to(self.dtype).to(self.device)
-        return CommonAttentionMetadata(
-            query_start_loc=starts.to(self.device), query_start_loc_cpu=starts,
-            seq_lens=lens.to(self.device), num_reqs=len(requests),
-            num_actual_tokens=int(new.sum()), max_query_len=int(new.max()),
-            max_seq_len=int(lens.max()), block_table_tensor=table.to(self.device),
-            slot_mapping=torch.zeros(int(new.sum()), dtype=torch.int64, device=self.device),
-            seq_lens_cpu_upper_bound=lens,
-        )  # fmt: skip
-
-    def run(self, served, metadata):
-        cache = self.cache.view(torch.uint8) if self.stored else self.cache
-        output, query = torch.full_like(self.query, torch.nan), self.query
-        if self.stored and served.impl.asks:
-            query = (query / QUERY_SCALE).to(FP8)  # by vLLM's layer
-        served.impl.forward(served.layer, query, None, None, cache, metadata, output)
-        return output.float().cpu()
-
-    def expected(self, served, granularity="page", dense_below=0, softcap=0.0):
-        """The oracle's output for the requests of the last step."""
-        rows, first = [], 0
-        rotation = served.impl.rotation
-        query = self.query
-        if served.impl.quantises:
-            query = served.impl.prepared(served.layer, query).float() * QUERY_SCALE
-        elif rotation is not None:
-            query = rotation.queries(query, KV_HEADS)
-        if self.stored and served.impl.asks:
-            query = (query / QUERY_SCALE).to(FP8).float() * QUERY_SCALE
-        query = query.cpu()
-        scales = (KEY_SCALE, VALUE_SCALE) if self.stored else (1.0, 1.0)
-        for (stop, count), key, value in zip(self.requests, self.keys, self.values, strict=True):
-            asked = query[first : first + count]
-            key, value = key * scales[0], value * scales[1]
-            args = (served.masks, 0, stop - count, stop)
-            if granularity == "token":
-                mask = exact_mask(*args, PAGE, dense_below)
-            else:
-                mask = page_mask(*args, PAGE, dense_below)
-            if rotation is not None:
-                static = page_mask(*args, PAGE, dense_below, PAGE)
-                for head in rotation.heads.tolist():
-                    own = slice(head * GROUP, (head + 1) * GROUP)
-                    mask[own] = dynamic_mask(
-                        served.masks, 0, head, asked.unflatten(1, (KV_HEADS, GROUP))[:, head],
-                        key[:, head], static[head * GROUP], PAGE, 0.17, softcap,
-                    )  # fmt: skip
-            rows.append(masked_attention(asked, key, value, torch.from_numpy(mask), 0.17, softcap))
-            first += count
-        return torch.cat(rows)
 
 
 @pytest.mark.parametrize("requests", [MIXED, DECODE], ids=["mixed", "decode"])
@@ -313,27 +144,6 @@ def test_decode_metadata_serves_other_lengths(backend, rng, device, mode):
     torch.testing.assert_close(found[:3], steps.expected(served), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("requests", [MIXED[1:3], DECODE], ids=["mixed", "decode"])
-@pytest.mark.parametrize(
-    ("options", "mode"),
-    [
-        ({"kernel": "flash"}, "static"),
-        ({"kernel": "triton"}, "dynamic"),
-        ({"granularity": "token"}, "static"),
-    ],
-)
-def test_no_layer_waits_for_the_device(backend, rng, device, monkeypatch, requests, options, mode):
-    from vllm.v1.attention.backends import flash_attn
-
-    monkeypatch.setattr(flash_attn, "flash_attn_varlen_func", lambda **given: None, raising=False)
-    served = backend(mode=mode, dense_below=0, **options)
-    steps = Steps(rng, device, torch.float32, None)
-    metadata = served.builder.build(0, steps.step(served, requests))
-    output = torch.empty_like(steps.query)
-    with no_sync():
-        served.impl.forward(served.layer, steps.query, None, None, steps.cache, metadata, output)
-
-
 # Which KV heads a rank holds; one shares the second KV head with another rank.
 LATER, SHARED = (1, KV_HEADS), (1, 2, 1, 2)
 
@@ -387,48 +197,6 @@ def test_short_steps_are_flash_attentions_own(backend, rng, device):
     assert served.builder.build(0, steps.step(served, DECODE)).planned is not None
 
 
-@pytest.mark.parametrize(
-    ("mode", "stored", "more"),
-    [("static", None, 1), ("static", FP8, 0), ("dynamic", None, 6), ("dynamic", FP8, 6)],
-)
-def test_short_requests_in_a_graph_take_few_launches(
-    backend, rng, device, monkeypatch, mode, stored, more
-):
-    """Queries that are a slice of the projection, as in serving; besides the plan, one a step."""
-    from vllm.v1.attention.backends import flash_attn
-
-    launches = Launches()
-
-    def attend(*args, **given):
-        launches.all.append("FlashAttention")
-
-    monkeypatch.setattr(flash_attn, "flash_attn_varlen_func", attend, raising=False)
-    served = backend(torch.bfloat16, stored, mode=mode, version=3, kernel="flash", dense_below=512)
-    steps = Steps(rng, device, torch.bfloat16, stored)
-    common = steps.step(served, DECODE)
-    stock = served.builder.build(0, replace(common, max_seq_len=300))
-    assert stock.planned is None
-    captured = served.builder.build_for_cudagraph_capture(replace(common, max_seq_len=LONGEST))
-    fused = torch.randn(len(DECODE), HEADS + 2 * KV_HEADS, SIZE).to(torch.bfloat16).to(device)
-    query = fused[:, :HEADS]
-    if served.impl.quantised and served.impl.asks:
-        query = (query / QUERY_SCALE).to(FP8)  # by vLLM, contiguous
-    counts = []
-    for metadata in (stock, captured):
-        output = torch.empty(query.shape, dtype=torch.bfloat16, device=device)
-        cache = steps.cache.view(torch.uint8) if stored else steps.cache
-        launches.all.clear()
-        with launches:
-            served.impl.forward(served.layer, query, None, None, cache, metadata, output)
-        # `flash` is our call of FlashAttention, which tells of itself.
-        counts.append([name for name in launches.all if name != "flash"])
-    assert counts[0][-1] == "FlashAttention"
-    assert len(counts[0]) == (1 if mode == "static" else 2)  # queries are rotated there too
-    counts[1].remove("_plan_kernel")
-    assert counts[1].count("FlashAttention") == 1
-    assert len(counts[1]) <= 1 + more
-
-
 @pytest.mark.parametrize("stored", [None, FP8])
 def test_keys_of_dynamic_heads_are_turned_as_they_are_stored(backend, rng, device, stored):
     """By the one launch that stores them; padding is left alone."""
@@ -453,12 +221,11 @@ def test_keys_of_dynamic_heads_are_turned_as_they_are_stored(backend, rng, devic
     assert cache.float().isnan().all(dim=-1).sum() == (6 * PAGE - 36) * KV_HEADS
 
 
-def test_token_masks_do_not_depend_on_the_step(backend, rng, device, monkeypatch):
+def test_token_masks_do_not_depend_on_the_step(backend, rng, device):
     """Pages of 48 make query blocks of 144: up to there queries are dense, in any step."""
-    monkeypatch.setattr(sys.modules[__name__], "PAGE", 48)
     torch.manual_seed(int(rng.integers(2**31)))
-    served = backend(granularity="token", dense_below=40)
-    steps = Steps(rng, device, torch.float32, None)
+    served = backend(page=48, granularity="token", dense_below=40)
+    steps = Steps(rng, device, torch.float32, None, page=48)
     assert served.builder.build(0, steps.step(served, ((144, 144),))).planned is None
     found = steps.run(served, served.builder.build(0, steps.step(served, ((301, 301),))))
     dense = torch.ones(1, 144, 144, dtype=torch.bool).tril().expand(HEADS, -1, -1)
@@ -551,110 +318,6 @@ def test_short_steps_that_a_graph_replays_are_counted_once(backend, rng, device)
 def test_padded_pages_are_refused(backend):
     with pytest.raises(OptionError, match="KV pages are padded"):
         backend(padded=2**20)
-
-
-KERNELS = {
-    "counts": {"_close_step"}, "flash": {"_copy_heads"}, "merge": {"_merge_kernel"},
-    "paged": {"_attend_kernel"}, "plan": {"_plan_kernel"}, "rotation": {"_rotate"},
-    "score": {"_score_pages"}, "select": {"_choose_pages"},
-    "shares": {"_share_pages", "_sum_chunks"}, "store": {"_store_kernel"},
-}  # fmt: skip
-OF_DYNAMIC = KERNELS["score"] | KERNELS["select"] | KERNELS["shares"] | {"_rotate", "_store_kernel"}
-
-
-@pytest.mark.parametrize(
-    ("kernel", "mode", "stored"),
-    [
-        ("triton", "static", None),
-        ("triton", "dynamic", None),
-        ("flash", "dynamic", None),
-        ("flash", "dynamic", FP8),
-    ],
-)
-def test_serving_compiles_nothing(backend, rng, device, monkeypatch, kernel, mode, stored):
-    """Queries, keys and values are slices of one projection, and slots begin anywhere."""
-    seen, watched = set(), []
-    for name, expected in KERNELS.items():
-        module = import_module(f"dam_vllm.attention.cuda.{name}")
-        launched = set(re.findall(r"(?<!\w)(\w+)\[\(", Path(module.__file__).read_text()))
-        assert launched == expected
-        for each in launched:
-            watched.append(getattr(module, each))
-            if device.type == "cpu":
-                monkeypatch.setattr(module, each, signature(watched[-1], seen))
-    dtype = torch.float32 if stored is None else torch.bfloat16
-    version = None if stored is None else 3
-    served = backend(dtype, stored, mode=mode, version=version, kernel=kernel, dense_below=0)
-    warmed, before = seen.copy(), compiled(watched) if device.type == "cuda" else None
-    steps = Steps(rng, device, dtype, stored)
-    cache = steps.cache.view(torch.uint8) if stored else steps.cache
-    for requests in (MIXED, DECODE):
-        common = steps.step(served, requests)
-        count = len(steps.query)
-        fused = torch.randn(count, HEADS + 2 * KV_HEADS, SIZE).to(dtype).to(device)
-        query, key, value = fused.split([HEADS, KV_HEADS, KV_HEADS], dim=1)
-        slots = torch.zeros(count + 1, dtype=torch.int64, device=device)[1:]
-        if served.impl.storing(served.layer) is not None:  # else vLLM's kernel does
-            served.impl.do_kv_cache_update(served.layer, key, value, cache, slots)
-        output, metadata = torch.empty_like(steps.query), served.builder.build(0, common)
-        served.impl.forward(served.layer, query, None, None, cache, metadata, output)
-    if device.type == "cuda":
-        assert compiled(watched) == before > 0
-        return
-    assert new(seen, warmed) == []
-    assert ({name for name, *_ in warmed} >= OF_DYNAMIC) == (mode == "dynamic")
-
-
-def test_a_page_holds_a_block_of_keys_unless_told():
-    from dam_vllm.engine.cuda import DamCUDABackend
-
-    assert DamCUDABackend.get_preferred_block_size(16) == 128
-    assert DamCUDABackend.get_preferred_block_size(256) == 256
-    assert DamCUDABackend.supports_block_size(16)
-
-
-@pytest.mark.parametrize(("kernel", "rows"), [("flash", 2048), ("triton", 0)])
-def test_memory_is_taken_before_the_cache_is(backend, monkeypatch, kernel, rows):
-    """While weights are loaded; the builder, which comes after vLLM has measured, takes none."""
-    from dam_vllm.attention.cuda import scratch as module
-    from dam_vllm.engine import cuda_layers
-
-    served = backend(kernel=kernel, dense_below=0)
-    impl, config = served.impl, served.impl.config
-    impl.scratch = None
-    impl.process_weights_after_loading(torch.float32)
-    scratch = impl.scratch
-    tokens = config.scheduler_config.max_num_batched_tokens
-    assert tokens == 2048
-    assert len(scratch.query) == len(scratch.output) == rows * HEADS * SIZE
-    monkeypatch.setattr(cuda_layers, "Scratch", None)
-    free = scratch.left()
-    builder = served.builder._sparse({NAME: served.layer}, KVLayout(False))
-    assert builder.scratch is scratch
-    taken = free - scratch.left()
-    assert 0 < taken * 4 < module.PLAN_BYTES
-    width, slots = LONGEST // PAGE, tokens // 128 + 2 * config.scheduler_config.max_num_seqs
-    assert taken == pytest.approx(KV_HEADS * slots * (width + 2), rel=0.01)
-
-
-def test_decoding_bounds_the_splits_of_flash_attention_3(backend, rng, device, monkeypatch):
-    """As stock does under CUDA graphs; version 2 takes none, and prefill is never split."""
-    from vllm.v1.attention.backends import flash_attn
-
-    given = []
-    monkeypatch.setattr(
-        flash_attn, "flash_attn_varlen_func", lambda **each: given.append(each), raising=False
-    )
-    for aot, most, expected in ((True, 32, 32), (True, 0, 0), (False, 32, 0)):
-        served = backend(kernel="flash", dense_below=0)
-        builder = served.builder
-        builder.aot_schedule, builder.max_num_splits = aot, most
-        builder.sparse = builder._sparse({NAME: served.layer}, KVLayout(False))
-        steps, given[:] = Steps(rng, device, torch.float32, None), []
-        steps.run(served, builder.build(0, steps.step(served, MIXED)))
-        assert [(each["max_seqlen_q"], each["num_splits"]) for each in given] == [
-            (1, expected), (128, 1)
-        ]  # fmt: skip
 
 
 def test_shared_caches_hold_no_rotated_keys(backend):
