@@ -27,8 +27,8 @@ class QueryWeights:
         causal: float64 [query_blocks], pages up to its end.
     """
 
-    queries: torch.Tensor
-    causal: torch.Tensor
+    queries: np.ndarray
+    causal: np.ndarray
 
     @classmethod
     def of(cls, query_blocks: QueryBlocks, new: torch.Tensor, page: int) -> Self:
@@ -39,10 +39,11 @@ class QueryWeights:
             new: int [requests], queries of each request.
             page: tokens a page.
         """
-        decodes = new[query_blocks.request] == 1
-        queries = (query_blocks.stop - query_blocks.start).double()
-        by_phase = torch.stack([queries * ~decodes, queries * decodes], dim=1)
-        return cls(by_phase, ((query_blocks.stop - 1) // page + 1).double())
+        start, stop = query_blocks.start.numpy(), query_blocks.stop.numpy()
+        decodes = new.numpy()[query_blocks.request.numpy()] == 1
+        queries = (stop - start).astype(np.float64)
+        by_phase = np.stack([queries * ~decodes, queries * decodes], axis=1)
+        return cls(by_phase, ceil_div(stop, page).astype(np.float64))
 
 
 class PageCounts:
@@ -121,8 +122,11 @@ class PageCounts:
             pages: int [n, query_blocks], pages read.
             weights: of the query blocks.
         """
-        self.pages[:, 0, where[0], where[1]] += (pages.double() @ weights.queries).long().t()
-        self.pages[:, 1, where[0], where[1]] += (weights.causal @ weights.queries).long()[:, None]
+        counted, (rows, heads) = self.pages.numpy(), (each.numpy() for each in where)
+        read = pages.numpy().astype(np.float64) @ weights.queries
+        dense = weights.causal @ weights.queries
+        counted[:, 0, rows, heads] += read.astype(np.int64).T
+        counted[:, 1, rows, heads] += dense.astype(np.int64)[:, None]
 
     def add_whole(
         self,
@@ -152,7 +156,7 @@ class PageCounts:
 
     def close_step(self) -> None:
         """Sorts what was counted since the last call, a step, by its density; on the CPU."""
-        totals = self.pages.sum(dim=(2, 3))
+        totals = torch.from_numpy(self.pages.numpy().sum(axis=(2, 3)))
         for phase, (read, dense) in enumerate((totals - self._closed).tolist()):
             if dense:
                 self.steps[phase, int(np.searchsorted(DENSITIES[:-1], read / dense))] += 1

@@ -2,7 +2,10 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+
+from dam_vllm.masks.rounding import ceil_div
 
 
 @dataclass(frozen=True)
@@ -50,20 +53,20 @@ def cut_query_blocks(
     Returns:
         The query blocks, request by request, in order of position.
     """
-    starts = query_start_loc.long()
-    stop = seq_lens.long()
-    start = stop - starts.diff()
+    # numpy's small operations take a fraction of torch's, and a decoding step has little else.
+    starts, stop = (each.numpy().astype(np.int64) for each in (query_start_loc, seq_lens))
+    start = stop - np.diff(starts)
     first = start // query_block
-    counts = (stop + query_block - 1) // query_block - first
-    request = torch.repeat_interleave(counts)
-    offset = torch.arange(len(request)) - (counts.cumsum(0) - counts)[request]
+    counts = ceil_div(stop, query_block) - first
+    request = np.repeat(np.arange(len(counts)), counts)
+    offset = np.arange(len(request)) - (counts.cumsum() - counts)[request]
     index = first[request] + offset
-    begin = torch.maximum(index * query_block, start[request])
+    begin = np.maximum(index * query_block, start[request])
     return QueryBlocks(
-        request=request,
-        index=index,
-        row=starts[request] + begin - start[request],
-        start=begin,
-        stop=torch.minimum((index + 1) * query_block, stop[request]),
+        request=torch.from_numpy(request),
+        index=torch.from_numpy(index),
+        row=torch.from_numpy(starts[request] + begin - start[request]),
+        start=torch.from_numpy(begin),
+        stop=torch.from_numpy(np.minimum((index + 1) * query_block, stop[request])),
         tokens=int(starts[-1]),
     )

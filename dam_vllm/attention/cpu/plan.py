@@ -10,6 +10,7 @@ head_size].
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from dam_vllm.attention.query_blocks import QueryBlocks
@@ -105,45 +106,42 @@ def plan_pages(
         The plan; its queries hold these heads alone, in that order.
     """
     layers, count, _, pages = selected.shape
-    last = query_blocks.stop - 1
+    last = query_blocks.stop.numpy() - 1
     last_page = last // page
-    selected = selected & (torch.arange(pages) <= last_page[:, None])
-    shape = (layers, count * len(last))
-    counts = selected.sum(-1, dtype=torch.int32).view(shape)
-    table = _compact(selected.view(*shape, pages), counts, where, query_blocks.request)
-    tail = (last - last_page * page + 1).repeat(count)
-    rows = torch.arange(count)[:, None] * query_blocks.tokens + query_blocks.row
+    causal = selected.numpy() & (np.arange(pages) <= last_page[:, None])
+    causal = causal.reshape(layers, count * len(last), pages)
+    counts = causal.sum(-1)
+    tail = np.tile(last - last_page * page + 1, count)
+    rows = np.arange(count)[:, None] * query_blocks.tokens + query_blocks.row.numpy()
+    starts = np.append(rows, count * query_blocks.tokens).astype(np.int32)
     return Plan(
-        block_table=table,
-        seq_lens=((counts - 1) * page + tail).int(),
-        query_start_loc=torch.cat(
-            [rows.flatten(), torch.tensor([count * query_blocks.tokens])]
-        ).int(),
+        block_table=torch.from_numpy(_compact(causal, counts, where, query_blocks.request)),
+        seq_lens=torch.from_numpy(((counts - 1) * page + tail).astype(np.int32)),
+        query_start_loc=torch.from_numpy(starts),
     )
 
 
 def _compact(
-    selected: torch.Tensor, counts: torch.Tensor, where: VirtualPages, request: torch.Tensor
-) -> torch.Tensor:
+    selected: np.ndarray, counts: np.ndarray, where: VirtualPages, request: torch.Tensor
+) -> np.ndarray:
     """Moves the ids of selected pages to the front of each row.
 
     Args:
         selected: bool [layers, n, pages], n = heads * query blocks.
-        counts: int32 [layers, n], selected pages of each row.
+        counts: int64 [layers, n], selected pages of each row.
         where: virtual pages.
         request: int64 [query_blocks].
 
     Returns:
         int32 [layers, n, counts.max()].
     """
-    layer, row, page = selected.nonzero(as_tuple=True)
-    width = int(counts.max())
-    table = torch.zeros((*counts.shape, width), dtype=torch.int32)
-    flat = counts.flatten()
-    position = torch.arange(len(page)) - torch.repeat_interleave(flat.cumsum(0) - flat, flat)
-    _, requests, blocks = where.blocks.shape
-    start = ((where.group[..., None] * requests + request) * blocks).view(counts.shape)
-    offset = where.offset[..., None].expand(*where.offset.shape, len(request)).flatten(1)
-    block = where.blocks.flatten()[start[layer, row] + page]
-    table[layer, row, position] = (block * where.scale + offset[layer, row]).int()
-    return table
+    row, page = np.divmod(np.flatnonzero(selected), selected.shape[2])
+    each = counts.ravel()
+    table = np.zeros((each.size, each.max()), dtype=np.int32)
+    position = np.arange(len(page)) - np.repeat(each.cumsum() - each, each)
+    blocks, asking = where.blocks.numpy(), request.numpy()
+    start = (where.group.numpy()[..., None] * blocks.shape[1] + asking) * blocks.shape[2]
+    offset = where.offset.numpy()[..., None] + np.zeros_like(asking)
+    block = blocks.ravel()[start.ravel()[row] + page]
+    table[row, position] = block * where.scale + offset.ravel()[row]
+    return table.reshape(*counts.shape, -1)
