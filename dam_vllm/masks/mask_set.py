@@ -152,6 +152,10 @@ class MaskSet:
                     refuse_outside(name, values, 0, 1)
         if self.dynamic is not None:
             self.dynamic.check_rotations()
+        if self.frontier is not None:
+            if "fit" not in self.header.parameters:
+                raise ValueError("there is a frontier, but the header's parameters tell no 'fit'")
+            self.frontier.check_points(self, spare)
 
     def _check_shapes(self) -> None:
         for name, dimensions in (("columns", 3), ("modes", 2), ("density_lengths", 1)):
