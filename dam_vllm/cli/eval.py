@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from dam_vllm.cli.program import INTERRUPTED, PROGRESS, Quiet
+from dam_vllm.cli.program import INTERRUPTED, PROGRESS, Quiet, plain_console
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -207,7 +207,7 @@ def _measure(job: "Job", state: "State") -> "list[Place]":
     from dam_vllm.questions.prompting import prompting
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
@@ -246,8 +246,6 @@ def _report(
     write: bool,
 ) -> None:
     """Prints tables and writes what was asked for."""
-    from rich.console import Console
-
     from dam_vllm.evaluation.results import agreement_rows, results, score_rows, worst
     from dam_vllm.evaluation.show import agreement_table, score_table, worst_line
     from dam_vllm.files import write_json
@@ -255,13 +253,13 @@ def _report(
     rows = score_rows(job.settings, state, places)
     agreed = agreement_rows(job.settings, state, places)
     losses = worst(rows, [subject.name for subject in job.masks])
-    console = Console()
+    console = plain_console()
     _widen(console, len({row["masks"] for row in rows}))
     console.print(score_table(rows))
     if agreed:
         console.print(agreement_table(agreed))
     for loss in losses:
-        console.print(worst_line(loss), soft_wrap=True, markup=False)
+        console.print(worst_line(loss), soft_wrap=True)
     if json is not None:
         write_json(json, results(job.settings, rows, agreed, losses))
     if plot is not None:

@@ -9,6 +9,7 @@ from dam_vllm.cli import bench, benchmarks, e2e_benchmark, kernel_benchmarks
 from dam_vllm.cli.benchmarks import Benchmark, finish
 from dam_vllm.cli.e2e_benchmark import E2eOptions, e2e
 from dam_vllm.cli.kernel_benchmarks import KernelOptions, Phase
+from dam_vllm.cli.program import plain_console
 from dam_vllm.options import OptionError
 
 
@@ -41,6 +42,16 @@ def test_conclusions_follow_the_table(capsys):
     assert out.index("notes") < out.index("[1] row")
     assert "1.5" in out
     assert "why" not in out
+
+
+def test_names_in_brackets_are_shown_as_they_are(capsys, monkeypatch):
+    monkeypatch.setattr(benchmarks, "PROGRESS", plain_console(stderr=True, force_terminal=True))
+    name = "[v2]x[/b]{a}:key:"
+    said = Benchmark(name, name, 1, lambda advance: [{"bench": "x", "masks": name}])
+    finish([said], None)
+    shown = capsys.readouterr()
+    assert shown.out.count(name) == 3
+    assert name in shown.err
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,10 @@ import torch
 from typer.testing import CliRunner
 
 from dam_vllm import machine
+from dam_vllm.cli import eval as cli
 from dam_vllm.cli.eval import spread
 from dam_vllm.cli.main import app
+from dam_vllm.cli.program import plain_console
 from dam_vllm.evaluation import subjects
 from dam_vllm.evaluation.client import Reply
 from dam_vllm.evaluation.settings import STOCK, Settings, Subject
@@ -84,6 +86,17 @@ def test_results(servers, files, tmp_path):
     assert results["settings"]["lengths"] == [512, 768]
     assert image.read_bytes().startswith(b"\x89PNG")
     assert "half: worst task lines at 768 tokens" in done.output
+
+
+def test_names_in_brackets_are_shown_as_they_are(servers, files, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "PROGRESS", plain_console(stderr=True, force_terminal=True))
+    odd = files[1].rename(tmp_path / "[v2]half:key:")
+    servers.density[odd.name] = (7, 10)
+    done = run(MODEL, "--masks", odd, *SMALL, "--no-streaming")
+    assert done.exit_code == 0, done.output
+    assert odd.name in done.stderr
+    assert f"{odd.name}: worst task" in done.stdout
+    assert done.stdout.count(odd.name) == 2
 
 
 def test_same_command_goes_on_and_fresh_starts_anew(servers, files):
