@@ -274,8 +274,8 @@ def test_servers_are_stock_or_masked(monkeypatch):
     (stock, nothing), (masked, environment) = started
     assert nothing == {}
     assert not any("dam" in argument for argument in stock)
-    # 4 layers, 4 KV heads of 32 channels, keys and values in two bytes.
-    assert f"--kv-cache-memory-bytes={4 * 4 * 32 * 2 * 2 * 32 * (21 + 64)}" in stock
+    # 4 layers, 4 KV heads of 32 channels, keys and values in four bytes.
+    assert f"--kv-cache-memory-bytes={4 * 4 * 32 * 2 * 4 * 32 * (21 + 64)}" in stock
     assert "--max-model-len=672" in stock
     assert "--no-enable-prefix-caching" in stock
     assert stock[-1] == masked[-1] == "--dtype=float32"
@@ -283,6 +283,23 @@ def test_servers_are_stock_or_masked(monkeypatch):
     assert "--attention-backend=dam" in masked
     assert '"dense_below": 64' in masked[masked.index("--additional-config") + 1]
     assert "dam" in environment["VLLM_PLUGINS"].split(",")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "width"),
+    [
+        ((), 2),
+        (("--dtype", "float32"), 4),
+        (("--dtype=float",), 4),
+        (("--dtype=float32", "--dtype", "half"), 2),
+        (("--dtype", "auto", "--kv-cache-dtype", "auto"), 2),
+        (("--dtype",), 2),
+    ],
+)
+def test_the_cache_holds_a_request_in_the_dtype_that_is_served(arguments, width):
+    settings = Settings(MODEL, ("words",), (512,), 1, 0, 32, 64, True, arguments)
+    size = 4 * 4 * 32 * 2 * width * 32 * (21 + 64)
+    assert f"--kv-cache-memory-bytes={size}" in subjects.common_arguments(settings)
 
 
 def test_plugins_stay_those_that_were_chosen(monkeypatch):
