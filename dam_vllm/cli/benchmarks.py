@@ -41,7 +41,9 @@ def finish(benchmarks: Sequence[Benchmark], json: Path | None) -> None:
     from dam_vllm.bench.roof import gpu_machine
     from dam_vllm.files import write_json
     from dam_vllm.machine import describe, machine
+    from dam_vllm.options import output_option
 
+    output_option("--json", json)
     console = plain_console()
     found = machine()
     if any(benchmark.gpu for benchmark in benchmarks):

@@ -10,7 +10,7 @@ import typer
 
 from dam_vllm.calibration.settings import CalibrationConfig, FitConfig, meaning
 from dam_vllm.cli.program import INTERRUPTED, PROGRESS, Quiet
-from dam_vllm.options import OptionError
+from dam_vllm.options import OptionError, masks_output_option
 
 if TYPE_CHECKING:
     import torch
@@ -114,7 +114,7 @@ def calibrate(
         "target_kv_memory": target_kv_memory,
     }
     targets = {"target_error": target_error, "target_density": target_density}
-    _check(memory_gib, dtype or AUTO, output)
+    _check(memory_gib, dtype or AUTO, output, model)
     if retarget is not None:
         unused = {
             "MODEL": model,
@@ -167,15 +167,14 @@ def _retarget(
     )
 
 
-def _check(memory_gib: float | None, dtype: str, output: Path) -> None:
+def _check(memory_gib: float | None, dtype: str, output: Path, model: str | None) -> None:
     from dam_vllm.calibration.model import DTYPES
 
     if memory_gib is not None and memory_gib <= 0:
         raise OptionError(f"--memory-gib is {memory_gib}, must be more than 0")
     if dtype != AUTO and dtype not in DTYPES:
         raise OptionError(f"--dtype is {dtype!r}, must be one of auto, {', '.join(DTYPES)}")
-    if output.is_dir():
-        raise OptionError(f"--output is {str(output)!r}, a folder; must be a file")
+    masks_output_option(output, model)
 
 
 def _device(name: str | None) -> "torch.device":

@@ -16,7 +16,7 @@ from dam_vllm.evaluation.settings import REPLY_TOKENS, Settings, Subject
 from dam_vllm.evaluation.state import content_digest
 from dam_vllm.masks.file import load_mask_set
 from dam_vllm.masks.fingerprint import Fingerprint
-from dam_vllm.options import PAGE, OptionError
+from dam_vllm.options import PAGE, OptionError, output_option
 from dam_vllm.questions.keys import KINDS
 from dam_vllm.questions.prompting import prompting
 from dam_vllm.questions.tasks import TASKS, make_questions
@@ -103,9 +103,8 @@ def output_options(
     json_file: Path | None, plot: Path | None, write: bool, masks: Sequence[str]
 ) -> None:
     """Refuses outputs that could not be written once all is measured."""
-    for option, path in (("--json", json_file), ("--plot", plot)):
-        if path is not None and path.is_dir():
-            raise OptionError(f"{option} is {str(path)!r}, a folder; must be a file")
+    output_option("--json", json_file)
+    output_option("--plot", plot)
     if plot is not None and plot.suffix not in IMAGES:
         raise OptionError(f"--plot is {str(plot)!r}, must end in {', '.join(IMAGES)}")
     if write and not masks:

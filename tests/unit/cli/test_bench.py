@@ -32,6 +32,14 @@ def test_a_cut_run_keeps_its_rows(tmp_path):
     assert [row["ms"] for row in json.loads(file.read_text())["rows"]] == [1.0, 2.0]
 
 
+def test_a_folder_for_the_rows_is_refused_before_anything_is_measured(tmp_path):
+    measured = []
+    benchmark = Benchmark("title", "notes", 1, lambda advance: measured.append(1) or [])
+    with pytest.raises(OptionError, match=r"--json is '.*', a folder; must be a file"):
+        finish([benchmark], tmp_path)
+    assert measured == []
+
+
 def test_conclusions_follow_the_table(capsys):
     rows = [{"bench": "x", "ms": 1.5, "failed": ["peer: why"]}]
     said = Benchmark(
