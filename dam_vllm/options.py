@@ -22,6 +22,9 @@ DENSE_BELOW = {
 
 
 PAGE = 128  # tokens, where neither a fit nor `--block-size` says
+# The platforms that are served, by vLLM's names (`device_type` calls ROCm "cuda" too), and what
+# vLLM's CPU kernels and FlashAttention take there.
+PAGE_MULTIPLES = {"cpu": 32, "cuda": 16}
 
 
 class OptionError(ValueError):

@@ -192,6 +192,7 @@ def test_agreement_on_a_text(servers, files, tmp_path):
         (("--lengths", "256", "--tasks", "words"), "--lengths has 256, too few tokens for one"),
         (("--keys", "emoji"), "--keys is 'emoji', must be one of pair, code, number, syllables"),
         (("--page", 20), "--page is 20, must be a multiple of"),
+        (("--page", 0), "--page is 0, must be a multiple of"),
         pytest.param(
             ("--page", 16),
             "--page is 16, must be a multiple of 32",
@@ -227,6 +228,24 @@ def test_bad_options_are_refused_before_a_server_starts(
     assert len(done.output.splitlines()) == 1
     assert servers.started == []
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("pages", [(48,), (128, 32)])
+def test_pages_of_a_fit_that_cannot_be_served_are_told(servers, tmp_path, monkeypatch, pages):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    files = [tmp_path / f"{page}" for page in pages]
+    for page, file in zip(pages, files, strict=True):
+        masks = dense(MODEL)
+        masks.header.parameters["fit"] = {"page": page}
+        save_mask_set(masks, file)
+    done = run(MODEL, "--masks", *files, *SMALL)
+    sizes = ", ".join(map(str, sorted(pages)))
+    assert done.exit_code == 2
+    assert f"--masks were fitted for pages of {sizes} tokens, must be of one size" in done.output
+    assert "multiple of 32 on cpu: give --page" in done.output
+    assert servers.started == []
+    servers.limit = 0
+    assert run(MODEL, "--masks", *files, *SMALL, "--page", 64).exit_code == 130
 
 
 def test_unknown_model_is_refused(servers):
