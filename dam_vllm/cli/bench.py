@@ -12,7 +12,6 @@ from dam_vllm.cli.e2e_benchmark import (
     GPU_CONCURRENCY,
     LENGTHS,
     MODEL,
-    PAGE,
     ROUNDS,
     WINDOW,
     E2eOptions,
@@ -20,6 +19,7 @@ from dam_vllm.cli.e2e_benchmark import (
 from dam_vllm.cli.e2e_benchmark import e2e as e2e_benchmark
 from dam_vllm.cli.kernel_benchmarks import BATCHES, CHUNKS, CPU, GPU, SPREADS, KernelOptions, Phase
 from dam_vllm.cli.program import Quiet
+from dam_vllm.options import PAGE
 
 app = typer.Typer(help="Measure speed beside a peer in the same run.", no_args_is_help=True)
 
@@ -163,7 +163,9 @@ def e2e(
             f"[CPU: {CPU_CONCURRENCY}; GPU: {GPU_CONCURRENCY}]"
         ),
     ] = None,
-    page: Page = PAGE,
+    page: Annotated[
+        int | None, typer.Option(help="Tokens a page (default: those of --masks, else 128).")
+    ] = None,
     window: Window = WINDOW,
     density: Annotated[
         float | None,

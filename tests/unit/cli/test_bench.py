@@ -10,6 +10,9 @@ from dam_vllm.cli.benchmarks import Benchmark, finish
 from dam_vllm.cli.e2e_benchmark import E2eOptions, e2e
 from dam_vllm.cli.kernel_benchmarks import KernelOptions, Phase
 from dam_vllm.cli.program import plain_console
+from dam_vllm.demo import model_dir
+from dam_vllm.masks.baselines import streaming
+from dam_vllm.masks.file import save_mask_set
 from dam_vllm.options import OptionError
 
 
@@ -200,6 +203,24 @@ def test_e2e_shapes_can_be_changed_and_say_so(monkeypatch, memory):
     assert (setup.model.layers, setup.model.head_size, setup.model.hidden) == (3, 64, 4096)
     assert (setup.length, setup.arguments, rounds) == (1152, ("--enforce-eager",), 3)
     assert [(load.tokens, load.concurrency) for load in loads] == [(1024, 1)]
+
+
+def test_e2e_serves_the_pages_of_the_masks_fit(memory, tmp_path):
+    file = tmp_path / "masks.safetensors"
+    masks = streaming(str(model_dir()), 1, 64)
+
+    def title(fit, **options):
+        masks.header.parameters.update(fit)
+        save_mask_set(masks, file)
+        return e2e(E2eOptions(masks=file, lengths="1024", **options)).title
+
+    assert ", page 128, masks" in title({})
+    assert ", page 32, masks" in title({"fit": {"page": 32}})
+    assert ", page 64, masks" in title({}, page=64)
+    with pytest.raises(OptionError, match=r"that --masks '.*' was fitted for is '48': must be mul"):
+        title({"fit": {"page": 48}})
+    with pytest.raises(OptionError, match="--page is '48': must be multiples of 32"):
+        title({}, page=48)
 
 
 def test_e2e_asks_for_more_at_a_time_on_a_gpu(monkeypatch, memory):
