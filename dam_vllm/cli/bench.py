@@ -40,6 +40,31 @@ def _defaults(field: str) -> str:
     return f" [CPU: {getattr(CPU, field)}; GPU: {getattr(GPU, field)}]"
 
 
+FlexUpTo = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="Most tokens of all requests for flex_attention; 0 leaves it out."
+        f"{_defaults('flex_up_to')}",
+    ),
+]
+KernelRounds = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Measurements of each peer; the median counts. On a GPU at most so many, fewer "
+        f"where they take long.{_defaults('rounds')}",
+    ),
+]
+Fa3 = Annotated[
+    Path | None,
+    typer.Option(
+        help="GPU: folder with vLLM's _vllm_fa3_C.abi3.so (or its .xz) and "
+        "flash_attn_interface.py, for where vLLM is not installed."
+    ),
+]
+
+
 @app.command()
 def kernel(
     lengths: Annotated[
@@ -56,22 +81,8 @@ def kernel(
     head_size: Annotated[
         int | None, typer.Option(min=32, help=f"Channels a head.{_defaults('head_size')}")
     ] = None,
-    flex_up_to: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            help="Most tokens of all requests for flex_attention; 0 leaves it out."
-            f"{_defaults('flex_up_to')}",
-        ),
-    ] = None,
-    rounds: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Measurements of each peer; the median counts. On a GPU at most so many, fewer "
-            f"where they take long.{_defaults('rounds')}",
-        ),
-    ] = None,
+    flex_up_to: FlexUpTo = None,
+    rounds: KernelRounds = None,
     phase: Annotated[Phase | None, typer.Option(help="GPU: what is timed (default: all).")] = None,
     batches: Annotated[
         str | None, typer.Option(help=f"GPU: requests that decode together. [{BATCHES}]")
@@ -83,13 +94,7 @@ def kernel(
         str | None,
         typer.Option(help=f"GPU: how a density is spread over heads. [{SPREADS}]"),
     ] = None,
-    fa3: Annotated[
-        Path | None,
-        typer.Option(
-            help="GPU: folder with vLLM's _vllm_fa3_C.abi3.so (or its .xz) and "
-            "flash_attn_interface.py, for where vLLM is not installed."
-        ),
-    ] = None,
+    fa3: Fa3 = None,
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:

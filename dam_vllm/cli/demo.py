@@ -80,7 +80,7 @@ def _calibrate(output: Path) -> Path:
         model=str(folder / "model"),
         data=str(folder / "texts.jsonl"),
         output=masks,
-        config=[folder / "paper.yaml"],
+        config=[str(folder / "paper.yaml")],
     )
     return masks
 

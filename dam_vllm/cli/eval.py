@@ -151,7 +151,7 @@ def evaluate(
     from transformers.utils import logging
 
     from dam_vllm.evaluation.checks import output_options
-    from dam_vllm.evaluation.prepare import prepare
+    from dam_vllm.evaluation.prepare import Options, prepare
     from dam_vllm.evaluation.state import State
     from dam_vllm.options import mask_file
 
@@ -159,22 +159,11 @@ def evaluate(
     places = masks or []
     files = [mask_file(place) for place in places]
     output_options(json, plot, write, places)
-    job = prepare(
-        model=model,
-        masks=files,
-        tasks=tasks,
-        lengths=lengths,
-        samples=samples,
-        seed=seed,
-        page=page,
-        dense_below=dense_below,
-        streaming=streaming,
-        text=text,
-        windows=windows,
-        serve_args=serve_args,
-        keys=keys,
-        completion=completion,
-    )
+    options = Options(
+        model, files, tasks, lengths, samples, seed, page, dense_below, streaming, text, windows,
+        serve_args, keys, completion,
+    )  # fmt: skip
+    job = prepare(options)
     if fresh:
         shutil.rmtree(job.folder, ignore_errors=True)
     state = State(job.folder)
