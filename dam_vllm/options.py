@@ -22,8 +22,7 @@ DENSE_BELOW = {
 
 
 PAGE = 128  # tokens, where neither a fit nor `--block-size` says
-# The platforms that are served, by vLLM's names (`device_type` calls ROCm "cuda" too), and what
-# vLLM's CPU kernels and FlashAttention take there.
+# Tokens, by platform: what vLLM's CPU kernels and FlashAttention take.
 PAGE_MULTIPLES = {"cpu": 32, "cuda": 16}
 
 
