@@ -22,6 +22,9 @@ DENSE_BELOW = {
 
 
 PAGE = 128  # tokens, where neither a fit nor `--block-size` says
+# The platforms that are served, by vLLM's names (`device_type` calls ROCm "cuda" too), and the pages
+# that vLLM's CPU kernels and FlashAttention take there: multiples, in tokens.
+PAGE_MULTIPLES = {"cpu": 32, "cuda": 16}
 
 
 class OptionError(ValueError):
@@ -164,6 +167,34 @@ def mask_file(place: str, cache: str | None = None) -> Path:
     if path.is_dir():
         return path / MASKS_IN_MODEL
     return fetch(place, cache=cache) if is_hub_id(place) and not path.exists() else path
+
+
+def output_option(option: str, path: Path | None) -> None:
+    """Raises OptionError for a file to write that is a folder."""
+    if path is not None and path.is_dir():
+        raise OptionError(f"{option} is {str(path)!r}, a folder; must be a file")
+
+
+def masks_output_option(path: Path, model: str | None) -> None:
+    """Refuses a mask file to write where it would be taken for something else.
+
+    Args:
+        path: what `--output` names.
+        model: folder or Hub id of the model that the masks are for, or None.
+
+    Raises:
+        OptionError: if it is a folder, or lies among the weights.
+    """
+    output_option("--output", path)
+    if model is None or path.suffix != ".safetensors":
+        return
+    folder = Path(model)
+    if folder.is_dir() and path.resolve().parent == folder.resolve():
+        raise OptionError(
+            f"--output is {str(path)!r}, in the model's folder, where every .safetensors file is "
+            f"read as weights: must lie elsewhere, as {folder / MASKS_IN_MODEL}, which is served "
+            f"without being named"
+        )
 
 
 def _of_model(model: str, revision: str | None, cache: str | None) -> Path:

@@ -4,8 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from dam_vllm.masks.frontier_arrays import Frontier, PatternPool, pack_pattern
-from dam_vllm.masks.targets import DYNAMIC_FIELDS
+from dam_vllm.masks.frontier_arrays import DYNAMIC_FIELDS, Frontier, PatternPool, pack_pattern
 
 DENSITY = [0.05, 0.1, 0.2, 0.3]
 COST = [0.15, 0.12, 0.3, 0.31]

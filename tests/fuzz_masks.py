@@ -16,6 +16,7 @@ import time
 import traceback
 import zlib
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,10 @@ import numpy as np
 import dam_vllm
 from dam_vllm.masks.density import density
 from dam_vllm.masks.file import MaskFileError, load_mask_set, save_mask_set
+from dam_vllm.masks.frontier_arrays import DYNAMIC_FIELDS
 from dam_vllm.masks.mask_set import Header
+from dam_vllm.masks.targets import at_target
+from tests.frontiers import with_frontier
 from tests.mask_files import Parts, full_mask_set
 from tests.mutations import mutated
 
@@ -78,13 +82,7 @@ def check_meaning(masks):
         assert full[layer] or not masks.columns[layer].any()
         assert full[layer] or not np.unpackbits(masks.true_bits[layer]).any()
         for head in range(masks.kv_heads):
-            assert masks.modes[layer, head] in (0, 1, 2, 3)
-            if masks.modes[layer, head] == 3:
-                above, anchor = masks.anchors[layer, head].tolist()
-                assert 0 <= above <= layer
-                assert 0 <= anchor < masks.kv_heads
-                assert masks.modes[above, anchor] == 1
-                assert full[above]
+            check_mode(masks.modes, masks.anchors, full, layer, head)
             if masks.dynamic is not None:
                 check_dynamic(masks.dynamic, layer, head)
     for name in ("coverage", "coverage_extended", "density_heads", "density_kv"):
@@ -94,6 +92,41 @@ def check_meaning(masks):
         lengths = masks.density_lengths.tolist()
         assert lengths == sorted(set(lengths))
         assert lengths[0] > 0
+    if masks.frontier is not None:
+        check_frontier(masks, full)
+
+
+def check_mode(modes, anchors, full, layer, head):
+    """The same of one KV head's mode and anchor."""
+    assert modes[layer, head] in (0, 1, 2, 3)
+    if modes[layer, head] == 3:
+        above, anchor = anchors[layer, head].tolist()
+        assert 0 <= above <= layer
+        assert 0 <= anchor < modes.shape[1]
+        assert modes[above, anchor] == 1
+        assert full[above]
+    else:
+        assert anchors is None or (anchors[layer, head] == -1).all()
+
+
+def check_frontier(masks, full):
+    """The same of every choice, each of which is taken by its density, and by its loss."""
+    frontier = masks.frontier
+    for point, (read, loss) in enumerate(zip(frontier.density, frontier.kl, strict=True)):
+        own = {name: getattr(frontier, name)[point] for name in DYNAMIC_FIELDS}
+        dynamic = None if masks.dynamic is None else replace(masks.dynamic, **own)
+        modes, anchors = frontier.modes[point], frontier.anchors[point]
+        for layer, head in np.ndindex(modes.shape):
+            check_mode(modes, anchors, full, layer, head)
+            assert dynamic is not None or modes[layer, head] != 1
+            if dynamic is not None:
+                check_dynamic(dynamic, layer, head)
+        for target in ({"target_density": float(read)}, {"target_error": float(loss)}):
+            taken = at_target(masks, **target)
+            assert taken.header.fitted_page >= 1
+            for layer, kind in enumerate(full):
+                bits = (taken.columns[layer], taken.diagonals[layer], taken.true_bits[layer])
+                assert kind or not any(part.any() for part in bits)
 
 
 def check_dynamic(dynamic, layer, head):
@@ -164,7 +197,8 @@ def main():
     counts, failures, start = Counter(), 0, time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         small = Path(folder) / "small.safetensors"
-        save_mask_set(full_mask_set(np.random.default_rng(options.seed), reach=101), small)
+        rng = np.random.default_rng(options.seed)
+        save_mask_set(with_frontier([full_mask_set(rng, reach=101) for _ in range(4)]), small)
         sources = [Source(small), Source(SHIPPED)]
         before = peak()
         limit_memory()

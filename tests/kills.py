@@ -39,7 +39,7 @@ STATIC = CalibrationConfig(
     long_texts=4,
 )  # fmt: skip
 FIT = FitConfig(
-    target_density=0.9, page=16, lengths=[400], questions=1, plain=2, check=3, channels=[4],
+    target_density=0.9, page=32, lengths=[400], questions=1, plain=2, check=3, channels=[4],
     query_blocks=1, taus=[0.2], mus=[0.8],
 )  # fmt: skip
 CONFIGS = (STATIC, STATIC.model_copy(update={"fit": FIT}))

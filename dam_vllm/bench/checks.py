@@ -4,7 +4,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from dam_vllm.options import OptionError
+from dam_vllm.options import PAGE_MULTIPLES, OptionError
 
 if TYPE_CHECKING:
     from dam_vllm.bench.estimates import Estimate
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 Word = TypeVar("Word", bound=StrEnum)
 
-MIN_PAGE, MAX_PAGE, MAX_CHANNELS = 32, 512, 256
+MIN_PAGE, MAX_PAGE, MAX_CHANNELS = PAGE_MULTIPLES["cpu"], 512, 256
 GPU_PAGES = (16, 32, 64, 128, 256)
 IMAGES = (".png", ".svg", ".pdf")
 

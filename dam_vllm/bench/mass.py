@@ -21,11 +21,10 @@ from dam_vllm.masks.file import load_mask_set
 from dam_vllm.masks.fingerprint import fingerprint
 from dam_vllm.masks.mask_set import HeadMode, MaskSet
 from dam_vllm.masks.targets import at_target
-from dam_vllm.options import OptionError
+from dam_vllm.options import PAGE, OptionError
 
 ROWS = 512  # rows of a window whose next token is compared
 SEED = 7  # of the questions; fits have 0 by default
-PAGE = 32  # where a file tells no other
 LEAST_TOKENS = 1024
 TARGETS = "agreement with full attention, in float32 by transformers; nothing of it is served"
 
@@ -124,8 +123,8 @@ def measure(
 
 
 def _page(masks: MaskSet) -> int:
-    """Tokens a page that budgets were fitted for."""
-    return int(masks.header.parameters.get("fit", {}).get("page", PAGE))
+    """Tokens a page that is served."""
+    return masks.header.fitted_page or PAGE
 
 
 def _figures(found: list[tuple[str, Estimated, float, torch.Tensor]]) -> Row:

@@ -55,7 +55,8 @@ def progress(console: Console, title: str, total: int) -> Iterator[Callable[[], 
     Yields:
         The function that advances the bar by one.
     """
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    text = TextColumn("{task.description}", markup=False)
+    columns = (text, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as bar:
         task = bar.add_task(title, total=total)
         yield lambda: bar.advance(task)

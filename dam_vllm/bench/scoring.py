@@ -19,6 +19,7 @@ CHOSEN = 256
 # Random keys spread the mass evenly, so that top-p adds up pages until its cap, the fit's.
 TOP_P, CAP_PAGES = 0.9, 64
 KV_HEADS = 2
+STEPS = ("rotate", "gather", "product", "select", "whole")
 TIMES = {"dense": "dense", "dam": "whole"}
 
 
@@ -50,14 +51,6 @@ def measure(
         (own pages, mass and budget), "all" their sum. "speedup" is that of everything, attention
         over the pages included.
     """
-    from dam_vllm.bench.on_vllm.cpu_kernels import (
-        Call,
-        Shape,
-        dense_step,
-        dynamic_steps,
-        random_prompt,
-    )
-
     rows = []
     cases = [
         (size, page, length, count)
@@ -68,21 +61,38 @@ def measure(
         if count <= size
     ]
     for size, page, length, count in cases:
-        prompt = random_prompt(Shape(heads_per_kv * KV_HEADS, KV_HEADS, size, page), length)
-        top_k = dynamic_masks(KV_HEADS, heads_per_kv, size, count, CHOSEN)
-        budgets = {"top-k": top_k, "top-p": with_top_p(top_k, page)}
-        steps = {name: dynamic_steps(prompt, masks) for name, masks in budgets.items()}
-        peers: dict[tuple[str, str], Call] = {("", "dense"): dense_step(prompt)}
-        for budget, each in steps.items():
-            names = ("rotate", "gather", "product", "select", "whole")
-            peers |= {(budget, name): getattr(each, name) for name in names}
-        seconds = alternate(peers, rounds, clock=processor_time)
-        for budget in steps:
-            mine = {name: values for (of, name), values in seconds.items() if of in ("", budget)}
-            case = {"head_size": size, "page": page, "tokens": length, "channels": count}
+        case = {"head_size": size, "page": page, "tokens": length, "channels": count}
+        seconds = _seconds(size, page, length, count, heads_per_kv, rounds)
+        for budget, mine in seconds.items():
             rows.append({"bench": "scoring"} | case | {"budget": budget} | shares(mine))
         advance()
     return rows
+
+
+def _seconds(
+    size: int, page: int, length: int, channels: int, heads_per_kv: int, rounds: int
+) -> dict[str, dict[str, list[float]]]:
+    """Each round's seconds by budget and step, of one case of `measure`."""
+    from dam_vllm.bench.on_vllm.cpu_kernels import (
+        Call,
+        Shape,
+        dense_step,
+        dynamic_steps,
+        random_prompt,
+    )
+
+    prompt = random_prompt(Shape(heads_per_kv * KV_HEADS, KV_HEADS, size, page), length)
+    top_k = dynamic_masks(KV_HEADS, heads_per_kv, size, channels, CHOSEN)
+    budgets = {"top-k": top_k, "top-p": with_top_p(top_k, page)}
+    peers: dict[tuple[str, str], Call] = {("", "dense"): dense_step(prompt)}
+    for budget, masks in budgets.items():
+        steps = dynamic_steps(prompt, masks)
+        peers |= {(budget, name): getattr(steps, name) for name in STEPS}
+    found = alternate(peers, rounds, clock=processor_time)
+    return {
+        budget: {name: found[budget if name in STEPS else "", name] for name in ("dense", *STEPS)}
+        for budget in budgets
+    }
 
 
 def processor_time(call: Callable[[], object]) -> float:

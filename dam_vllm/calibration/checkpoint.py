@@ -26,7 +26,8 @@ class Checkpoint:
 
     Attributes:
         folder: where it lies.
-        chosen: what the first run chose (PCL, passes of each kind of maps), reused by the next.
+        chosen: what the first run chose (PCL, passes of each kind of maps, memory), reused by the
+            next.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import torch
 from dam_vllm.calibration.errors import CalibrationError
 from dam_vllm.calibration.settings import CalibrationConfig
 from dam_vllm.calibration.texts import TokenisedTexts, count_full, split
+from dam_vllm.masks.file import longest_pcl
 from dam_vllm.masks.model_shape import ModelShape
 
 MAP_BYTES = 4
@@ -18,6 +19,7 @@ STEP = 64
 SCRATCH = 2
 """One-layer maps that amplifying and matching a layer need beside the captured ones."""
 TEXTS = "the texts' lengths (--data)"
+POSITIONS = "the model's max_position_embeddings"
 WELL_FILLED = 8
 """Whole windows that the texts must give for a PCL, so that a row's mean is of several texts."""
 
@@ -45,8 +47,8 @@ def choose_pcl(
     texts: TokenisedTexts,
     windows: int,
     heads: int,
-    max_length: int | None,
     memory: int,
+    further: dict[str, int],
 ) -> ChosenLength:
     """Chooses the PCL: the longest that full attention can be captured for (paper, Stage 1).
 
@@ -55,8 +57,8 @@ def choose_pcl(
         texts: the tokenised texts.
         windows: calibration windows wanted.
         heads: query heads of a layer.
-        max_length: longest position of the model or of a window, if there is a bound.
         memory: bytes that the maps may take.
+        further: other bounds in tokens, by reason.
 
     Returns:
         The PCL and why it is not longer.
@@ -65,9 +67,7 @@ def choose_pcl(
         CalibrationError: if `asked` is more than the texts, the model or memory allow, or no
             PCL is possible.
     """
-    bounds = _bounds(texts, heads, 1, memory)
-    if max_length is not None:
-        bounds["the model's max_position_embeddings or the window asked for"] = max_length
+    bounds = _bounds(texts, heads, 1, memory) | further
     if asked is not None:
         reason, bound = min(bounds.items(), key=lambda item: item[1])
         if asked > bound:
@@ -107,7 +107,7 @@ def check_reach(
         raise CalibrationError(f"reach is {reach}, must be more than the PCL ({pcl})")
     bounds = _bounds(texts, heads, page, memory)
     if max_length is not None:
-        bounds["the model's max_position_embeddings"] = max_length
+        bounds[POSITIONS] = max_length
     reason, bound = min(bounds.items(), key=lambda item: item[1])
     if reach > bound:
         raise CalibrationError(f"reach is {reach}, must be at most {bound} for {reason}")
@@ -201,10 +201,13 @@ def choose_lengths(
     Raises:
         CalibrationError: for a length that the model, the texts, memory or disk do not allow.
     """
-    bounds = [value for value in (shape.max_length, config.window) if value is not None]
-    length = choose_pcl(
-        config.pcl, texts, split(config)[0], shape.heads, min(bounds, default=None), memory
-    )
+    most = longest_pcl(len(shape.layer_types), shape.heads, config.reach)
+    bounds = {"what a mask file may hold": most}
+    if shape.max_length is not None:
+        bounds[POSITIONS] = shape.max_length
+    if config.window is not None:
+        bounds["the window asked for"] = config.window
+    length = choose_pcl(config.pcl, texts, split(config)[0], shape.heads, memory, bounds)
     _check(config, length.pcl, shape)
     layers = full_layers(shape)
     passes = layer_passes(layers, shape.heads, length.pcl, memory)

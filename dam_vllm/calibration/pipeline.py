@@ -23,7 +23,7 @@ from dam_vllm.calibration.lock import alone_in
 from dam_vllm.calibration.memory import choose_lengths, full_layers, map_memory
 from dam_vllm.calibration.model import ModelSource
 from dam_vllm.calibration.progress import Reporter, Work, cost
-from dam_vllm.calibration.settings import CalibrationConfig
+from dam_vllm.calibration.settings import CalibrationConfig, for_platform
 from dam_vllm.calibration.static.build import fit_masks, with_measures
 from dam_vllm.calibration.static.coverage import Coverage
 from dam_vllm.calibration.static.passes import MapPlan, capture_maps
@@ -97,7 +97,7 @@ def calibrate(job: Job, reporter: Reporter | None = None) -> MaskSet:
 class _Run:
     def __init__(self, job: Job, reporter: Reporter) -> None:
         self.job = job
-        self.config = job.config
+        self.config = for_platform(job.config, job.source.device.type)
         self.reporter = reporter
 
     def run(self) -> MaskSet:
@@ -109,12 +109,14 @@ class _Run:
         if chosen is None:
             memory = map_memory(self.job.memory_gib, self.job.source.device)
             chosen = choose_lengths(self.config, shape, texts, memory, self.job.output.parent)
+            # What was free then bounds a run that goes on too: other passes round otherwise.
+            chosen["memory"] = memory
             checkpoint.choose(chosen)
         pcl, reach, layers = chosen["pcl"], self.config.reach, full_layers(shape)
         windows = make_windows(texts, self.config, pcl)
         self.reporter.say(
             f"PCL {pcl} tokens ({chosen['reason']}); {windows.report()}; {len(layers)} layers in "
-            f"{len(chosen['passes'])} pass(es)"
+            f"{len(chosen['passes'])} pass(es) within {chosen['memory'] / 2**30:.2f} GiB"
         )
         plans = self._plans(windows, chosen, shape.heads)
         measured = batches(windows.held_out, self.config.batch_size)
@@ -138,7 +140,7 @@ class _Run:
         if self.config.fit is None:
             masks = build(self.config, device)
         else:
-            masks = self._fit(model, shape, prompts, build, checkpoint, work)
+            masks = self._fit(model, shape, prompts, build, checkpoint, chosen["memory"], work)
         coverage = self._measure(model, measured, masks, layers, work)
         masks = with_measures(masks, *coverage.result())
         whole = checkpoint.folder / MASKS
@@ -173,6 +175,7 @@ class _Run:
         prompts: list[Prompt],
         build: Callable[[CalibrationConfig, torch.device], MaskSet],
         checkpoint: Checkpoint,
+        memory: int,
         work: Work,
     ) -> MaskSet:
         """Chooses every KV head's mode among static patterns, budgets and dense."""
@@ -191,7 +194,6 @@ class _Run:
             )
             for tau, mu in grid
         ]
-        memory = map_memory(self.job.memory_gib, self.job.source.device)
         store = FitStore(checkpoint.folder)
         inputs = FitInputs(model, shape, config, patterns, store, work, memory)
         return fit_modes(inputs, prompts)

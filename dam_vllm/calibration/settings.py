@@ -4,6 +4,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from dam_vllm.calibration.errors import CalibrationError
+from dam_vllm.options import PAGE_MULTIPLES
+
 # How far the predictions of the loss trust probes of whole layers over those of single heads.
 TRUSTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 PROOFS_A_CURVE = 3  # choices measured at most for an error; for a density one is enough
@@ -18,6 +21,7 @@ Length = Annotated[int, Field(ge=256)]  # shorter ones hold no question of some 
 Threshold = Annotated[float, Field(allow_inf_nan=False)]  # amplified attention may be negative
 Share = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+Platform = Literal["cpu", "cuda"]
 
 
 class FitConfig(BaseModel):
@@ -46,7 +50,17 @@ class FitConfig(BaseModel):
         description="Largest share of KV heads that keep all their pages while serving, as dynamic "
         "and dense ones do; or null. Pages of static heads are freed (kv_free).",
     )
-    page: int = Field(default=32, ge=16, multiple_of=16, description="Tokens a page, as served.")
+    page: int = Field(
+        default=32,
+        ge=16,
+        multiple_of=16,
+        description="Tokens a page, as served; a multiple of 32 on cpu.",
+    )
+    platform: Platform | None = Field(
+        default=None,
+        description="What serves, cpu or cuda, whose cost of choosing pages counts; null for what "
+        "calibrates.",
+    )
     lengths: list[Length] = Field(
         default=[2048, 4096, 8192], min_length=1, description="Tokens of the texts with a question."
     )
@@ -232,6 +246,32 @@ class CalibrationConfig(BaseModel):
     def support(self, pcl: int) -> int:
         """Fewest cells of a kept pattern, for maps of some Pattern Capture Length."""
         return self.min_support or max(1, pcl // 8)
+
+
+def for_platform(config: CalibrationConfig, device: str) -> CalibrationConfig:
+    """The settings with the platform of their fit, which is the calibration's unless told.
+
+    Args:
+        config: the settings.
+        device: kind of device that calibrates.
+
+    Returns:
+        The settings; those without a fit are as given.
+
+    Raises:
+        CalibrationError: for pages that the platform does not serve.
+    """
+    fit = config.fit
+    if fit is None:
+        return config
+    platform = fit.platform or device
+    multiple = PAGE_MULTIPLES[platform]
+    if fit.page % multiple:
+        raise CalibrationError(
+            f"fit.page is {fit.page}, must be a multiple of {multiple} where fit.platform is "
+            f"{platform}"
+        )
+    return config.model_copy(update={"fit": fit.model_copy(update={"platform": platform})})
 
 
 def meaning(settings: type[BaseModel], name: str) -> str:

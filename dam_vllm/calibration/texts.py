@@ -39,7 +39,7 @@ def read_documents(data: str, field: str, limit: int) -> list[str]:
     elif path.suffix == ".jsonl" and path.is_file():
         documents = _jsonl(path, field)
     elif path.is_file():
-        documents = iter([_text(path)])
+        documents = iter(["".join(_lines(path))])
     else:
         documents = _dataset(data, field)
     found = list(islice(_different(documents), limit))
@@ -61,26 +61,26 @@ def _folder(path: Path) -> Iterator[str]:
     files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
     if not files:
         raise CalibrationError(f"--data folder {path} holds no {', '.join(SUFFIXES)} file")
-    return (_text(file) for file in files)
+    return ("".join(_lines(file)) for file in files)
 
 
-def _text(file: Path) -> str:
+def _lines(file: Path) -> Iterator[str]:
     try:
-        return file.read_text(encoding="utf-8")
+        with file.open(encoding="utf-8") as lines:
+            yield from lines
     except UnicodeDecodeError as error:
         raise CalibrationError(f"--data {file} is no UTF-8 text: {error}") from error
 
 
 def _jsonl(path: Path, field: str) -> Iterator[str]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise CalibrationError(f"--data {path}:{number} is no JSON: {error}") from error
-            yield _field(row, field, f"{path}:{number}")
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise CalibrationError(f"--data {path}:{number} is no JSON: {error}") from error
+        yield _field(row, field, f"{path}:{number}")
 
 
 def _dataset(name: str, field: str) -> Iterator[str]:

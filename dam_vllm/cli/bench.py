@@ -12,7 +12,6 @@ from dam_vllm.cli.e2e_benchmark import (
     GPU_CONCURRENCY,
     LENGTHS,
     MODEL,
-    PAGE,
     ROUNDS,
     WINDOW,
     E2eOptions,
@@ -20,6 +19,7 @@ from dam_vllm.cli.e2e_benchmark import (
 from dam_vllm.cli.e2e_benchmark import e2e as e2e_benchmark
 from dam_vllm.cli.kernel_benchmarks import BATCHES, CHUNKS, CPU, GPU, SPREADS, KernelOptions, Phase
 from dam_vllm.cli.program import Quiet
+from dam_vllm.options import PAGE
 
 app = typer.Typer(help="Measure speed beside a peer in the same run.", no_args_is_help=True)
 
@@ -40,6 +40,31 @@ def _defaults(field: str) -> str:
     return f" [CPU: {getattr(CPU, field)}; GPU: {getattr(GPU, field)}]"
 
 
+FlexUpTo = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="Most tokens of all requests for flex_attention; 0 leaves it out."
+        f"{_defaults('flex_up_to')}",
+    ),
+]
+KernelRounds = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Measurements of each peer; the median counts. On a GPU at most so many, fewer "
+        f"where they take long.{_defaults('rounds')}",
+    ),
+]
+Fa3 = Annotated[
+    Path | None,
+    typer.Option(
+        help="GPU: folder with vLLM's _vllm_fa3_C.abi3.so (or its .xz) and "
+        "flash_attn_interface.py, for where vLLM is not installed."
+    ),
+]
+
+
 @app.command()
 def kernel(
     lengths: Annotated[
@@ -56,22 +81,8 @@ def kernel(
     head_size: Annotated[
         int | None, typer.Option(min=32, help=f"Channels a head.{_defaults('head_size')}")
     ] = None,
-    flex_up_to: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            help="Most tokens of all requests for flex_attention; 0 leaves it out."
-            f"{_defaults('flex_up_to')}",
-        ),
-    ] = None,
-    rounds: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Measurements of each peer; the median counts. On a GPU at most so many, fewer "
-            f"where they take long.{_defaults('rounds')}",
-        ),
-    ] = None,
+    flex_up_to: FlexUpTo = None,
+    rounds: KernelRounds = None,
     phase: Annotated[Phase | None, typer.Option(help="GPU: what is timed (default: all).")] = None,
     batches: Annotated[
         str | None, typer.Option(help=f"GPU: requests that decode together. [{BATCHES}]")
@@ -83,13 +94,7 @@ def kernel(
         str | None,
         typer.Option(help=f"GPU: how a density is spread over heads. [{SPREADS}]"),
     ] = None,
-    fa3: Annotated[
-        Path | None,
-        typer.Option(
-            help="GPU: folder with vLLM's _vllm_fa3_C.abi3.so (or its .xz) and "
-            "flash_attn_interface.py, for where vLLM is not installed."
-        ),
-    ] = None,
+    fa3: Fa3 = None,
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
@@ -163,7 +168,9 @@ def e2e(
             f"[CPU: {CPU_CONCURRENCY}; GPU: {GPU_CONCURRENCY}]"
         ),
     ] = None,
-    page: Page = PAGE,
+    page: Annotated[
+        int | None, typer.Option(help="Tokens a page (default: those of --masks, else 128).")
+    ] = None,
     window: Window = WINDOW,
     density: Annotated[
         float | None,

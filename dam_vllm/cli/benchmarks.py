@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dam_vllm.cli.program import PROGRESS
+from dam_vllm.cli.program import PROGRESS, plain_console
 
 EAGER = ("--enforce-eager",)
 FILE_WIDTH = 130  # where output goes to a file, no column needs to be cut
@@ -37,14 +37,14 @@ class Benchmark:
 
 def finish(benchmarks: Sequence[Benchmark], json: Path | None) -> None:
     """Runs benchmarks, prints each one's table and keeps the file up to date row by row."""
-    from rich.console import Console
-
     from dam_vllm.bench.report import progress, table
     from dam_vllm.bench.roof import gpu_machine
     from dam_vllm.files import write_json
     from dam_vllm.machine import describe, machine
+    from dam_vllm.options import output_option
 
-    console = Console()
+    output_option("--json", json)
+    console = plain_console()
     found = machine()
     if any(benchmark.gpu for benchmark in benchmarks):
         found = gpu_machine() | found
@@ -62,7 +62,7 @@ def finish(benchmarks: Sequence[Benchmark], json: Path | None) -> None:
         rows += new
         console.print(table(new, benchmark.title, f"{benchmark.notes}\n{describe(found)}"))
         if conclusion := benchmark.conclude(new):
-            console.print(conclusion, markup=False, highlight=False)
+            console.print(conclusion, highlight=False)
 
 
 def scoring(

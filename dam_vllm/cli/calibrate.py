@@ -10,7 +10,7 @@ import typer
 
 from dam_vllm.calibration.settings import CalibrationConfig, FitConfig, meaning
 from dam_vllm.cli.program import INTERRUPTED, PROGRESS, Quiet
-from dam_vllm.options import OptionError
+from dam_vllm.options import OptionError, masks_output_option
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +31,7 @@ DataOption = Annotated[
 ]
 OutputOption = Annotated[Path, typer.Option(help="Mask file to write (.safetensors).")]
 ConfigOption = Annotated[
-    list[Path] | None,
+    list[str] | None,
     typer.Option(
         help="YAML file of settings, see `dam-vllm settings`; given again, a file goes before "
         "those named earlier, and the options below before all."
@@ -100,11 +100,12 @@ def calibrate(
 
     Ctrl-C saves what is done; the same command goes on from there.
     """
-    from dam_vllm.calibration.errors import CalibrationStopped
     from dam_vllm.calibration.model import ModelSource
     from dam_vllm.calibration.pipeline import Job
     from dam_vllm.calibration.settings_file import load_config
 
+    source = {"model": model, "data": data, "config": config or None, "field": field}
+    run = {"memory_gib": memory_gib, "device": device, "dtype": dtype, "revision": revision}
     overrides = {
         "pcl": pcl,
         "reach": reach,
@@ -114,20 +115,9 @@ def calibrate(
         "target_kv_memory": target_kv_memory,
     }
     targets = {"target_error": target_error, "target_density": target_density}
-    _check(memory_gib, dtype or AUTO, output)
+    _check(memory_gib, dtype or AUTO, output, model)
     if retarget is not None:
-        unused = {
-            "MODEL": model,
-            "--data": data,
-            "--config": [str(each) for each in config or []] or None,
-            "--field": field,
-            "--memory-gib": memory_gib,
-            "--device": device,
-            "--dtype": dtype,
-            "--revision": revision,
-            **{f"--{name.replace('_', '-')}": value for name, value in overrides.items()},
-        }
-        _retarget(retarget, output, targets, unused)
+        _retarget(retarget, output, targets, source | run | overrides)
         return
     if model is None or data is None:
         raise OptionError(
@@ -141,14 +131,7 @@ def calibrate(
         output=output,
         memory_gib=memory_gib,
     )
-    try:
-        _run(job)
-    except CalibrationStopped:
-        typer.echo(
-            f"Stopped; what is done lies in {job.checkpoint}. The same command goes on from there.",
-            err=True,
-        )
-        raise typer.Exit(INTERRUPTED) from None
+    _calibrate(job)
 
 
 def _retarget(
@@ -158,7 +141,8 @@ def _retarget(
 
     for name, value in unused.items():
         if value is not None:
-            raise OptionError(f"{name} is {value!r}, must be left away with --retarget")
+            told = "MODEL" if name == "model" else f"--{name.replace('_', '-')}"
+            raise OptionError(f"{told} is {value!r}, must be left away with --retarget")
     masks = retarget(file, output, **targets)
     chosen = masks.header.parameters["fit"]["chosen"]
     typer.echo(
@@ -167,15 +151,14 @@ def _retarget(
     )
 
 
-def _check(memory_gib: float | None, dtype: str, output: Path) -> None:
+def _check(memory_gib: float | None, dtype: str, output: Path, model: str | None) -> None:
     from dam_vllm.calibration.model import DTYPES
 
     if memory_gib is not None and memory_gib <= 0:
         raise OptionError(f"--memory-gib is {memory_gib}, must be more than 0")
     if dtype != AUTO and dtype not in DTYPES:
         raise OptionError(f"--dtype is {dtype!r}, must be one of auto, {', '.join(DTYPES)}")
-    if output.is_dir():
-        raise OptionError(f"--output is {str(output)!r}, a folder; must be a file")
+    masks_output_option(output, model)
 
 
 def _device(name: str | None) -> "torch.device":
@@ -194,6 +177,20 @@ def _device(name: str | None) -> "torch.device":
             f"--device is {name!r}, must be cpu, cuda or cuda:N as this machine has: {reason}"
         ) from error
     return device
+
+
+def _calibrate(job: "Job") -> None:
+    """Calibrates, and says where an interrupted calibration goes on."""
+    from dam_vllm.calibration.errors import CalibrationStopped
+
+    try:
+        _run(job)
+    except CalibrationStopped:
+        typer.echo(
+            f"Stopped; what is done lies in {job.checkpoint}. The same command goes on from there.",
+            err=True,
+        )
+        raise typer.Exit(INTERRUPTED) from None
 
 
 def _run(job: "Job") -> None:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dam_vllm.cli.program import PROGRESS, Quiet
+from dam_vllm.cli.program import PROGRESS, Quiet, plain_console
 
 if TYPE_CHECKING:
     from dam_vllm.demo.run import Row
@@ -31,7 +31,6 @@ def demo(
     if where:
         typer.echo(model_dir())
         return
-    from rich.console import Console
     from rich.progress import Progress
 
     from dam_vllm.demo.run import serve_and_ask
@@ -39,7 +38,7 @@ def demo(
     from dam_vllm.masks.plots import plot_masks
 
     sizes = _lengths(lengths)
-    console = Console()
+    console = plain_console()
     masks = {"static (paper)": _calibrate(output), "fitted": model_dir() / MASKS_IN_MODEL}
     for name, file in masks.items():
         plot_masks(load_mask_set(file), output / f"{name.split()[0]}.png")
@@ -81,7 +80,7 @@ def _calibrate(output: Path) -> Path:
         model=str(folder / "model"),
         data=str(folder / "texts.jsonl"),
         output=masks,
-        config=[folder / "paper.yaml"],
+        config=[str(folder / "paper.yaml")],
     )
     return masks
 

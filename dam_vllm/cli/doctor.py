@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dam_vllm.cli.program import FAILED, PROGRESS, Quiet
+from dam_vllm.cli.program import FAILED, PROGRESS, Quiet, plain_console
 
 if TYPE_CHECKING:
     from dam_vllm.diagnosis import Diagnosis
@@ -29,12 +29,11 @@ def doctor(
 
 
 def _print(found: "Diagnosis") -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from dam_vllm.diagnosis import SHOWN
 
-    console = Console()
+    console = plain_console()
     table = Table(title="packages")
     for column in ("package", "installed", "tested with", ""):
         table.add_column(column)
@@ -56,4 +55,4 @@ def _print(found: "Diagnosis") -> None:
     lines += [f"PROBLEM: {each.what}\n  -> {each.remedy}" for each in found.problems]
     lines += [] if found.problems else ["no problems"]
     for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(line, highlight=False, soft_wrap=True)

@@ -7,11 +7,11 @@ from typing import Any
 
 from dam_vllm.bench.model import MODELS, Model
 from dam_vllm.cli.benchmarks import EAGER, Benchmark
-from dam_vllm.options import OptionError
+from dam_vllm.options import PAGE, OptionError
 
 LONGEST, ROOM, WIDTH = 2**20, 128, 220
 CPU_CONCURRENCY, GPU_CONCURRENCY = "1", "1,4,16"
-MODEL, LENGTHS, PAGE, WINDOW, ROUNDS = "long", "1024,2048,4096,8192,16384", 128, 513, 3
+MODEL, LENGTHS, WINDOW, ROUNDS = "long", "1024,2048,4096,8192,16384", 513, 3
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class E2eOptions:
     model: str = MODEL
     lengths: str = LENGTHS
     concurrency: str | None = None
-    page: int = PAGE
+    page: int | None = None
     window: int = WINDOW
     density: float | None = None
     masks: Path | None = None
@@ -38,17 +38,16 @@ def e2e(options: E2eOptions) -> Benchmark:
     import torch
 
     from dam_vllm.bench import e2e
-    from dam_vllm.bench.checks import counts_option, lengths_option, pages_option
+    from dam_vllm.bench.checks import counts_option, lengths_option
     from dam_vllm.bench.servers import Setup, free_memory, in_turns
 
     usual = GPU_CONCURRENCY if torch.cuda.is_available() else CPU_CONCURRENCY
     tokens = lengths_option(options.lengths, 128, LONGEST)
     concurrencies = counts_option(options.concurrency or usual, "--concurrency")
-    pages_option(str(options.page), "--page")
     model = _model(options)
-    masks = _check_masks(options)
+    masks, page = _check_masks(options), _page(options)
     setup = Setup(
-        model, max(tokens) + ROOM, options.page, options.window, max(concurrencies),
+        model, max(tokens) + ROOM, page, options.window, max(concurrencies),
         EAGER if options.eager else (), options.dynamic, options.density, options.masks,
     )  # fmt: skip
     loads = [e2e.load_of(model, length, count) for length in tokens for count in concurrencies]
@@ -57,7 +56,7 @@ def e2e(options: E2eOptions) -> Benchmark:
     groups = in_turns(setup, e2e.peers_of(options.crossover), free_memory())
     alone = "" if len(groups) == 1 else ", one server after the other"
     return Benchmark(
-        f"over HTTP, {name}: {model.describe()}, page {options.page}, {masks}{alone}",
+        f"over HTTP, {name}: {model.describe()}, page {page}, {masks}{alone}",
         e2e.TARGETS,
         len(groups) * (1 + len(loads)),
         lambda advance: e2e.measure(name, setup, loads, options.rounds, groups, advance),
@@ -98,6 +97,20 @@ def _check_masks(options: E2eOptions) -> str:
         raise OptionError("--density is in place of --window: leave out one of them")
     densities_option(str(options.density), "--density")
     return f"pages at random distances, density {options.density} at the longest{choosing}"
+
+
+def _page(options: E2eOptions) -> int:
+    """Tokens a page: the option, else those of the masks' fit, as in serving."""
+    from dam_vllm.bench.checks import pages_option
+    from dam_vllm.masks.file import load_mask_set
+
+    page, told = options.page, "--page"
+    if page is None and options.masks is not None:
+        page = load_mask_set(options.masks).header.fitted_page
+        told = f"the page that --masks {str(options.masks)!r} was fitted for"
+    page = PAGE if page is None else page
+    pages_option(str(page), told)
+    return page
 
 
 def crossover(rows: Sequence[dict[str, Any]]) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from dam_vllm.cli.program import INTERRUPTED, PROGRESS, Quiet
+from dam_vllm.cli.program import INTERRUPTED, PROGRESS, Quiet, plain_console
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -151,7 +151,7 @@ def evaluate(
     from transformers.utils import logging
 
     from dam_vllm.evaluation.checks import output_options
-    from dam_vllm.evaluation.prepare import prepare
+    from dam_vllm.evaluation.prepare import Options, prepare
     from dam_vllm.evaluation.state import State
     from dam_vllm.options import mask_file
 
@@ -159,22 +159,11 @@ def evaluate(
     places = masks or []
     files = [mask_file(place) for place in places]
     output_options(json, plot, write, places)
-    job = prepare(
-        model=model,
-        masks=files,
-        tasks=tasks,
-        lengths=lengths,
-        samples=samples,
-        seed=seed,
-        page=page,
-        dense_below=dense_below,
-        streaming=streaming,
-        text=text,
-        windows=windows,
-        serve_args=serve_args,
-        keys=keys,
-        completion=completion,
-    )
+    options = Options(
+        model, files, tasks, lengths, samples, seed, page, dense_below, streaming, text, windows,
+        serve_args, keys, completion,
+    )  # fmt: skip
+    job = prepare(options)
     if fresh:
         shutil.rmtree(job.folder, ignore_errors=True)
     state = State(job.folder)
@@ -207,7 +196,7 @@ def _measure(job: "Job", state: "State") -> "list[Place]":
     from dam_vllm.questions.prompting import prompting
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
@@ -246,8 +235,6 @@ def _report(
     write: bool,
 ) -> None:
     """Prints tables and writes what was asked for."""
-    from rich.console import Console
-
     from dam_vllm.evaluation.results import agreement_rows, results, score_rows, worst
     from dam_vllm.evaluation.show import agreement_table, score_table, worst_line
     from dam_vllm.files import write_json
@@ -255,13 +242,13 @@ def _report(
     rows = score_rows(job.settings, state, places)
     agreed = agreement_rows(job.settings, state, places)
     losses = worst(rows, [subject.name for subject in job.masks])
-    console = Console()
+    console = plain_console()
     _widen(console, len({row["masks"] for row in rows}))
     console.print(score_table(rows))
     if agreed:
         console.print(agreement_table(agreed))
     for loss in losses:
-        console.print(worst_line(loss), soft_wrap=True, markup=False)
+        console.print(worst_line(loss), soft_wrap=True)
     if json is not None:
         write_json(json, results(job.settings, rows, agreed, losses))
     if plot is not None:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dam_vllm.cli.program import plain_console
+
 if TYPE_CHECKING:
     import numpy as np
     from rich.console import Console
@@ -161,12 +163,11 @@ def _numbers(values: "np.ndarray") -> list[float | None]:
 
 
 def _print(report: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from dam_vllm.cli.frontier import print_frontier
 
-    console = Console()
+    console = plain_console()
     table = Table(title=f"{report['kind']} masks of {report['model']}, PCL {report['pcl']}")
     table.add_column("layer", justify="right")
     for name in ("type", "KV heads"):

@@ -16,7 +16,9 @@ def dense(model: Model, output: Output) -> None:
     """Every head reads every page: full attention through the same engine."""
     from dam_vllm.masks import baselines
     from dam_vllm.masks.file import save_mask_set
+    from dam_vllm.options import masks_output_option
 
+    masks_output_option(output, model)
     save_mask_set(baselines.dense(model), output)
     typer.echo(f"wrote {output}")
 
@@ -31,6 +33,8 @@ def streaming(
     """Every head reads the first and the latest tokens (StreamingLLM)."""
     from dam_vllm.masks import baselines
     from dam_vllm.masks.file import save_mask_set
+    from dam_vllm.options import masks_output_option
 
+    masks_output_option(output, model)
     save_mask_set(baselines.streaming(model, sinks, window), output)
     typer.echo(f"wrote {output}")

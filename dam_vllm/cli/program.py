@@ -1,6 +1,7 @@
 """How `dam-vllm` ends: every failure is one line on stderr and an exit code, without traceback."""
 
 import sys
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -13,7 +14,10 @@ from dam_vllm.server import ServerError
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 
-PROGRESS = Console(stderr=True)
+plain_console = partial(Console, markup=False, emoji=False)
+"""Shows text as it stands: "[v2]" and ":key:" in names of files and models are no markup."""
+
+PROGRESS = plain_console(stderr=True)
 """Where progress goes; silent with --quiet."""
 
 

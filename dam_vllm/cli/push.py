@@ -22,6 +22,7 @@ def push(
     first: `hf auth login`, or HF_TOKEN.
     """
     from huggingface_hub.utils.tqdm import disable_progress_bars
+    from rich.text import Text
 
     from dam_vllm import hub
     from dam_vllm.masks.card import mask_card
@@ -34,6 +35,6 @@ def push(
         )
     card = mask_card(load_mask_set(file), repository)
     disable_progress_bars()
-    with PROGRESS.status(f"uploading {file}"):
+    with PROGRESS.status(Text(f"uploading {file}")):
         commit = hub.push(file, card, repository, private)
     typer.echo(f"Uploaded {file}: {commit}")

@@ -21,13 +21,17 @@ from dam_vllm.masks.mask_set import HeadMode, MaskSet
 from dam_vllm.masks.model_shape import model_shape
 from dam_vllm.masks.sharding import shards
 from dam_vllm.masks.targets import TargetError, at_target
-from dam_vllm.options import DENSE_BELOW, DamOptions, OptionError, find_masks, parse_options
+from dam_vllm.options import (
+    DENSE_BELOW,
+    PAGE_MULTIPLES,
+    DamOptions,
+    OptionError,
+    find_masks,
+    parse_options,
+)
 
 logger = init_logger("vllm.dam")
 
-# The platforms that are served, by vLLM's names (`device_type` calls ROCm "cuda" too), and what
-# vLLM's CPU kernels and FlashAttention take there.
-PAGE_MULTIPLES = {"cpu": 32, "cuda": 16}
 CACHE_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2")
 
 

@@ -14,11 +14,11 @@ from dam_vllm.attention.interface import SparseAttention
 from dam_vllm.attention.layout import KVLayout
 from dam_vllm.attention.self_check import HEADS, KV_HEADS, LAYER, PAGE, REQUESTS, SCALE, SIZE
 from dam_vllm.attention.self_check import difference as difference_from_oracle
-from dam_vllm.engine.checks import PAGE_MULTIPLES
 from dam_vllm.engine.registration import BACKENDS, NAME
 from dam_vllm.masks.mask_set import MaskSet
 from dam_vllm.masks.page_tables import PageSelector, page_tables
 from dam_vllm.masks.sharding import Shard
+from dam_vllm.options import PAGE_MULTIPLES
 
 CAPABILITY = (8, 0)
 # Largest difference from the oracle: float32 on CPU, float16 on CUDA.

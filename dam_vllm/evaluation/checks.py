@@ -16,15 +16,13 @@ from dam_vllm.evaluation.settings import REPLY_TOKENS, Settings, Subject
 from dam_vllm.evaluation.state import content_digest
 from dam_vllm.masks.file import load_mask_set
 from dam_vllm.masks.fingerprint import Fingerprint
-from dam_vllm.options import PAGE, OptionError
+from dam_vllm.options import PAGE, PAGE_MULTIPLES, OptionError, output_option
 from dam_vllm.questions.keys import KINDS
 from dam_vllm.questions.prompting import prompting
 from dam_vllm.questions.tasks import TASKS, make_questions
 
 DEFAULT_LENGTHS, DEFAULT_WINDOWS = (2048, 4096, 8192), 4
 MIN_LENGTH = 256
-# Of vLLM's block sizes, as the engine takes them on this machine.
-PAGE_MULTIPLE = 16 if torch.cuda.is_available() else 32
 IMAGES = (".png", ".pdf", ".svg")
 
 
@@ -77,14 +75,20 @@ def page_option(page: int | None, masks: Sequence[Subject]) -> int:
         OptionError: for a size that the backend does not take, and for masks of different ones.
     """
     pages = (subject.masks.header.fitted_page for subject in masks if subject.masks is not None)
-    fitted = {each for each in pages if each is not None}
-    if page is None and len(fitted) > 1:
-        sizes = ", ".join(map(str, sorted(fitted)))
-        raise OptionError(f"--masks names files fitted for pages of {sizes} tokens: give --page")
-    result = page or next(iter(fitted), None) or PAGE
-    if result < 1 or result % PAGE_MULTIPLE:
-        raise OptionError(f"--page is {result}, must be a multiple of {PAGE_MULTIPLE} tokens")
-    return result
+    fitted = sorted({each for each in pages if each is not None})
+    platform = "cuda" if torch.cuda.is_available() else "cpu"
+    multiple = PAGE_MULTIPLES[platform]
+    if page is not None:
+        if page < 1 or page % multiple:
+            raise OptionError(f"--page is {page}, must be a multiple of {multiple} tokens")
+        return page
+    if len(fitted) > 1 or any(each % multiple for each in fitted):
+        sizes = ", ".join(map(str, fitted))
+        raise OptionError(
+            f"--masks were fitted for pages of {sizes} tokens, must be of one size that is a "
+            f"multiple of {multiple} on {platform}: give --page"
+        )
+    return fitted[0] if fitted else PAGE
 
 
 def serve_args_option(text: str) -> tuple[str, ...]:
@@ -103,9 +107,8 @@ def output_options(
     json_file: Path | None, plot: Path | None, write: bool, masks: Sequence[str]
 ) -> None:
     """Refuses outputs that could not be written once all is measured."""
-    for option, path in (("--json", json_file), ("--plot", plot)):
-        if path is not None and path.is_dir():
-            raise OptionError(f"{option} is {str(path)!r}, a folder; must be a file")
+    output_option("--json", json_file)
+    output_option("--plot", plot)
     if plot is not None and plot.suffix not in IMAGES:
         raise OptionError(f"--plot is {str(plot)!r}, must end in {', '.join(IMAGES)}")
     if write and not masks:

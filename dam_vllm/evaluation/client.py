@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from dam_vllm.questions.prompting import TEMPLATE_OPTIONS
 from dam_vllm.server import SHOWN, ServerError
 
 TOP = 20  # vLLM's own limit (--max-logprobs)
@@ -87,8 +88,7 @@ class HttpClient:
             max_tokens=tokens,
             temperature=0,
             stream=True,
-            # Templates that know the switch leave out the thinking, which needs many tokens.
-            extra_body={"chat_template_kwargs": {"enable_thinking": False}},
+            extra_body={"chat_template_kwargs": TEMPLATE_OPTIONS},
         )
         return (part.choices[0].delta.content for part in stream if part.choices)
 

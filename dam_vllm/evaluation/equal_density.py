@@ -6,7 +6,7 @@ import numpy as np
 
 from dam_vllm.masks.baselines import streaming
 from dam_vllm.masks.mask_set import MaskSet
-from dam_vllm.masks.page_tables import dense_until, page_tables
+from dam_vllm.masks.page_tables import page_tables
 from dam_vllm.masks.rounding import ceil_div
 
 SINKS = 4  # the whole first page is read anyway
@@ -30,13 +30,8 @@ def window_density(model: str, window: int, length: int, page: int, dense_below:
     query_blocks = np.arange(ceil_div(length, tables.query_block))
     stops = np.minimum((query_blocks + 1) * tables.query_block, length)
     causal = ceil_div(stops, page)
-    selected = tables.select(query_blocks)[0]
-    seen = selected & (np.arange(selected.shape[1]) < causal[:, None])
-    read = np.where(
-        query_blocks * tables.query_block < dense_until(dense_below, page),
-        causal,
-        seen.sum(axis=1),
-    )
+    selected = tables.select(query_blocks, dense_below)[0]
+    read = (selected & (np.arange(selected.shape[1]) < causal[:, None])).sum(axis=1)
     queries = stops - query_blocks * tables.query_block
     return float((read * queries).sum() / (causal * queries).sum())
 

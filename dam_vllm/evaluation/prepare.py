@@ -36,25 +36,11 @@ class Job:
     folder: Path
 
 
-def prepare(
-    model: str,
-    masks: Sequence[Path],
-    tasks: str,
-    lengths: str | None,
-    samples: int,
-    seed: int,
-    page: int | None,
-    dense_below: int,
-    streaming: bool,
-    text: Path | None,
-    windows: int | None,
-    serve_args: str,
-    keys: str,
-    completion: bool,
-) -> Job:
-    """Checks all options against model and files, before anything is started.
+@dataclass(frozen=True)
+class Options:
+    """What `dam-vllm eval` is given.
 
-    Args:
+    Attributes:
         model: folder or Hub id.
         masks: mask files.
         tasks: comma-separated names.
@@ -69,6 +55,29 @@ def prepare(
         serve_args: further arguments of `vllm serve`, as shell words.
         keys: kind of the records' keys.
         completion: whether to ask by completions in any case.
+    """
+
+    model: str
+    masks: Sequence[Path]
+    tasks: str
+    lengths: str | None
+    samples: int
+    seed: int
+    page: int | None
+    dense_below: int
+    streaming: bool
+    text: Path | None
+    windows: int | None
+    serve_args: str
+    keys: str
+    completion: bool
+
+
+def prepare(options: Options) -> Job:
+    """Checks all options against model and files, before anything is started.
+
+    Args:
+        options: as given.
 
     Returns:
         The job.
@@ -76,28 +85,28 @@ def prepare(
     Raises:
         ValueError: for an option that cannot be honoured.
     """
-    names = checks.tasks_option(tasks)
-    checks.keys_option(keys)
-    arguments = checks.serve_args_option(serve_args)
-    pieces = checks.windows_option(windows, text)
-    served = fingerprint(model)
-    subjects = checks.masks_option(masks, served)
-    tokenizer, longest = _load(model)
-    tokens = checks.lengths_option(lengths, names, longest)
+    names, text = checks.tasks_option(options.tasks), options.text
+    checks.keys_option(options.keys)
+    arguments = checks.serve_args_option(options.serve_args)
+    pieces = checks.windows_option(options.windows, text)
+    served = fingerprint(options.model)
+    subjects = checks.masks_option(options.masks, served)
+    tokenizer, longest = _load(options.model)
+    tokens = checks.lengths_option(options.lengths, names, longest)
     settings = Settings(
-        model=model,
+        model=options.model,
         tasks=names,
         lengths=tokens,
-        samples=samples,
-        seed=seed,
-        page=checks.page_option(page, subjects),
-        dense_below=dense_below,
-        streaming=streaming,
+        samples=options.samples,
+        seed=options.seed,
+        page=checks.page_option(options.page, subjects),
+        dense_below=options.dense_below,
+        streaming=options.streaming,
         serve_args=arguments,
         text=None if text is None else checks.text_option(text, tokenizer, pieces, tokens[-1]),
         windows=pieces,
-        record_keys=keys,
-        completion=completion,
+        record_keys=options.keys,
+        completion=options.completion,
     )
     checks.check_questions(settings, tokenizer)
     return Job(settings, subjects, tokenizer, cache_folder(settings, subjects, served))

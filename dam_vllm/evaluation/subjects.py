@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from argparse import ArgumentParser
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -18,6 +19,7 @@ from dam_vllm.server import Server
 # Groups of plugins that vLLM loads where VLLM_PLUGINS is not set (vllm/plugins/__init__.py).
 LOADED = ("general", "platform", "io_processor", "stat_logger")
 START_SECONDS = 1800.0
+AUTO = "auto"
 SPARE_PAGES = 64
 
 Start = Callable[[Subject], AbstractContextManager[Client]]
@@ -62,7 +64,7 @@ def common_arguments(settings: Settings) -> list[str]:
         # Prefill gains little from compilation, which every server would do anew.
         "--enforce-eager",
     ]
-    size = token_bytes(AutoConfig.from_pretrained(settings.model))
+    size = token_bytes(AutoConfig.from_pretrained(settings.model), _dtype(settings.serve_args))
     if size is not None:
         pages = ceil_div(settings.max_length, settings.page) + SPARE_PAGES
         result.append(f"--kv-cache-memory-bytes={size * settings.page * pages}")
@@ -88,11 +90,19 @@ def plugins() -> str:
     return ",".join(sorted({*(each.name for each in loaded), "dam"}))
 
 
-def token_bytes(config: Any) -> int | None:
+def _dtype(serve_args: Sequence[str]) -> str:
+    """What `--dtype` says, in either spelling."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--dtype", nargs="?", default=AUTO, const=AUTO)
+    return str(parser.parse_known_args(serve_args)[0].dtype)
+
+
+def token_bytes(config: Any, dtype: str = AUTO) -> int | None:
     """Bytes that a token takes in the KV cache, as if all layers kept keys and values.
 
     Args:
         config: a transformers configuration.
+        dtype: vLLM's `--dtype`.
 
     Returns:
         Bytes, or None where the configuration does not tell them.
@@ -104,5 +114,6 @@ def token_bytes(config: Any) -> int | None:
         return None
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     head_size = getattr(text, "head_dim", None) or hidden // heads
-    width = 4 if str(getattr(text, "dtype", None)).endswith("float32") else 2
+    stored = str(getattr(text, "dtype", None)).removeprefix("torch.")
+    width = 4 if (stored if dtype == AUTO else dtype) in ("float32", "float") else 2
     return int(2 * layers * kv_heads * head_size * width)

@@ -17,6 +17,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
+MAX_TOKENS = 2**31 - 1
 # Pages of the best that top-p adds up at a time: it ends where every row has enough.
 TOP_P_STEP = 64
 
@@ -78,6 +79,7 @@ class Budget(ABC):
     Attributes:
         kind: what `value` counts, and how it is stored.
         measured: whether the share of the context that is chosen follows from texts alone.
+        most: largest value that is stored.
         value: in the unit of the kind.
         floor: fewest pages.
         cap: most pages.
@@ -85,6 +87,7 @@ class Budget(ABC):
 
     kind: ClassVar[BudgetKind]
     measured: ClassVar[bool] = False
+    most: ClassVar[int] = 1
     value: float
     floor: int
     cap: int
@@ -138,6 +141,7 @@ class TopK(Budget):
     """A number of pages."""
 
     kind = BudgetKind.TOP_K
+    most = MAX_TOKENS
 
     @classmethod
     def wanted(cls, values: torch.Tensor, cap: int, pages: PageMasses) -> torch.Tensor:

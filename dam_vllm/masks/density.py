@@ -3,13 +3,7 @@
 import numpy as np
 
 from dam_vllm.masks.mask_set import FloatArray, HeadMode, MaskSet
-from dam_vllm.masks.page_tables import (
-    PageTables,
-    dense_until,
-    head_tables,
-    page_tables,
-    query_block_size,
-)
+from dam_vllm.masks.page_tables import PageTables, head_tables, page_tables, query_block_size
 from dam_vllm.masks.rounding import ceil_div
 
 
@@ -75,12 +69,10 @@ def _add_choosing(
         for head in choosing
     ]
     tables = page_tables(masks, layer, page, query_block=page)
-    until = dense_until(dense_below, page)
     for row, length in enumerate(lengths):
         causal = np.arange(ceil_div(length, page)) + 1
-        read = tables.select(causal - 1).sum(axis=2)[choosing]
-        chosen = [masks.dynamic.chosen(*each, page, causal) for each in choosers]
-        read = np.where((causal - 1) * page < until, causal, read + np.stack(chosen))
+        read = tables.select(causal - 1, dense_below).sum(axis=2)[choosing]
+        read = read + [masks.dynamic.chosen(*each, page, causal) for each in choosers]
         kv_heads[row, layer, choosing] = np.minimum(read, causal).sum(axis=1) / causal.sum()
     heads_per_kv = masks.heads // masks.kv_heads
     joined = np.repeat(kv_heads[:, layer], heads_per_kv, axis=1)
@@ -91,9 +83,7 @@ def _add_choosing(
 def _density(tables: PageTables, length: int, dense_below: int) -> FloatArray:
     query_blocks = np.arange(ceil_div(length, tables.query_block))
     pages = ceil_div(length, tables.page)
-    read = tables.select(query_blocks)[:, :, :pages]
+    read = tables.select(query_blocks, dense_below)[:, :, :pages]
     own = tables.query_block // tables.page
     causal = np.arange(pages)[None] < (query_blocks[:, None] + 1) * own
-    dense = query_blocks * tables.query_block < dense_until(dense_below, tables.page)
-    read = np.where(dense[:, None], causal, read)
     return np.asarray(read.sum(axis=(1, 2)) / causal.sum(), dtype=np.float32)

@@ -5,13 +5,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from dam_vllm.masks.budget import BUDGETS, Budget, BudgetKind
+from dam_vllm.masks.budget import BUDGETS, MAX_TOKENS, Budget, BudgetKind
 from dam_vllm.masks.ranges import refuse_outside
 from dam_vllm.masks.rounding import ceil_div
 
 IntArray = npt.NDArray[np.int32]
 MAX_HEAD_SIZE = 1024
-MAX_TOKENS = 2**31 - 1
 # Of float32 bases, which eigenvectors in float64 and in float32 alike keep well within.
 ORTHOGONAL_WITHIN = 1e-4
 
@@ -62,8 +61,8 @@ class Dynamic:
                 raise ValueError(f"dynamic.{name} has shape {found}, expected {shape}")
         refuse_outside("dynamic.channels", self.channels, 1, size)
         refuse_outside("dynamic.kinds", self.kinds, 0, max(BudgetKind))
-        most = np.where(self.kinds == BudgetKind.TOP_K, MAX_TOKENS, 1)
-        refuse_outside("dynamic.budgets", self.budgets, 0, most)
+        most = np.array([BUDGETS[kind].most for kind in BudgetKind])
+        refuse_outside("dynamic.budgets", self.budgets, 0, most[self.kinds])
         refuse_outside("dynamic.caps", self.caps, 0, MAX_TOKENS)
         refuse_outside("dynamic.floors", self.floors, 0, self.caps)
         refuse_outside("dynamic.expected", self.expected, 0, 1)

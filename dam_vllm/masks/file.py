@@ -10,7 +10,7 @@ import reprlib
 import zlib
 from collections.abc import Collection, Iterable, Mapping
 from io import BufferedReader
-from math import prod
+from math import isqrt, prod
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,9 @@ from dam_vllm.masks.tensor_file import (
 FORMAT = "dam-masks/3"
 EARLIER = ("dam-masks/1", "dam-masks/2")
 METADATA = {"format", "header", "digest"}
-MAX_BYTES = 8 * 2**30
+# Of memory. With 32 layers of 32 heads (Llama 3.1 8B) columns and diagonals up to 131,072 tokens
+# take 0.25 GiB and true masks of a PCL of 2048 as much; with 80 of 64 (70B) both take 2.5 GiB.
+MAX_BYTES = 4 * 2**30
 BIT_ARRAYS = ("columns", "diagonals")
 REQUIRED = ("columns", "diagonals", "true_bits", "modes")
 OPTIONAL = {
@@ -101,7 +103,8 @@ def save_mask_set(masks: MaskSet, path: str | Path) -> None:
     packed["true_bits"] = np.frombuffer(zlib.compress(packed["true_bits"].tobytes()), np.uint8)
     try:
         masks.check_values()
-        _refuse_names_and_sizes((n, NAMES.get(a.dtype), a.shape) for n, a in packed.items())
+        size = _checked_size((n, NAMES.get(a.dtype), a.shape) for n, a in packed.items())
+        _refuse_size(size + masks.true_bits.nbytes)
         header = masks.header.model_dump_json()
         _header(header)
         metadata = {"format": FORMAT, "header": header, "digest": digest(header, packed)}
@@ -132,10 +135,27 @@ def load_mask_set(path: str | Path) -> MaskSet:
             return _load(path, stream)
     except MaskFileError:
         raise
-    except OSError as error:
-        raise MaskFileError(f"mask file {path} cannot be read: {error}") from error
+    except (OSError, MemoryError) as error:
+        reason = str(error) or "not enough memory"
+        raise MaskFileError(f"mask file {path} cannot be read: {reason}") from error
     except ValueError as error:
         raise MaskFileError(f"mask file {path} is damaged: {error}") from error
+
+
+def longest_pcl(layers: int, heads: int, reach: int | None) -> int:
+    """The longest PCL of masks that a file may hold, if deflating true masks gains nothing.
+
+    Args:
+        layers: all layers of the model.
+        heads: query heads of a layer.
+        reach: of columns and diagonals in tokens, or None for the PCL.
+
+    Returns:
+        Tokens, 0 where not even the columns and diagonals fit.
+    """
+    room = MAX_BYTES // (layers * heads)
+    # True masks take pcl ** 2 / 16 bytes a head, inflated and deflated as much.
+    return isqrt(8 * room + 64) - 8 if reach is None else isqrt(8 * max(0, room - 2 * reach))
 
 
 def digest(header: str, arrays: Mapping[str, np.ndarray]) -> str:
@@ -163,7 +183,8 @@ def _load(path: Path, stream: BufferedReader) -> MaskSet:
         )
     _refuse_unknown("array", index.arrays, ARRAYS)
     entries = index.entries()
-    _refuse_names_and_sizes((name, each.dtype, each.shape) for name, each in entries.items())
+    size = _checked_size((name, each.dtype, each.shape) for name, each in entries.items())
+    _refuse_size(size)
     arrays = {name: read_array(stream, name, entry) for name, entry in entries.items()}
     found = digest(metadata["header"], arrays)
     if metadata["digest"] != found:
@@ -171,7 +192,7 @@ def _load(path: Path, stream: BufferedReader) -> MaskSet:
             f"mask file {path} was changed after it was made: header and arrays have digest "
             f"{found}, it says {reprlib.repr(metadata['digest'])}; restore it or calibrate again"
         )
-    masks = _mask_set(_header(metadata["header"]), arrays)
+    masks = _mask_set(_header(metadata["header"]), arrays, size)
     masks.check_values()
     return masks
 
@@ -196,8 +217,12 @@ def _refuse_unknown(what: str, names: Iterable[str], known: Collection[str]) -> 
             )
 
 
-def _refuse_names_and_sizes(arrays: Iterable[tuple[str, str | None, tuple[int, ...]]]) -> None:
-    """Refuses arrays (name, dtype, shape) that are missing, of another dtype, or too large."""
+def _checked_size(arrays: Iterable[tuple[str, str | None, tuple[int, ...]]]) -> int:
+    """Bytes of memory that arrays (name, dtype, shape) take, true masks deflated.
+
+    Raises:
+        ValueError: if one is missing or of another dtype.
+    """
     total, names = 0, set()
     for name, dtype, shape in arrays:
         if dtype != ARRAYS[name]:
@@ -212,8 +237,12 @@ def _refuse_names_and_sizes(arrays: Iterable[tuple[str, str | None, tuple[int, .
     for name in needed:
         if name not in names:
             raise ValueError(f"array {name!r} is missing")
-    if total > MAX_BYTES:
-        raise ValueError(f"its masks take {total} bytes of memory, must be at most {MAX_BYTES}")
+    return total
+
+
+def _refuse_size(size: int) -> None:
+    if size > MAX_BYTES:
+        raise ValueError(f"its masks take {size} bytes of memory, must be at most {MAX_BYTES}")
 
 
 def _header(text: str) -> Header:
@@ -235,7 +264,8 @@ def _header(text: str) -> Header:
     return header
 
 
-def _mask_set(header: Header, arrays: dict[str, np.ndarray]) -> MaskSet:
+def _mask_set(header: Header, arrays: dict[str, np.ndarray], size: int) -> MaskSet:
+    """Masks of the arrays of a file, which take `size` bytes as `_checked_size` tells them."""
     reach = header.reach or header.pcl
     for name in BIT_ARRAYS:
         if arrays[name].shape[-1] != ceil_div(reach, 8):
@@ -243,7 +273,10 @@ def _mask_set(header: Header, arrays: dict[str, np.ndarray]) -> MaskSet:
         refuse_padding(name, arrays[name], -reach % 8)
         arrays[name] = np.unpackbits(arrays[name], axis=-1, count=reach).view(bool)
     if arrays["columns"].ndim == 3:  # else it is refused below
-        arrays["true_bits"] = _true_bits(arrays["true_bits"], arrays["columns"].shape, header.pcl)
+        layers, heads = arrays["columns"].shape[:2]
+        shape = (layers, heads, lower_bytes(header.pcl))
+        _refuse_size(size + prod(shape))
+        arrays["true_bits"] = _true_bits(arrays["true_bits"], shape)
     dynamic, frontier = _group(arrays, DYNAMIC), _group(arrays, FRONTIER)
     return MaskSet(
         header=header,
@@ -253,14 +286,10 @@ def _mask_set(header: Header, arrays: dict[str, np.ndarray]) -> MaskSet:
     )
 
 
-def _true_bits(deflated: np.ndarray, shape: tuple[int, ...], pcl: int) -> np.ndarray:
-    """Inflates the true masks of layers and heads, the first two of a shape."""
-    layers, heads, each = *shape[:2], lower_bytes(pcl)
-    size = layers * heads * each
-    if size > MAX_BYTES:
-        raise ValueError(f"its true masks take {size} bytes of memory, must be at most {MAX_BYTES}")
+def _true_bits(deflated: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+    """Inflates the true masks, uint8 [layers, heads, bytes]."""
     try:
-        return inflate(deflated.tobytes(), size).reshape(layers, heads, each).copy()
+        return inflate(deflated.reshape(-1).data, prod(shape)).reshape(shape)
     except ValueError as error:
         raise ValueError(f"array 'true_bits' {error}") from None
 

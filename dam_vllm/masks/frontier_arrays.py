@@ -1,18 +1,25 @@
 """What a fit could choose from, as the mask file holds it: choices from cheapest to best."""
 
 import zlib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from dam_vllm.masks.ranges import refuse_outside
+from dam_vllm.masks.ranges import refuse_outside, refuse_padding
+from dam_vllm.masks.rounding import ceil_div
+
+if TYPE_CHECKING:
+    from dam_vllm.masks.mask_set import MaskSet
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int32]
 ByteArray = npt.NDArray[np.uint8]
 
 MEASURES = ("density", "cost", "kl", "top1")
+DYNAMIC_FIELDS = ("channels", "kinds", "budgets", "floors", "caps", "expected")
+PIECE = 2**16  # bytes that are inflated at once
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,7 @@ class Frontier:
     def check(self, layers: int, kv_heads: int) -> None:
         """Checks shapes and measures, and that patterns lie where they are said to.
 
-        What the masks of a point mean is checked when they are made.
+        What the heads' modes and budgets and the patterns mean, `check_points` checks.
 
         Raises:
             ValueError: for an array of another shape, or a value that means nothing.
@@ -83,6 +90,56 @@ class Frontier:
             raise ValueError("frontier.offsets do not cut frontier.bits into patterns")
         refuse_outside("frontier.modes", self.modes, 0, 3)
         refuse_outside("frontier.patterns", self.patterns, 0, len(starts) - 2)
+
+    def choice(self, masks: "MaskSet", point: int) -> "MaskSet":
+        """Masks with the modes, budgets and anchors of a point, and their own patterns.
+
+        Args:
+            masks: those of this frontier.
+            point: its index.
+
+        Raises:
+            ValueError: naming a value of the point that means nothing.
+        """
+        dynamic, anchors = masks.dynamic, self.anchors[point]
+        if dynamic is not None:
+            own = {name: getattr(self, name)[point] for name in DYNAMIC_FIELDS}
+            dynamic = replace(dynamic, **own)
+        return replace(
+            masks,
+            modes=self.modes[point],
+            dynamic=dynamic,
+            anchors=anchors if (anchors != -1).any() else None,
+        )
+
+    def check_points(self, masks: "MaskSet", spare: int) -> None:
+        """Checks what every point's modes, budgets and anchors mean, and every pattern.
+
+        Args:
+            masks: those of this frontier.
+            spare: bits of a true mask's last byte that hold no pair.
+
+        Raises:
+            ValueError: naming the point or pattern, a value that it may not hold, and what is
+                allowed.
+        """
+        alone = replace(masks, frontier=None)
+        for point in range(len(self.density)):
+            try:
+                self.choice(alone, point)
+            except ValueError as error:
+                raise ValueError(f"frontier, choice {point}: {error}") from None
+        left = np.array([kind != "full" for kind in masks.header.layer_types])
+        of_left_layers = set(self.patterns[:, left].ravel().tolist())
+        sizes = (masks.heads // masks.kv_heads, masks.reach, masks.true_bits.shape[-1])
+        for index in range(len(self.offsets) - 1):
+            parts = unpack_pattern(self.pattern(index), *sizes)
+            refuse_padding(f"frontier.bits, pattern {index}, true mask", parts[2], spare)
+            if index in of_left_layers and any(part.any() for part in parts):
+                raise ValueError(
+                    f"frontier.bits: pattern {index} has bits, must be zeros for a layer that is "
+                    f"left to vLLM"
+                )
 
     def pattern(self, index: int) -> bytes:
         """A stored pattern."""
@@ -112,31 +169,49 @@ def unpack_pattern(
     Raises:
         ValueError: if the bytes hold no pattern of this size.
     """
-    row = (reach + 7) // 8
+    row = ceil_div(reach, 8)
     size = heads_per_kv * (2 * row + true_bytes)
     try:
         found = inflate(packed, size)
     except ValueError as error:
         raise ValueError(f"frontier.bits: a pattern is damaged: {error}") from None
     bits, true = found[: 2 * heads_per_kv * row], found[2 * heads_per_kv * row :]
-    both = np.unpackbits(bits.reshape(2, heads_per_kv, row), axis=-1, count=reach).view(bool)
+    bits = bits.reshape(2, heads_per_kv, row)
+    refuse_padding("frontier.bits, pattern", bits, -reach % 8)
+    both = np.unpackbits(bits, axis=-1, count=reach).view(bool)
     return both[0], both[1], true.reshape(heads_per_kv, true_bytes)
 
 
-def inflate(packed: bytes, size: int) -> ByteArray:
-    """Inflates bytes of a known size; never makes more of them.
+def inflate(packed: bytes | memoryview, size: int) -> ByteArray:
+    """Inflates bytes of a known size into memory of that size, a piece at a time.
+
+    Args:
+        packed: of `zlib.compress`.
+        size: bytes that they are to give.
+
+    Returns:
+        uint8 [size], writeable.
 
     Raises:
         ValueError: if they are damaged or of another size.
+        MemoryError: if there is not so much memory.
     """
-    stream = zlib.decompressobj()
+    # One byte more, so that a stream that holds more is told from one that ends.
+    stream, found, at = zlib.decompressobj(), np.empty(size + 1, dtype=np.uint8), 0
     try:
-        found = stream.decompress(packed, size + 1)
+        for start in range(0, len(packed), PIECE):
+            rest = packed[start : start + PIECE]
+            while rest and at <= size:
+                part = stream.decompress(rest, min(PIECE, size + 1 - at))
+                found.data[at : at + len(part)] = part
+                rest, at = stream.unconsumed_tail, at + len(part)
+            if stream.eof or at > size:
+                break
     except zlib.error as error:
         raise ValueError(f"cannot be inflated: {error}") from None
-    if len(found) != size or not stream.eof:
+    if at != size or not stream.eof:
         raise ValueError(f"holds another number of bytes than {size}")
-    return np.frombuffer(found, dtype=np.uint8)
+    return found[:size]
 
 
 class PatternPool:

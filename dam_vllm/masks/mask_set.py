@@ -8,10 +8,12 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from dam_vllm.masks.dynamic_arrays import MAX_TOKENS, Dynamic
+from dam_vllm.masks.budget import MAX_TOKENS
+from dam_vllm.masks.dynamic_arrays import Dynamic
 from dam_vllm.masks.fingerprint import Fingerprint
 from dam_vllm.masks.frontier_arrays import Frontier
 from dam_vllm.masks.ranges import refuse_outside, refuse_padding
+from dam_vllm.masks.rounding import ceil_div
 
 BoolArray = npt.NDArray[np.bool_]
 ByteArray = npt.NDArray[np.uint8]
@@ -152,6 +154,10 @@ class MaskSet:
                     refuse_outside(name, values, 0, 1)
         if self.dynamic is not None:
             self.dynamic.check_rotations()
+        if self.frontier is not None:
+            if "fit" not in self.header.parameters:
+                raise ValueError("there is a frontier, but the header's parameters tell no 'fit'")
+            self.frontier.check_points(self, spare)
 
     def _check_shapes(self) -> None:
         for name, dimensions in (("columns", 3), ("modes", 2), ("density_lengths", 1)):
@@ -268,7 +274,7 @@ class MaskSet:
 
 def lower_bytes(pcl: int) -> int:
     """Bytes that the packed lower triangle of a [pcl, pcl] mask takes."""
-    return (pcl * (pcl + 1) // 2 + 7) // 8
+    return ceil_div(pcl * (pcl + 1) // 2, 8)
 
 
 def pack_lower(mask: BoolArray) -> ByteArray:

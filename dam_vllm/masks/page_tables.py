@@ -105,9 +105,9 @@ class PageTables:
             dense=either(self.dense),
         )
 
-    def select(self, query_blocks: np.ndarray) -> BoolArray:
+    def select(self, query_blocks: np.ndarray, dense_below: int = 0) -> BoolArray:
         """Pages read by whole query blocks, own pages included: bool [heads, blocks, pages]."""
-        selector, blocks = PageSelector([self]), torch.from_numpy(query_blocks)
+        selector, blocks = PageSelector([self], dense_below), torch.from_numpy(query_blocks)
         pages = (int(query_blocks.max()) + 1) * selector.own
         return selector.select(blocks, pages)[0].numpy()
 
@@ -200,11 +200,17 @@ class PageSelector:
     def __init__(
         self, tables: Sequence[PageTables], dense_below: int = 0, device: str | torch.device = "cpu"
     ) -> None:
-        """Stacks the tables of the layers, which share page size and number of heads."""
+        """Stacks the tables of the layers, which share page size and number of heads.
+
+        Args:
+            tables: of the layers.
+            dense_below: positions below it are to read everything, see `dense_until`.
+            device: where the tables are to lie.
+        """
         first = tables[0]
         self.page, self.query_block = first.page, first.query_block
         self.layers, self.heads = len(tables), len(first.columns)
-        self.dense_blocks = ceil_div(dense_below, self.query_block)
+        self.dense_blocks = ceil_div(dense_until(dense_below, self.page), self.query_block)
         near = np.stack([table.near for table in tables])
         columns = np.stack([table.columns for table in tables])
         distances = np.stack([table.distances for table in tables])

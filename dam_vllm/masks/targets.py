@@ -4,14 +4,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from dam_vllm.masks.dynamic_arrays import Dynamic
 from dam_vllm.masks.frontier_arrays import MEASURES, unpack_pattern
-from dam_vllm.masks.mask_set import HeadMode, MaskSet
+from dam_vllm.masks.mask_set import MaskSet
 from dam_vllm.options import OptionError
 
 OF_ONE_CHOICE = ("heads", "check")
 """What a fit tells of the choice that it took, and of no other."""
-DYNAMIC_FIELDS = ("channels", "kinds", "budgets", "floors", "caps", "expected")
 
 
 class TargetError(OptionError):
@@ -34,7 +32,6 @@ def at_target(
 
     Raises:
         TargetError: if the file holds no frontier, or none of its points is within the target.
-        ValueError: if the point's arrays mean nothing.
     """
     if target_density is None and target_error is None:
         return masks
@@ -62,9 +59,7 @@ def at_target(
     fit = kept | {"chosen": chosen, "retargeted": {name: target}}
     parameters = masks.header.parameters | {"fit": fit}
     header = masks.header.model_copy(update={"parameters": parameters, "quality": None})
-    found = replace(at_point(masks, point), header=header)
-    found.check_values()
-    return found
+    return replace(at_point(masks, point), header=header)
 
 
 def _up(value: float) -> str:
@@ -96,26 +91,12 @@ def at_point(masks: MaskSet, point: int) -> MaskSet:
         )
         for name, array in zip(("columns", "diagonals", "true_bits"), found, strict=True):
             bits[name][layer, heads] = array
-    modes = frontier.modes[point]
-    reuses = (modes == HeadMode.REUSE).any()
     return replace(
-        masks,
+        frontier.choice(masks, point),
         **bits,
-        modes=modes,
-        dynamic=_dynamic(masks, point),
-        anchors=frontier.anchors[point] if reuses else None,
         coverage=None,
         coverage_extended=None,
         density_lengths=None,
         density_heads=None,
         density_kv=None,
     )
-
-
-def _dynamic(masks: MaskSet, point: int) -> Dynamic | None:
-    """Budgets of a point, with the bases that all points share."""
-    if masks.dynamic is None:
-        return None
-    assert masks.frontier is not None
-    arrays = {name: getattr(masks.frontier, name)[point] for name in DYNAMIC_FIELDS}
-    return replace(masks.dynamic, **arrays)

@@ -5,6 +5,9 @@ from typing import Any
 
 from dam_vllm.questions.tasks import COMPLETION
 
+TEMPLATE_OPTIONS = {"enable_thinking": False}
+"""Templates that know the switch leave out the thinking, which needs many tokens."""
+
 
 @dataclass(frozen=True)
 class Prompting:
@@ -38,6 +41,20 @@ def prompting(tokenizer: Any, completion: bool = False) -> Prompting:
     plain = len(tokenizer(text, add_special_tokens=False).input_ids)
     if completion or tokenizer.chat_template is None:
         return Prompting(False, len(tokenizer(text).input_ids) - plain)
-    messages = [{"role": "user", "content": text}]
-    full = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return Prompting(True, len(tokenizer(full, add_special_tokens=False).input_ids) - plain)
+    return Prompting(True, len(chat_tokens(tokenizer, text)) - plain)
+
+
+def chat_tokens(tokenizer: Any, prompt: str) -> list[int]:
+    """Tokens that a chat endpoint makes of one message of a user.
+
+    Args:
+        tokenizer: a transformers tokenizer with a chat template.
+        prompt: the message.
+    """
+    found = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}],
+        add_generation_prompt=True,
+        return_dict=True,
+        **TEMPLATE_OPTIONS,
+    )
+    return list(found["input_ids"])

@@ -43,8 +43,8 @@ LENGTHS = (333, 150)
 ROUNDING, LEFT_OUT = 1e-4, 1e-3
 FIT_KINDS = ("plain", "lines")
 FIT = FitConfig(
-    target_density=0.8, page=32, lengths=[560], check=3, channels=[8, 32], query_blocks=1,
-    choosing_cost=0.1,
+    target_density=0.8, page=32, platform="cpu", lengths=[560], check=3, channels=[8, 32],
+    query_blocks=1, choosing_cost=0.1,
 )  # fmt: skip
 ARGUMENTS = {
     "block_size": 32, "max_model_len": 512, "max_num_batched_tokens": 256, "max_num_seqs": 4,

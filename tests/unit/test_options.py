@@ -1,6 +1,8 @@
+from pathlib import Path
+
 import pytest
 
-from dam_vllm.options import OptionError, find_masks, parse_options
+from dam_vllm.options import OptionError, find_masks, masks_output_option, parse_options
 
 
 def test_defaults_where_nothing_is_said():
@@ -69,6 +71,24 @@ def test_option_comes_before_variable_before_model(places, monkeypatch, tmp_path
     options = parse_options({"dam": {"masks": str(places["option"])}})
     assert find_masks(options, model) == places["option"]
     assert find_masks(parse_options({"dam": {"masks": model}}), "other") == places["model"]
+
+
+def test_masks_are_not_written_among_weights(tmp_path, monkeypatch):
+    model = tmp_path / "model"
+    model.mkdir()
+    monkeypatch.chdir(model)
+    for place in (model / "masks.safetensors", Path("masks.safetensors")):
+        with pytest.raises(OptionError, match=r"in the model's folder, .* as \S+/dam/masks.safet"):
+            masks_output_option(place, str(model))
+    with pytest.raises(OptionError, match=r"--output is '.*', a folder; must be a file"):
+        masks_output_option(model, None)
+    for place, name in (
+        ("masks", str(model)),
+        ("dam/masks.safetensors", str(model)),
+        ("masks.safetensors", "org/model"),
+        ("masks.safetensors", None),
+    ):
+        masks_output_option(Path(place), name)
 
 
 def test_no_masks_anywhere(tmp_path):

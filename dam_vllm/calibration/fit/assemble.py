@@ -8,9 +8,9 @@ import numpy as np
 from dam_vllm.calibration.fit.candidates import DENSE, REUSE, Candidate, LayerPatterns
 from dam_vllm.calibration.fit.curve import Point
 from dam_vllm.masks.dynamic_arrays import Dynamic
-from dam_vllm.masks.frontier_arrays import Frontier, PatternPool, pack_pattern
+from dam_vllm.masks.frontier_arrays import DYNAMIC_FIELDS, Frontier, PatternPool, pack_pattern
 from dam_vllm.masks.mask_set import FloatArray, HeadMode, MaskSet
-from dam_vllm.masks.targets import DYNAMIC_FIELDS, at_point
+from dam_vllm.masks.targets import at_point
 
 
 @dataclass(frozen=True)

@@ -193,7 +193,8 @@ class _Fit:
     def _choosing(self, every: list[Candidate], head_size: int) -> np.ndarray:
         """What each candidate was measured to pay to choose pages, in units of dense attention."""
         channels = np.array([candidate.channels or 0 for candidate in every])
-        return choosing_costs(self.inputs.model.device.type, head_size, channels)
+        assert self.config.platform is not None
+        return choosing_costs(self.config.platform, head_size, channels)
 
     def _report(
         self,

@@ -13,7 +13,7 @@ import torch
 
 from dam_vllm.calibration.texts import special_prefix
 from dam_vllm.questions.keys import KINDS
-from dam_vllm.questions.prompting import prompting
+from dam_vllm.questions.prompting import chat_tokens, prompting
 from dam_vllm.questions.tasks import make_questions
 from dam_vllm.questions.wordings import WORDINGS
 
@@ -83,9 +83,7 @@ def _tokens(tokenizer: Any, prompt: str) -> list[int]:
         # No token that ends a text: the reply goes on from here.
         ids = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
         return special_prefix(tokenizer) + list(ids)
-    messages = [{"role": "user", "content": prompt}]
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
-    return list(ids["input_ids"])
+    return chat_tokens(tokenizer, prompt)
 
 
 def with_reply(model: Any, task: str, prompt: list[int]) -> FitText:

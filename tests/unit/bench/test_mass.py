@@ -99,6 +99,7 @@ def test_a_model_is_measured_under_every_estimate(tmp_path, random_masks, text):
     model, tokenizer = build("gqa"), save_tokenizer(tmp_path)
     prepare(model)
     masks = random_masks(layers=3, dynamic=True, reuse=True, head_size=SIZE)
+    masks.header.parameters["fit"] = {"page": 32}
     case = mass.Case(text, 200, 2, 1, list(Estimate), 32, 24)
     advanced = []
     rows = list(mass.measure(case, [masks], model, tokenizer, lambda: advanced.append(1)))
@@ -116,8 +117,12 @@ def test_what_reads_everything_agrees_with_itself(tmp_path, text):
     build("gqa").save_pretrained(folder)
     save_tokenizer(folder)
     file = tmp_path / "dense.safetensors"
-    save_mask_set(dense(str(folder)), file)
-    case = mass.Case(text, 100, 1, 0, [Estimate.BOTH], 32, 24)
+    masks, case = dense(str(folder)), mass.Case(text, 100, 1, 0, [Estimate.BOTH], 32, 24)
+    save_mask_set(masks, file)
+    with pytest.raises(OptionError, match=r"--span is 32: must be a multiple of 128"):
+        list(mass.measure_file(case, str(folder), file, [None], lambda: None))
+    masks.header.parameters["fit"] = {"page": 32}
+    save_mask_set(masks, file)
     (row,) = mass.measure_file(case, str(folder), file, [None], lambda: None)
     assert row["kl"] == pytest.approx(0, abs=1e-9)
     assert (row["top1"], row["read"], row["extra"], row["replies"]) == (1, 1, 0, None)

@@ -56,7 +56,7 @@ PRESETS = ("quality", "balanced", "speed")
 LENGTHS = {"pcl": 40, "window": 60, "texts": 8, "batch_size": 4, "min_support": None}
 REACH = {"reach": 64, "pcl": 32, "long_texts": 3}
 FIT = {"lengths": [660], "questions": 1, "plain": 3, "query_blocks": 1, "taus": [0.1],
-       "mus": [0.8], "channels": [4], "page": 16}  # fmt: skip
+       "mus": [0.8], "channels": [4], "page": 32}  # fmt: skip
 
 
 def job(folder, config, data):

@@ -29,11 +29,13 @@ def test_jsonl_by_field(tmp_path):
 
 def test_bad_sources_are_named(tmp_path):
     (tmp_path / "bad.jsonl").write_text("{\n")
-    (tmp_path / "bad.txt").write_bytes(b"\xff\xfe")
+    for name in ("bad.txt", "binary.jsonl"):
+        (tmp_path / name).write_bytes(b"\xff\xfe")
     (tmp_path / "empty").mkdir()
     for name, message in (
         ("bad.jsonl", "bad.jsonl:1 is no JSON"),
-        ("bad.txt", "is no UTF-8 text"),
+        ("bad.txt", r"--data \S*bad.txt is no UTF-8 text"),
+        ("binary.jsonl", r"--data \S*binary.jsonl is no UTF-8 text"),
         ("empty", "holds no .txt, .md, .py file"),
     ):
         with pytest.raises(CalibrationError, match=message):

@@ -1,16 +1,21 @@
 """Anchors and readers: who is proposed, and what is chosen at a price."""
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from dam_vllm.calibration.fit.anchors import NONE, SLOTS, proposals, shares, slots
-from dam_vllm.calibration.fit.candidates import DENSE, REUSE
+from dam_vllm.calibration.fit.candidates import DENSE, REUSE, Candidate
 from dam_vllm.calibration.fit.clusters import Pairs, settle
 from dam_vllm.calibration.fit.costs import MEASURED, choosing_costs
 from dam_vllm.calibration.fit.curve import Options, curve
 from dam_vllm.calibration.fit.losses import Sums
+from dam_vllm.calibration.fit.run import _Fit
+from dam_vllm.calibration.settings import FitConfig
+from dam_vllm.masks.budget import TopK
 
 
 def pays(own, dense, pairs, chosen, anchors):
@@ -179,6 +184,13 @@ def test_a_head_that_all_could_follow_is_proposed():
     found[:, 1] = 1.0
     for one in proposals(found, 2):
         assert one.anchors.tolist() == [1, NONE, 1, 1, 1, 1]
+
+
+def test_choosing_costs_what_it_does_where_the_masks_are_served():
+    config = FitConfig(target_density=0.5, platform="cuda")
+    fit = _Fit(SimpleNamespace(config=config, model=torch.nn.Linear(1, 1)), [])
+    found = fit._choosing([Candidate(0), Candidate(0, 32, TopK(1, 0, 1))], 128)
+    np.testing.assert_array_equal(found, choosing_costs("cuda", 128, np.array([0, 32])))
 
 
 def test_choosing_costs_are_those_of_the_table_and_between():

@@ -26,6 +26,7 @@ pytestmark = pytest.mark.slow
 CONFIG = FitConfig(
     target_density=0.9,
     page=16,
+    platform="cpu",
     lengths=[660],
     check=3,
     channels=[4, 8],
@@ -85,6 +86,7 @@ def test_the_file_tells_what_was_fitted(tmp_path):
     masks, _ = fit(tmp_path)
     told = masks.header.parameters["fit"]
     assert told["chosen"] == told["proven"][0]
+    assert (told["page"], told["platform"]) == (16, "cpu")
     assert told["chosen"]["loss"] == min(each["loss"] for each in told["proven"])
     assert len(told["curves"]) == len(TRUSTS)
     # A model this small has no two numbers of anchors to propose.

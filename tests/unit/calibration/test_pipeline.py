@@ -1,7 +1,10 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
+from dam_vllm.calibration import memory, pipeline
 from dam_vllm.calibration.errors import CalibrationError, CalibrationStopped
 from dam_vllm.calibration.model import ModelSource
 from dam_vllm.calibration.pipeline import Job, calibrate
@@ -145,12 +148,35 @@ def test_a_chosen_pcl_leaves_no_reach_below_it(make):
         ({"lengths": [512]}, "fit.lengths holds 512, must be at most the model's 256 positions"),
         ({"lengths": [256], "channels": [4, 9]},
          "fit.channels holds 9, must be at most the model's 8 channels a head"),
+        ({"page": 48}, "fit.page is 48, must be a multiple of 32 where fit.platform is cpu"),
     ],
 )  # fmt: skip
 def test_a_fit_beyond_the_model_is_refused(make, fit, message):
     fit = FitConfig(target_density=0.5, **fit)
     with pytest.raises(CalibrationError, match=message):
         calibrate(make(config=CONFIG.model_copy(update={"fit": fit})))
+
+
+def test_a_run_that_goes_on_keeps_the_memory_and_platform_of_the_first(make, monkeypatch):
+    """However much memory is free then."""
+    seen, said = [], []
+
+    def fit_modes(inputs, prompts):
+        seen.append((inputs.memory, inputs.config.platform))
+        raise CalibrationStopped
+
+    monkeypatch.setattr(pipeline, "fit_modes", fit_modes)
+    monkeypatch.setattr(pipeline, "fit_prompts", lambda *texts: [])
+    fit = FitConfig(target_density=0.5, lengths=[256])
+    job = make(config=CONFIG.model_copy(update={"fit": fit}), memory=None)
+    for gib in (3, 2, 9):
+        monkeypatch.setattr(memory, "free_bytes", lambda device, gib=gib: gib * 2**30)
+        with pytest.raises(CalibrationStopped):
+            calibrate(job, Reporter(say=said.append))
+    assert seen == [(3 * 2**29, "cpu")] * 3
+    assert all("1 pass(es) within 1.50 GiB" in each for each in said)
+    with pytest.raises(CalibrationError, match="was made with other settings"):
+        calibrate(replace(job, memory_gib=1.0))
 
 
 def test_a_checkpoint_every_few_batches_survives_a_crash(make, monkeypatch):

@@ -1,9 +1,19 @@
+from typing import get_args
+
 import pytest
 import yaml
 
 from dam_vllm.calibration.errors import CalibrationError
-from dam_vllm.calibration.settings import Amplification, CalibrationConfig, FitConfig
+from dam_vllm.calibration.fit.costs import MEASURED
+from dam_vllm.calibration.settings import (
+    Amplification,
+    CalibrationConfig,
+    FitConfig,
+    Platform,
+    for_platform,
+)
 from dam_vllm.calibration.settings_file import described, load_config
+from dam_vllm.options import PAGE_MULTIPLES
 
 
 def test_defaults_are_the_papers():
@@ -55,6 +65,21 @@ def test_settings_are_written_with_what_they_mean_and_read_back(tmp_path):
     assert yaml.safe_load(described(load_config([], {})))["fit"] is None
 
 
+def test_the_platform_of_a_fit_is_the_calibrations_unless_told():
+    fit = {"target_density": 0.2, "page": 48}
+    config = CalibrationConfig(fit=fit)
+    assert for_platform(config, "cuda").fit.platform == "cuda"
+    with pytest.raises(CalibrationError, match=r"fit.page is 48, .* 32 where fit.platform is cpu"):
+        for_platform(config, "cpu")
+    told = CalibrationConfig(fit=fit | {"platform": "cuda"})
+    assert for_platform(told, "cpu") == told
+    assert for_platform(CalibrationConfig(), "cpu") == CalibrationConfig()
+
+
+def test_every_platform_has_pages_and_costs():
+    assert set(get_args(Platform)) == set(PAGE_MULTIPLES) == set(MEASURED)
+
+
 @pytest.mark.parametrize("schema", [CalibrationConfig, FitConfig, Amplification])
 def test_every_setting_is_explained(schema):
     assert [name for name, field in schema.model_fields.items() if not field.description] == []
@@ -74,6 +99,7 @@ def test_every_setting_is_explained(schema):
         ("tau: .nan", "tau is nan: Input should be a finite number"),
         ("fit: {target_error: 0.1, lengths: [512, -5]}", "fit.lengths.1 is -5: Input should be gr"),
         ("fit: {target_error: 0.1, taus: [.inf]}", "fit.taus.0 is inf: Input should be a finite"),
+        ("fit: {target_error: 0.1, platform: tpu}", "fit.platform is 'tpu': Input should be 'cpu'"),
         ("fit: {target_error: 0.1, mus: [0]}", "fit.mus.0 is 0: Input should be greater than 0"),
         ("fit: {target_error: 0.1, mus: [2.0]}", "fit.mus.0 is 2.0: Input should be less than or"),
         ("fit: {target_error: 0.1, channels: [0]}", "fit.channels.0 is 0: Input should be greater"),

@@ -2,8 +2,11 @@ import pytest
 import torch
 
 from dam_vllm.calibration.errors import CalibrationError
-from dam_vllm.calibration.memory import choose_pcl, layer_passes
+from dam_vllm.calibration.memory import choose_lengths, choose_pcl, layer_passes
+from dam_vllm.calibration.settings import CalibrationConfig
 from dam_vllm.calibration.texts import TokenisedTexts, cut, pad, special_prefix, tokenise
+from dam_vllm.masks.mask_set import lower_bytes
+from dam_vllm.masks.model_shape import ModelShape
 
 
 def test_the_prefix_is_what_starts_a_text(tokenizer):
@@ -50,16 +53,28 @@ TEXTS = TokenisedTexts([1], [[0] * 799] * 10, [])
 
 def test_the_pcl_is_bounded_by_texts_model_and_memory():
     plenty = 2**34
-    assert choose_pcl(None, TEXTS, 10, 4, 9999, plenty).pcl == 768  # 800, in steps of 64
-    assert choose_pcl(None, TEXTS, 10, 4, 500, plenty).pcl == 448
-    chosen = choose_pcl(None, TEXTS, 10, 4, 9999, 3 * 4 * 4 * 200**2)
+    assert choose_pcl(None, TEXTS, 10, 4, plenty, {}).pcl == 768  # 800, in steps of 64
+    assert choose_pcl(None, TEXTS, 10, 4, plenty, {"the model's": 500}).pcl == 448
+    chosen = choose_pcl(None, TEXTS, 10, 4, 3 * 4 * 4 * 200**2, {"the model's": 9999})
     assert chosen.pcl == 192
     assert "memory" in chosen.reason
 
 
 def test_a_pcl_that_cannot_be_is_refused():
     with pytest.raises(CalibrationError, match="pcl is 600, must be at most 500 for the model's"):
-        choose_pcl(600, TEXTS, 10, 4, 500, 2**34)
+        choose_pcl(600, TEXTS, 10, 4, 2**34, {"the model's": 500, "others": 501})
+
+
+def test_a_pcl_that_no_mask_file_holds_is_refused_before_maps_are_captured(tmp_path, monkeypatch):
+    shape = ModelShape(["full"] * 3, 4, 2, 9999, 8)
+    monkeypatch.setattr("dam_vllm.masks.file.MAX_BYTES", 3 * 4 * (100**2 // 8 + 2 * 256))
+    for reach, most in ((256, 100), (None, 110)):
+        config = CalibrationConfig(pcl=128, reach=reach)
+        message = f"pcl is 128, must be at most {most} for what a mask file may hold"
+        with pytest.raises(CalibrationError, match=message):
+            choose_lengths(config, shape, TEXTS, 2**34, tmp_path)
+        bits = lower_bytes(most)
+        assert 2 * bits + 2 * (reach or most) == pytest.approx(100**2 // 8 + 2 * 256, rel=0.03)
 
 
 def test_layers_are_grouped_within_memory():

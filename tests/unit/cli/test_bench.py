@@ -9,6 +9,10 @@ from dam_vllm.cli import bench, benchmarks, e2e_benchmark, kernel_benchmarks
 from dam_vllm.cli.benchmarks import Benchmark, finish
 from dam_vllm.cli.e2e_benchmark import E2eOptions, e2e
 from dam_vllm.cli.kernel_benchmarks import KernelOptions, Phase
+from dam_vllm.cli.program import plain_console
+from dam_vllm.demo import model_dir
+from dam_vllm.masks.baselines import streaming
+from dam_vllm.masks.file import save_mask_set
 from dam_vllm.options import OptionError
 
 
@@ -31,6 +35,14 @@ def test_a_cut_run_keeps_its_rows(tmp_path):
     assert [row["ms"] for row in json.loads(file.read_text())["rows"]] == [1.0, 2.0]
 
 
+def test_a_folder_for_the_rows_is_refused_before_anything_is_measured(tmp_path):
+    measured = []
+    benchmark = Benchmark("title", "notes", 1, lambda advance: measured.append(1) or [])
+    with pytest.raises(OptionError, match=r"--json is '.*', a folder; must be a file"):
+        finish([benchmark], tmp_path)
+    assert measured == []
+
+
 def test_conclusions_follow_the_table(capsys):
     rows = [{"bench": "x", "ms": 1.5, "failed": ["peer: why"]}]
     said = Benchmark(
@@ -41,6 +53,16 @@ def test_conclusions_follow_the_table(capsys):
     assert out.index("notes") < out.index("[1] row")
     assert "1.5" in out
     assert "why" not in out
+
+
+def test_names_in_brackets_are_shown_as_they_are(capsys, monkeypatch):
+    monkeypatch.setattr(benchmarks, "PROGRESS", plain_console(stderr=True, force_terminal=True))
+    name = "[v2]x[/b]{a}:key:"
+    said = Benchmark(name, name, 1, lambda advance: [{"bench": "x", "masks": name}])
+    finish([said], None)
+    shown = capsys.readouterr()
+    assert shown.out.count(name) == 3
+    assert name in shown.err
 
 
 @pytest.mark.parametrize(
@@ -181,6 +203,24 @@ def test_e2e_shapes_can_be_changed_and_say_so(monkeypatch, memory):
     assert (setup.model.layers, setup.model.head_size, setup.model.hidden) == (3, 64, 4096)
     assert (setup.length, setup.arguments, rounds) == (1152, ("--enforce-eager",), 3)
     assert [(load.tokens, load.concurrency) for load in loads] == [(1024, 1)]
+
+
+def test_e2e_serves_the_pages_of_the_masks_fit(memory, tmp_path):
+    file = tmp_path / "masks.safetensors"
+    masks = streaming(str(model_dir()), 1, 64)
+
+    def title(fit, **options):
+        masks.header.parameters.update(fit)
+        save_mask_set(masks, file)
+        return e2e(E2eOptions(masks=file, lengths="1024", **options)).title
+
+    assert ", page 128, masks" in title({})
+    assert ", page 32, masks" in title({"fit": {"page": 32}})
+    assert ", page 64, masks" in title({}, page=64)
+    with pytest.raises(OptionError, match=r"that --masks '.*' was fitted for is '48': must be mul"):
+        title({"fit": {"page": 48}})
+    with pytest.raises(OptionError, match="--page is '48': must be multiples of 32"):
+        title({}, page=48)
 
 
 def test_e2e_asks_for_more_at_a_time_on_a_gpu(monkeypatch, memory):

@@ -68,6 +68,16 @@ def test_calibrate_refuses_bad_options(model_folder, texts_file, tmp_path, optio
     assert not (tmp_path / "m.partial").exists()
 
 
+@pytest.mark.parametrize(
+    "command", [["calibrate", "--data", "x"], ["masks", "dense"], ["masks", "streaming"]]
+)
+def test_masks_are_not_written_among_weights(model_folder, command):  # noqa: F811
+    done = run(*command, model_folder, "--output", model_folder / "masks.safetensors")
+    assert done.exit_code == 2
+    assert "where every .safetensors file is read as weights" in done.output
+    assert not (model_folder / "masks.safetensors").exists()
+
+
 @pytest.fixture
 def fitted(random_masks, tmp_path):
     """A mask file with a frontier of four choices."""

@@ -163,3 +163,19 @@ def test_who_follows_whom_is_told_and_drawn(random_masks, tmp_path):
         {"head": 2, "anchor_layer": 0, "anchor_head": 3},
     ]
     assert [each["modes"].count("reuse") for each in layers] == [1, 2, 1]
+
+
+NAME = "/models/[v2]/x[/b]:key:"
+
+
+def test_names_in_brackets_are_shown_as_they_are(random_masks, tmp_path):
+    masks = random_masks(dynamic=True)
+    parameters = {"data": NAME, "fit": FIT | {"note": NAME}}
+    header = masks.header.model_copy(
+        update={"model": NAME, "parameters": parameters, "quality": {"model": NAME}}
+    )
+    file = tmp_path / "masks.safetensors"
+    save_mask_set(dataclasses.replace(masks, header=header), file)
+    shown = run(file)
+    assert shown.exit_code == 0, shown.output
+    assert shown.output.count(NAME) == 4

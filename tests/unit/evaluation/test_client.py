@@ -83,6 +83,7 @@ def test_reply_is_joined_and_greedy(server, chat):
     assert (body["temperature"], body["max_tokens"], body["stream"]) == (0, 9, True)
     asked = body["messages"][0]["content"] if chat else body["prompt"]
     assert asked == "What?"
+    assert body.get("chat_template_kwargs") == ({"enable_thinking": False} if chat else None)
 
 
 def test_pages_are_those_since_the_last_call(server):

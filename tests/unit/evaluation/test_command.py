@@ -10,8 +10,10 @@ import torch
 from typer.testing import CliRunner
 
 from dam_vllm import machine
+from dam_vllm.cli import eval as cli
 from dam_vllm.cli.eval import spread
 from dam_vllm.cli.main import app
+from dam_vllm.cli.program import plain_console
 from dam_vllm.evaluation import subjects
 from dam_vllm.evaluation.client import Reply
 from dam_vllm.evaluation.settings import STOCK, Settings, Subject
@@ -84,6 +86,17 @@ def test_results(servers, files, tmp_path):
     assert results["settings"]["lengths"] == [512, 768]
     assert image.read_bytes().startswith(b"\x89PNG")
     assert "half: worst task lines at 768 tokens" in done.output
+
+
+def test_names_in_brackets_are_shown_as_they_are(servers, files, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "PROGRESS", plain_console(stderr=True, force_terminal=True))
+    odd = files[1].rename(tmp_path / "[v2]half:key:")
+    servers.density[odd.name] = (7, 10)
+    done = run(MODEL, "--masks", odd, *SMALL, "--no-streaming")
+    assert done.exit_code == 0, done.output
+    assert odd.name in done.stderr
+    assert f"{odd.name}: worst task" in done.stdout
+    assert done.stdout.count(odd.name) == 2
 
 
 def test_same_command_goes_on_and_fresh_starts_anew(servers, files):
@@ -179,6 +192,7 @@ def test_agreement_on_a_text(servers, files, tmp_path):
         (("--lengths", "256", "--tasks", "words"), "--lengths has 256, too few tokens for one"),
         (("--keys", "emoji"), "--keys is 'emoji', must be one of pair, code, number, syllables"),
         (("--page", 20), "--page is 20, must be a multiple of"),
+        (("--page", 0), "--page is 0, must be a multiple of"),
         pytest.param(
             ("--page", 16),
             "--page is 16, must be a multiple of 32",
@@ -214,6 +228,24 @@ def test_bad_options_are_refused_before_a_server_starts(
     assert len(done.output.splitlines()) == 1
     assert servers.started == []
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("pages", [(48,), (128, 32)])
+def test_pages_of_a_fit_that_cannot_be_served_are_told(servers, tmp_path, monkeypatch, pages):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    files = [tmp_path / f"{page}" for page in pages]
+    for page, file in zip(pages, files, strict=True):
+        masks = dense(MODEL)
+        masks.header.parameters["fit"] = {"page": page}
+        save_mask_set(masks, file)
+    done = run(MODEL, "--masks", *files, *SMALL)
+    sizes = ", ".join(map(str, sorted(pages)))
+    assert done.exit_code == 2
+    assert f"--masks were fitted for pages of {sizes} tokens, must be of one size" in done.output
+    assert "multiple of 32 on cpu: give --page" in done.output
+    assert servers.started == []
+    servers.limit = 0
+    assert run(MODEL, "--masks", *files, *SMALL, "--page", 64).exit_code == 130
 
 
 def test_unknown_model_is_refused(servers):
@@ -261,8 +293,8 @@ def test_servers_are_stock_or_masked(monkeypatch):
     (stock, nothing), (masked, environment) = started
     assert nothing == {}
     assert not any("dam" in argument for argument in stock)
-    # 4 layers, 4 KV heads of 32 channels, keys and values in two bytes.
-    assert f"--kv-cache-memory-bytes={4 * 4 * 32 * 2 * 2 * 32 * (21 + 64)}" in stock
+    # 4 layers, 4 KV heads of 32 channels, keys and values in four bytes.
+    assert f"--kv-cache-memory-bytes={4 * 4 * 32 * 2 * 4 * 32 * (21 + 64)}" in stock
     assert "--max-model-len=672" in stock
     assert "--no-enable-prefix-caching" in stock
     assert stock[-1] == masked[-1] == "--dtype=float32"
@@ -270,6 +302,23 @@ def test_servers_are_stock_or_masked(monkeypatch):
     assert "--attention-backend=dam" in masked
     assert '"dense_below": 64' in masked[masked.index("--additional-config") + 1]
     assert "dam" in environment["VLLM_PLUGINS"].split(",")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "width"),
+    [
+        ((), 2),
+        (("--dtype", "float32"), 4),
+        (("--dtype=float",), 4),
+        (("--dtype=float32", "--dtype", "half"), 2),
+        (("--dtype", "auto", "--kv-cache-dtype", "auto"), 2),
+        (("--dtype",), 2),
+    ],
+)
+def test_the_cache_holds_a_request_in_the_dtype_that_is_served(arguments, width):
+    settings = Settings(MODEL, ("words",), (512,), 1, 0, 32, 64, True, arguments)
+    size = 4 * 4 * 32 * 2 * width * 32 * (21 + 64)
+    assert f"--kv-cache-memory-bytes={size}" in subjects.common_arguments(settings)
 
 
 def test_plugins_stay_those_that_were_chosen(monkeypatch):

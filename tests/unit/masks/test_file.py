@@ -299,8 +299,16 @@ def test_masks_too_large_are_refused_before_they_are_read(full_masks, path, monk
     arrays = Parts.of(path).arrays
     total = sum(array.nbytes for array in arrays.values())
     total += 7 * (arrays["columns"].nbytes + arrays["diagonals"].nbytes)
-    monkeypatch.setattr("dam_vllm.masks.file.MAX_BYTES", total)
+    inflated = total + full_masks.true_bits.nbytes
+    monkeypatch.setattr("dam_vllm.masks.file.MAX_BYTES", inflated)
     load_mask_set(path)
+    save_mask_set(full_masks, path)
+    monkeypatch.setattr("dam_vllm.masks.file.MAX_BYTES", inflated - 1)
+    with pytest.raises(MaskFileError, match=f"not written: its masks take {inflated} bytes"):
+        save_mask_set(full_masks, path)
+    monkeypatch.delattr("dam_vllm.masks.file.inflate")
+    with pytest.raises(MaskFileError, match=f"take {inflated} bytes of memory, must be at most"):
+        load_mask_set(path)
     monkeypatch.setattr("dam_vllm.masks.file.MAX_BYTES", total - 1)
     monkeypatch.delattr("dam_vllm.masks.file.read_array")
     with pytest.raises(MaskFileError, match=f"take {total} bytes of memory, must be at most"):

@@ -4,6 +4,7 @@ import json
 import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,34 @@ def absurd(parts):
     parts.metadata["header"] = header[:-1] + ',"parameters":' + dense_json(2**22)["lists"] + "}"
     parts.seal()
     yield "allowed", parts.bytes()
+    yield from ((f"bomb {pcl}", bomb(Parts(dict(parts.metadata), {}), pcl)) for pcl in BOMBS)
+
+
+# PCLs of 128 layers and heads whose true masks take 2 GiB, more than the process may, and 8 GiB.
+BOMBS = {16384: "cannot be read", 2**15: "bytes of memory, must be at most"}
+
+
+def bomb(parts, pcl):
+    """A file whose true masks take much more memory than it has bytes, as its header says."""
+    header = {"kind": "dense", "model": "", "fingerprint": {"config": "0"}, "pcl": pcl}
+    parts.metadata["header"] = json.dumps(header | {"layer_types": ["full"] * 64})
+    parts.arrays["columns"] = parts.arrays["diagonals"] = np.zeros((64, 2, pcl // 8), np.uint8)
+    parts.arrays["true_bits"] = deflated_zeros(128 * (pcl * (pcl + 1) // 16))
+    parts.arrays["modes"] = np.zeros((64, 1), np.uint8)
+    parts.seal()
+    return parts.bytes()
+
+
+def deflated_zeros(size):
+    """So many zeros (a multiple of a MiB, and more) as zlib deflates them, without making them."""
+    maker = zlib.compressobj()
+    start = maker.compress(bytes(2**20)) + maker.flush(zlib.Z_FULL_FLUSH)
+    again = maker.compress(bytes(2**20)) + maker.flush(zlib.Z_FULL_FLUSH)
+    rest = maker.compress(bytes(size % 2**20)) + maker.flush()
+    # The checksum at the end: 1, and as many ones added up as there are bytes.
+    checksum = struct.pack(">HH", size % 65521, 1)
+    whole = start + again * (size // 2**20 - 1) + rest[:-4] + checksum
+    return np.frombuffer(whole, np.uint8)
 
 
 LOADER = """
@@ -92,7 +121,7 @@ for path in Path(sys.argv[1]).iterdir():
     try:
         print(path.name, "is", load_mask_set(path).pcl, sep="|")
     except MaskFileError as error:
-        print(path.name, "error", len(str(error)), sep="|")
+        print(path.name, "error", error, sep="|")
 """
 
 
@@ -111,9 +140,16 @@ def test_absurd_sizes_take_little_memory(rng, tmp_path):
     found = {line.split("|")[0]: line.split("|")[1:] for line in run.stdout.splitlines()}
     assert found.keys() == {each.name for each in tmp_path.iterdir()}
     assert found.pop("allowed") == ["is", "77"]
+    for pcl, message in BOMBS.items():
+        assert message in found[f"bomb {pcl}"][1]
     for kind, value in found.values():
         assert kind == "error"
-        assert int(value) < 1000
+        assert len(value) < 1000
+
+
+def test_a_bomb_is_what_zlib_makes():
+    size = 3 * 2**20 + 12345
+    assert zlib.decompress(deflated_zeros(size).tobytes()) == bytes(size)
 
 
 def test_a_file_that_shrinks_while_it_is_read_is_damaged(rng, tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ import pytest
 from dam_vllm.attention.oracle import page_mask
 from dam_vllm.masks.budget import BudgetKind
 from dam_vllm.masks.density import density
-from dam_vllm.masks.page_tables import page_tables, query_block_size
+from dam_vllm.masks.page_tables import PageSelector, page_tables, query_block_size
 
 
 def pages_by_definition(masks, layer, length, page, dense_below=0):
@@ -106,3 +106,12 @@ def test_choosing_heads_read_static_pages_and_what_is_expected(random_masks):
         expected = read.sum() / causal.sum()
         assert kv_heads[0, layer, head] == pytest.approx(expected)
         np.testing.assert_allclose(heads[0, layer].reshape(2, 2)[head], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("dense_below", "blocks"), [(0, 0), (1, 4), (128, 4), (129, 8)])
+def test_the_dense_start_is_whole_query_blocks_of_static_heads(random_masks, dense_below, blocks):
+    """Also where query blocks are a page, as those of dynamic heads."""
+    tables = page_tables(random_masks(), 0, 32, query_block=32)
+    assert PageSelector([tables], dense_below).dense_blocks == blocks
+    read = tables.select(np.arange(9), dense_below)
+    assert read[:, :blocks].sum(axis=2).tolist() == [list(range(1, blocks + 1))] * len(read)
