@@ -22,7 +22,7 @@ DENSE_BELOW = {
 
 
 PAGE = 128  # tokens, where neither a fit nor `--block-size` says
-# The platforms that are served, by vLLM's names (`device_type` calls ROCm "cuda" too), and the pages
+# The platforms that are served, by vLLM's names (`device_type` calls ROCm "cuda" too), and pages
 # that vLLM's CPU kernels and FlashAttention take there: multiples, in tokens.
 PAGE_MULTIPLES = {"cpu": 32, "cuda": 16}
 
