@@ -109,14 +109,18 @@ def plan_pages(
     last = query_blocks.stop.numpy() - 1
     last_page = last // page
     causal = selected.numpy() & (np.arange(pages) <= last_page[:, None])
-    causal = causal.reshape(layers, count * len(last), pages)
     counts = causal.sum(-1)
-    tail = np.tile(last - last_page * page + 1, count)
+    lens = (counts - 1) * page + (last - last_page * page + 1)
     rows = np.arange(count)[:, None] * query_blocks.tokens + query_blocks.row.numpy()
-    starts = np.append(rows, count * query_blocks.tokens).astype(np.int32)
+    starts = np.full(rows.size + 1, count * query_blocks.tokens, dtype=np.int32)
+    starts[:-1] = rows.ravel()
+    shape = (layers, count * len(last))
+    table = _compact(
+        causal.reshape(*shape, pages), counts.reshape(shape), where, query_blocks.request
+    )
     return Plan(
-        block_table=torch.from_numpy(_compact(causal, counts, where, query_blocks.request)),
-        seq_lens=torch.from_numpy(((counts - 1) * page + tail).astype(np.int32)),
+        block_table=torch.from_numpy(table),
+        seq_lens=torch.from_numpy(lens.reshape(shape).astype(np.int32)),
         query_start_loc=torch.from_numpy(starts),
     )
 
