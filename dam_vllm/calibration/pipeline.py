@@ -142,6 +142,7 @@ class _Run:
         else:
             masks = self._fit(model, shape, prompts, build, checkpoint, chosen["memory"], work)
         coverage = self._measure(model, measured, masks, layers, work)
+        work.end()
         masks = with_measures(masks, *coverage.result())
         whole = checkpoint.folder / MASKS
         save_mask_set(masks, whole)

@@ -44,3 +44,9 @@ class Work:
         self._done += cost([batch], layers)
         self._reporter.progress(self._done, self._total)
         return self._reporter.stop()
+
+    def end(self) -> None:
+        """Counts what turned out to be needless, such as choices that nothing proposed."""
+        if self._done < self._total:
+            self._done = self._total
+            self._reporter.progress(self._done, self._total)

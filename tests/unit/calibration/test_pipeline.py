@@ -8,7 +8,7 @@ from dam_vllm.calibration import memory, pipeline
 from dam_vllm.calibration.errors import CalibrationError, CalibrationStopped
 from dam_vllm.calibration.model import ModelSource
 from dam_vllm.calibration.pipeline import Job, calibrate
-from dam_vllm.calibration.progress import Reporter
+from dam_vllm.calibration.progress import Reporter, Work
 from dam_vllm.calibration.settings import CalibrationConfig, FitConfig
 from dam_vllm.calibration.static import passes
 from dam_vllm.masks.file import load_mask_set
@@ -232,3 +232,12 @@ def test_the_pcl_is_chosen_and_told(make):
     masks = calibrate(make(config=config), Reporter(say=said.append))
     assert 16 <= masks.pcl <= 60
     assert said[0].startswith(f"PCL {masks.pcl} tokens (")
+
+
+def test_work_that_was_needless_is_done_at_the_end():
+    progress = []
+    work = Work(Reporter(progress=lambda *told: progress.append(told)), 100)
+    work.advance([[1, 2, 3]], [0, 4])
+    work.end()
+    work.end()
+    assert progress == [(15, 100), (100, 100)]
