@@ -99,7 +99,7 @@ class HeadRotation:
 
     def _turned(self, vectors: torch.Tensor) -> torch.Tensor:
         """A copy of [tokens, kv_heads, heads_per_kv, head_size] with dynamic heads rotated."""
-        output = vectors.clone(memory_format=torch.contiguous_format)
+        output = self._copy(vectors)
         tokens, _, heads_per_kv, _ = vectors.shape
         if tokens * heads_per_kv <= BLOCK:
             asked = vectors[:, self.heads].transpose(0, 1)
@@ -109,3 +109,7 @@ class HeadRotation:
             for head, rotation in zip(self.heads.tolist(), self.rotations, strict=True):
                 rotate_into(output[:, head], vectors[:, head], rotation)
         return output
+
+    def _copy(self, vectors: torch.Tensor) -> torch.Tensor:
+        """A contiguous copy."""
+        return vectors.clone(memory_format=torch.contiguous_format)

@@ -20,6 +20,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 
 from dam_vllm.attention.cpu.attention import CPUAttention
 from dam_vllm.attention.cpu.kernel import CPULayer, VirtualBatch
+from dam_vllm.attention.cpu.rotation import CPURotation
 from dam_vllm.attention.dynamic_heads import DynamicHeads, ReusingHeads
 from dam_vllm.attention.interface import Planned, SparseAttention
 from dam_vllm.attention.layout import FP8_DTYPES, KVLayout
@@ -279,3 +280,5 @@ class DamCPUMetadataBuilder(CPUAttentionMetadataBuilder):
 
 class DamCPUImpl(DamImpl, CPUAttentionBackendImpl):
     """Runs a step's plan, or vLLM's kernel as it stands where every page is read."""
+
+    rotations = CPURotation

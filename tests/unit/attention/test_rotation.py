@@ -4,16 +4,20 @@ import numpy as np
 import pytest
 import torch
 
+from dam_vllm.attention.cpu.rotation import CPURotation
 from dam_vllm.attention.rotation import HeadRotation
 
 KV_HEADS, TOKENS = 5, 1411
 
 
-@pytest.fixture(params=[32, 80, 128])
+@pytest.fixture(
+    params=[(HeadRotation, 32), (HeadRotation, 80), (CPURotation, 32), (CPURotation, 128)],
+    ids=lambda each: f"{each[0].__name__}-{each[1]}",
+)
 def rotation(request, rng):
-    size = request.param
+    of, size = request.param
     bases = [np.linalg.qr(rng.normal(size=(size, size)))[0] for _ in range(2)]
-    return HeadRotation(torch.tensor([1, 4]), torch.from_numpy(np.stack(bases)).float())
+    return of(torch.tensor([1, 4]), torch.from_numpy(np.stack(bases)).float())
 
 
 def vectors(rng, tokens, heads, size, dtype):
@@ -51,6 +55,6 @@ def test_a_token_is_turned_as_it_is_alone(rng, rotation):
     size = rotation.rotations.shape[-1]
     for heads_per_kv in (1, 2, 3):
         query = vectors(rng, TOKENS, KV_HEADS * heads_per_kv, size, torch.float32)
-        whole = rotation.queries(query, KV_HEADS)
+        whole = rotation.queries(query, KV_HEADS).clone()
         for cut in (slice(3, 4), slice(5, 15), slice(17, 60), slice(1000, TOKENS)):
             assert torch.equal(rotation.queries(query[cut], KV_HEADS), whole[cut])
