@@ -5,6 +5,8 @@ heads that choose pages would find them all equal, and take them all.
 """
 
 import json
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from dam_vllm.bench.model import Model
+from dam_vllm.options import OptionError
 
 SEED = 2508
 
@@ -22,7 +25,16 @@ def write_weights(folder: Path, model: Model) -> None:
     Args:
         folder: of the model's configuration.
         model: its shape.
+
+    Raises:
+        OptionError: if the disk is too full.
     """
+    free = shutil.disk_usage(folder).free
+    if free < model.weight_bytes:
+        raise OptionError(
+            f"heads that choose pages need weights: {model.weight_bytes / 1e9:.1f} GB in "
+            f"{tempfile.gettempdir()} (TMPDIR), {free / 1e9:.1f} GB are free"
+        )
     generator = torch.Generator().manual_seed(SEED)
     where: dict[str, str] = {}
     for part, shapes in _parts(model):

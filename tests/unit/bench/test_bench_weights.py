@@ -1,6 +1,7 @@
 """Weights of models under measurement, as transformers reads them."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from dam_vllm.bench.model import DEMO, MODELS, write_model
 from dam_vllm.bench.weights import write_weights
+from dam_vllm.options import OptionError
 
 
 def small(name):
@@ -32,3 +34,10 @@ def test_heads_attend_to_some_tokens_more_than_to_others(tmp_path, name):
     for layer in attentions:
         assert layer[0, :, -1].amax(-1).mean() > 3 / 301
         assert len(layer[0, 0, -1].unique()) > 200
+
+
+def test_a_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10**6))
+    with pytest.raises(OptionError, match=r"need weights: 0\.\d GB in .*, 0\.0 GB are free"):
+        write_weights(tmp_path, replace(small("long"), hidden=4096))
+    assert not list(tmp_path.iterdir())
