@@ -7,12 +7,12 @@ import torch
 
 from dam_vllm.attention.cpu.attention import CPUAttention
 from dam_vllm.attention.cpu.kernel import CPULayer
+from dam_vllm.attention.cpu.rotation import CPURotation
 from dam_vllm.attention.cpu.score import span_scores
 from dam_vllm.attention.cpu.select import CachedKeys, span_tokens
 from dam_vllm.attention.dynamic_heads import DynamicHeads
 from dam_vllm.attention.interface import Step
 from dam_vllm.attention.layout import KVLayout
-from dam_vllm.attention.rotation import HeadRotation
 from dam_vllm.engine.cpu import CPUKernel
 from dam_vllm.engine.private import attention_isa, ops
 from dam_vllm.masks.mask_set import MaskSet
@@ -247,7 +247,7 @@ def dynamic_steps(prompt: Prompt, masks: MaskSet) -> DynamicSteps:
     """
     shape, every = prompt.shape, Shard(0, prompt.shape.kv_heads)
     dynamic = DynamicHeads.of_layer(masks, 0, every, shape.page, 0, shape.scale, 0.0)
-    rotation = HeadRotation.of_layer(masks, 0, every)
+    rotation = CPURotation.of_layer(masks, 0, every)
     assert dynamic is not None
     assert rotation is not None
     selector = PageSelector([every.tables(masks, 0, shape.page)])
