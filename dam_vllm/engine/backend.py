@@ -147,7 +147,7 @@ def _own_layers(attention: Mapping[str, Any], serving: Serving) -> list[str]:
     """Layers that this backend was chosen for; all that have masks must be."""
     impls = {name: layer.impl for name, layer in attention.items() if hasattr(layer, "impl")}
     ours = [name for name, impl in impls.items() if isinstance(impl, DamImpl)]
-    for name in full_layers(impls.keys() - set(ours), serving):
+    for name in full_layers([name for name in impls if name not in ours], serving):
         raise OptionError(
             f"--attention-config: backend_per_kind leaves {name} to {type(impls[name]).__name__}: "
             f"mask file {serving.file} has masks for it, so that full_attention must be DAM"
