@@ -40,7 +40,10 @@ def answer(arguments, prompts):
 def start_cheaply():
     """Saves most of what an engine costs where its model costs nothing."""
     from vllm.model_executor.models import registry
+    from vllm.plugins import load_general_plugins
 
+    # `LLM` takes kinds of layers (`backend_per_kind`) before it loads plugins, the command after.
+    load_general_plugins()
     # vLLM looks at each model's class in a process of its own.
     registry._LazyRegisteredModel.inspect_model_cls = lambda lazy: (
         registry._ModelInfo.from_model_cls(lazy.load_model_cls())
