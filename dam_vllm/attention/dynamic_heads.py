@@ -6,7 +6,7 @@ import torch
 
 from dam_vllm.masks.budget import Budget
 from dam_vllm.masks.mask_set import MaskSet
-from dam_vllm.masks.page_tables import PageSelector, dense_until
+from dam_vllm.masks.page_tables import PageSelector
 from dam_vllm.masks.sharding import Shard
 
 
@@ -65,7 +65,7 @@ class DynamicHeads:
         return cls(
             channels=[int(masks.dynamic.channels[layer, head]) for head in heads],
             budgets=[masks.dynamic.budget(layer, head, page) for head in heads],
-            static=PageSelector([tables], dense_until(dense_below, page), device),
+            static=PageSelector([tables], dense_below, device),
             scale=scale,
             softcap=softcap,
             ids=local,
@@ -121,5 +121,5 @@ class ReusingHeads:
         return cls(
             ids=local,
             anchors=[shard.anchor(masks, layer, head) for head in local],
-            static=PageSelector([tables], dense_until(dense_below, page), device),
+            static=PageSelector([tables], dense_below, device),
         )

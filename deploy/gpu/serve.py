@@ -17,6 +17,7 @@ from typing import NamedTuple
 from dam_vllm.demo import model_dir
 from dam_vllm.masks.baselines import dense
 from dam_vllm.masks.file import save_mask_set
+from dam_vllm.questions.prompting import chat_tokens
 from dam_vllm.questions.tasks import Question, is_correct, make_questions
 from dam_vllm.server import Server
 
@@ -82,15 +83,7 @@ def ask() -> tuple[list[Question], list[list[int]]]:
 
     tokenizer = AutoTokenizer.from_pretrained(model_dir())
     questions = make_questions("lines", tokenizer, TOKENS, QUESTIONS, seed=0)
-    texts = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": question.prompt}],
-            tokenize=False,
-            add_generation_prompt=True,
-        )
-        for question in questions
-    ]
-    return questions, RANDOM + tokenizer(texts, add_special_tokens=False).input_ids
+    return questions, RANDOM + [chat_tokens(tokenizer, each.prompt) for each in questions]
 
 
 def main(kernel: str) -> int:
