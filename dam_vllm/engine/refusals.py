@@ -24,6 +24,7 @@ from vllm.engine.arg_utils import EngineArgs
 from dam_vllm.engine.checks import admit
 from dam_vllm.engine.page import settle_page
 from dam_vllm.engine.private import refuse_changed
+from dam_vllm.engine.scheduler import end_chunks_at_pages
 from dam_vllm.masks.file import MaskFileError
 from dam_vllm.masks.fingerprint import FingerprintError
 from dam_vllm.options import OptionError
@@ -61,7 +62,7 @@ def _check_configurations(backend: Any) -> None:
             return config
         try:
             refuse_changed()
-            admit(config)
+            end_chunks_at_pages(config, admit(config))
         except REFUSALS as error:
             if _is_command():
                 sys.exit(f"Error: {error}")

@@ -88,16 +88,11 @@ def test_sparse_differs_from_dense(answers):
         assert_close(sparse.alone, dense.alone, FP32_ROUNDING)
 
 
-@pytest.mark.parametrize("chunk", [500, 1000])
-def test_chunked_prefill(answers, chunk):
-    chunked = answers(Setup(chunk=chunk, together=chunk == 500, **IN_BATCH))
-    assert_same_in_batch(chunked.alone, answers(Setup(**IN_BATCH)).alone)
-
-
-@pytest.mark.parametrize("masks", CHOOSING)
-def test_chunked_prefill_of_dynamic_heads(answers, masks):
-    """Where chunks end at pages; a page of queries that a chunk splits is chosen for in parts."""
-    chunked = answers(Setup(masks, chunk=512, together=False, **IN_BATCH))
+@pytest.mark.parametrize(
+    ("masks", "chunk"), [("random", 500), ("random", 1000), ("dynamic", 500), ("reuse", 500)]
+)
+def test_chunked_prefill(answers, masks, chunk):
+    chunked = answers(Setup(masks, chunk=chunk, together=chunk == 500, **IN_BATCH))
     assert_same_in_batch(chunked.alone, answers(Setup(masks, **IN_BATCH)).alone)
 
 
@@ -107,8 +102,9 @@ def test_mixed_batch(answers, masks):
     assert_same_in_batch(asked.together, asked.alone)
 
 
-def test_mixed_batch_in_chunks(answers):
-    chunked, whole = (answers(Setup(chunk=chunk, **IN_BATCH)) for chunk in (500, Setup.chunk))
+@pytest.mark.parametrize("masks", ["random", *CHOOSING])
+def test_mixed_batch_in_chunks(answers, masks):
+    chunked, whole = (answers(Setup(masks, chunk=each, **IN_BATCH)) for each in (500, Setup.chunk))
     assert_same_in_batch(chunked.together, whole.alone)
 
 
@@ -151,7 +147,7 @@ V2 = {"v2": True, "dtype": "float32", "new": 12}
 def test_model_runner_v2(answers, masks):
     """In chunks, with prefixes found in the cache."""
     first = answers(Setup(masks, dtype="float32"))
-    second = answers(Setup(masks, chunk=512, prefix_caching=True, **V2))
+    second = answers(Setup(masks, chunk=500, prefix_caching=True, **V2))
     assert second.hits > sum(LENGTHS) * 0.8
     assert_close(first.alone, second.alone, FP32_ROUNDING)
     assert_close(first.together, second.together, FP32_ROUNDING)

@@ -38,18 +38,16 @@ def save_static(path, rng):
     save_mask_set(masks, path)
 
 
-def serve(masks, whole=False, **options):
+def serve(masks, **options):
     """A server with a cache that is too small: the demo model with masks and options, or stock.
 
     Args:
         masks: a mask file, or None for stock vLLM.
-        whole: no step ends inside a prompt.
         options: of the backend.
     """
     arguments = ["--enforce-eager", f"--max-model-len={LONGEST + NEW}", f"--block-size={PAGE}"]
     arguments += [f"--kv-cache-memory-bytes={CACHE_BYTES}", f"--dtype={DTYPE}"]
-    arguments += [f"--max-num-batched-tokens={LONGEST + NEW if whole else 2048}"]
-    arguments += ["--max-num-seqs=16"] + ["--no-enable-chunked-prefill"] * whole
+    arguments += ["--max-num-batched-tokens=2048", "--max-num-seqs=16"]
     arguments += ["--hf-overrides", json.dumps({"max_position_embeddings": LONGEST + NEW})]
     if masks:
         options |= {"masks": str(masks), "dense_below": 0}

@@ -37,7 +37,7 @@ def end(monkeypatch):
 
 
 def test_all_as_it_must_be(end):
-    """Memory may grow, and answers of others than static heads may be other ones."""
+    """Memory may grow, and answers be others as often as stock vLLM's are."""
     other = {"other tokens": 3, "other log-probabilities": 9}
     assert end(stock=other, fitted=other) is None
 
@@ -51,3 +51,9 @@ def test_all_as_it_must_be(end):
 )  # fmt: skip
 def test_what_must_not_be_is_the_exit_status(end, server, what):
     assert end(**{server: {what: 1}}) == f'must not be: {{"{server}": {{"{what}": 1}}}}'
+
+
+def test_fitted_masks_that_change_more_than_stock(end):
+    found = end(stock={"other tokens": 3}, fitted={"other tokens": 6})
+    shares = '{"shares of other tokens": [0.25, 0.125]}'
+    assert found == f'must not be: {{"fitted beside stock": {shares}}}'
