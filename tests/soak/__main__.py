@@ -3,9 +3,9 @@
 Each server in turn is asked every request alone. Then bursts of the same requests come, more than
 its cache holds: of 1 to 8192 tokens, streamed or not, cut in the middle, with shared prefixes. None
 may be lost, and each must be what it was alone: by masks of static heads within `load.ROUNDING`.
-Stock vLLM, which is asked the same, tells how often answers change by its own rounding; fitted masks
-must change no more of them, but for `SLACK`. Pages must all be free at the end. What must not be is
-told last and ends in exit status 1; memory is told alone.
+Stock vLLM, which is asked the same, tells how often answers change by its own rounding; fitted
+masks must change no more of them, but for `SLACK`. Pages must all be free at the end. What must not
+be is told last and ends in exit status 1; memory is told alone.
 """
 
 import argparse
