@@ -246,8 +246,4 @@ def environment(setup):
     result = dict(V2) if setup.v2 else {}
     if setup.dtype == "bfloat16":
         result["VLLM_CPU_ATTN_SPLIT_KV"] = "0"
-    if setup.guessed:
-        # Where numba, which guesses, was loaded and several threads share a core, later engines of
-        # the process answered wrong, with the naive kernel too. Why is not known.
-        result["OMP_NUM_THREADS"] = "1"
     return result

@@ -16,13 +16,21 @@ from selenium.webdriver.common.keys import Keys
 from dam_vllm.demo import model_dir
 from dam_vllm.masks.baselines import streaming
 from dam_vllm.masks.file import save_mask_set
+from dam_vllm.options import MASKS_IN_MODEL
 from dam_vllm.server import Server
 from tests.browser import browser, until
+from tests.e2e.conftest import Setup, arguments, chosen, environment
+from tests.e2e.test_equality import FP32_ROUNDING, assert_close
 
 pytestmark = pytest.mark.e2e
 
 MODEL, KEY, PAGE, DENSE_BELOW = str(model_dir()), "open-sesame", 32, 512
 LONG, SHORT, NEW = 2200, 300, 40
+
+
+def prompt(tokens, seed):
+    """A random prompt."""
+    return np.random.default_rng(seed).integers(300, 2300, tokens).tolist()
 
 
 @contextmanager
@@ -52,15 +60,14 @@ class Asked:
         return httpx.get(f"{self.base}{path}", timeout=60, **given)
 
     def complete(self, tokens, seed, engine=None):
-        """Asks any engine, or one of them: an answer and its log-probabilities."""
-        ids = np.random.default_rng(seed).integers(300, 2300, tokens).tolist()
+        """Asks any engine, or one of them: an answer's tokens and their log-probabilities."""
         client = openai.OpenAI(base_url=self.server.url, api_key=KEY)
         done = client.completions.create(
-            model=MODEL, prompt=ids, max_tokens=NEW, temperature=0, logprobs=1,
-            extra_body={"ignore_eos": True},
+            model=MODEL, prompt=prompt(tokens, seed), max_tokens=NEW, temperature=0, logprobs=1,
+            extra_body={"ignore_eos": True, "return_token_ids": True},
             extra_headers={} if engine is None else {"X-data-parallel-rank": str(engine)},
         )  # fmt: skip
-        return done.choices[0].text, done.choices[0].logprobs.token_logprobs
+        return done.choices[0].token_ids, done.choices[0].logprobs.token_logprobs
 
     def metrics(self, *labels):
         """Sums of our metrics' values by name, phase or mode, and further labels."""
@@ -79,7 +86,7 @@ class Asked:
 def asked():
     """The demo model's own masks, by two API servers and two engines."""
     two = ("--api-server-count=2", "--data-parallel-size=2")
-    with serve({}, *two, "--max-num-batched-tokens=4096") as found:
+    with serve({}, *two, "--max-num-batched-tokens=4096", "--dtype=float32") as found:
         yield found
 
 
@@ -121,6 +128,24 @@ def test_engines_answer_alike(asked):
     assert told[0] == told[1]
     first, second = (after[each] - before[each] for each in read)
     assert first == second > 0
+
+
+@pytest.mark.parametrize(("tokens", "kernel"), [(SHORT, None), (DENSE_BELOW + 90, "naive")])
+def test_engines_answer_as_others_do(asked, run_engine, tokens, kernel):
+    """As stock vLLM what is read whole, and as the oracle what is not."""
+    given = arguments(Setup(None, chunk=4096, dtype="float32"), {})
+    if kernel:
+        options = {"masks": str(model_dir() / MASKS_IN_MODEL), "dense_below": DENSE_BELOW}
+        dam = {"dam": options | {"kernel": kernel}}
+        given |= {"attention_backend": "dam", "additional_config": dam}
+    told, log = run_engine(
+        {"arguments": given, "batches": [[prompt(tokens, 7)]], "new": 6},
+        environment(Setup(dtype="float32")),
+    )
+    assert "failed" not in told, log[-6000:]
+    other = [chosen(told["answers"][0][0])]
+    for engine in range(2):
+        assert_close([asked.complete(tokens, 7, engine)], other, FP32_ROUNDING)
 
 
 def test_what_is_served(asked):

@@ -77,8 +77,17 @@ def test_guessed_tokens_change_nothing(answers, masks):
     """N-gram speculation: several new tokens of a request are verified in one step."""
     plain, guessed = (answers(Setup(masks, dtype="float32", guessed=each)) for each in (0, 3))
     assert (plain.guesses, guessed.guesses > 50) == (0, True)
-    assert_close(guessed.alone, plain.alone, FP32_ROUNDING)
+    naive = answers(Setup(masks, dtype="float32", **NAIVE))
+    for other in (plain, naive):
+        assert_close(guessed.alone, other.alone, FP32_ROUNDING)
     assert_close(guessed.together, plain.together, FP32_ROUNDING)
+
+
+def test_guessed_tokens_of_all_pages_equal_the_stock_backend(answers):
+    stock, dense = (answers(Setup(masks, dtype="float32", guessed=3)) for masks in (None, "dense"))
+    assert min(stock.guesses, dense.guesses) > 50
+    assert_close(dense.alone, stock.alone, FP32_ROUNDING)
+    assert_close(dense.together, stock.together, FP32_ROUNDING)
 
 
 def test_sparse_differs_from_dense(answers):
@@ -160,20 +169,28 @@ def test_model_runner_v2_preempts(answers):
 
 
 @needs_fp8_on_cpu
-def test_fp8_cache(answers):
-    fast, naive = (
-        answers(Setup(cache_dtype="fp8", dtype="float16")),
-        answers(Setup(cache_dtype="fp8", dtype="float16", **NAIVE)),
-    )
+@pytest.mark.parametrize(("masks", "other"), [("random", "oracle"), ("dense", "stock")])
+def test_fp8_cache(answers, masks, other):
+    rounded = {"cache_dtype": "fp8", "dtype": "float16"}
+    same = Setup("random", **NAIVE, **rounded) if other == "oracle" else Setup(None, **rounded)
+    ours = answers(Setup(masks, **rounded)).alone
     # Rounding may move a key by a step of fp8, of an eighth, and with it single log-probabilities.
-    near, _ = distance(fast.alone, naive.alone, np.mean)
-    far, _ = distance(fast.alone, answers(Setup(dtype="float32")).alone, np.mean)
+    near, _ = distance(ours, answers(same).alone, np.mean)
+    far, _ = distance(ours, answers(Setup(masks, dtype="float32")).alone, np.mean)
     assert 4 * near < far
+
+
+# Masks, and what else must say the same: stock vLLM's dense attention, or the oracle.
+OTHERS = {
+    "dense": Setup(None, dtype="float32"),
+    "dynamic": Setup("dynamic", dtype="float32", **NAIVE),
+}
 
 
 @pytest.mark.parametrize(
     ("masks", "change"),
     [
+        ("dense", {"tensor_parallel": 2}),
         ("random", {"tensor_parallel": 2}),
         ("dynamic", {"tensor_parallel": 2}),
         ("dynamic", {"eager": False}),
@@ -182,7 +199,9 @@ def test_fp8_cache(answers):
 def test_tensor_parallel_and_compiled(answers, masks, change):
     """In float32, where what rounds elsewhere stays small."""
     changed = answers(Setup(masks, dtype="float32", together=False, **change)).alone
-    assert_close(changed, answers(Setup(masks, dtype="float32")).alone, FP32_ROUNDING)
+    for other in (Setup(masks, dtype="float32"), OTHERS.get(masks)):
+        if other:
+            assert_close(changed, answers(other).alone, FP32_ROUNDING)
 
 
 def test_short_requests_run_dense(answers):
