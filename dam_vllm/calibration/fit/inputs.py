@@ -68,13 +68,13 @@ class FitInputs:
             )
         return most
 
-    def advance(self, kind: str, ids: list[int]) -> None:
-        """Counts a pass of a kind of `WEIGHTS`.
+    def advance(self, kind: str, ids: list[int], first: int = 0) -> None:
+        """Counts a pass of a kind of `WEIGHTS`, which begins at a layer.
 
         Raises:
             CalibrationStopped: if the caller wants to stop.
         """
-        if self.work.advance([ids] * WEIGHTS[kind], [len(self.shape.layer_types) - 1]):
+        if self.work.advance([ids] * WEIGHTS[kind], [len(self.shape.layer_types) - 1 - first]):
             raise CalibrationStopped
 
 
@@ -88,13 +88,15 @@ def fit_cost(prompts: list[Prompt], shape: ModelShape, config: FitConfig) -> int
     """Tokens times layers of all passes, as `Work` counts them."""
     once = sum(WEIGHTS[kind] for kind in ("reply", "basis", "loss", "readers", "check"))
     passes = sum(len(ids) for _, ids in prompts) * once
-    probed = shape.layer_types.count("full") * (shape.kv_heads + 1) * 2
-    kinds = {kind: 1 if kind == PLAIN else 2 for kind, _ in prompts}
-    passes += probed * sum(kinds.values()) * min(config.lengths)
     sizes = [(kind, len(ids)) for kind, ids in prompts]
     proven = sum(sizes[row][1] for row in proof_rows(sizes, config))
     passes += proven * (1 + config.proofs) * WEIGHTS["proof"]
-    return passes * len(shape.layer_types)
+    count = len(shape.layer_types)
+    # Probes begin at the layer that is probed.
+    probed = sum(count - row for row, kind in enumerate(shape.layer_types) if kind == "full")
+    kinds = {kind: 1 if kind == PLAIN else 2 for kind, _ in prompts}
+    probes = probed * (shape.kv_heads + 1) * 2 * sum(kinds.values()) * min(config.lengths)
+    return passes * count + probes * WEIGHTS["probe"]
 
 
 def proof_rows(sizes: Sequence[tuple[str, int]], config: FitConfig) -> list[int]:

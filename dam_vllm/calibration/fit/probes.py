@@ -24,7 +24,8 @@ from dam_vllm.calibration.fit.inputs import FitInputs, compared_rows
 from dam_vllm.calibration.fit.losses import CONTEXT, Sums
 from dam_vllm.calibration.fit.samples import FitText
 from dam_vllm.calibration.fit.simulate import Simulation
-from dam_vllm.calibration.fit.states import hooked, run
+from dam_vllm.calibration.fit.states import hooked
+from dam_vllm.calibration.fit.suffix import Suffix
 from dam_vllm.masks.mask_set import HeadMode, MaskSet
 
 # Errors below tell nothing: the KL that they cause drowns in rounding.
@@ -144,22 +145,25 @@ def probe(
         for index in probes(assembler.candidates)
     ]
     probed = [_text(inputs, texts, kind) for kind in kinds]
-    rows = [compared_rows(text, ROWS) for text in probed]
-    full = [run(inputs.model, text.ids, each) for text, each in zip(probed, rows, strict=True)]
+    passes = [Suffix(inputs.model, text.ids, compared_rows(text, ROWS)) for text in probed]
+    full = [each.logits() for each in passes]
     kls = np.zeros((len(masks), 2, size[0], len(kinds), shape.kv_heads + 1))
     for layer in inputs.layers:
         stored = inputs.store.probes(layer)
         if stored is not None:
             kls[:, :, layer] = stored
+        else:
+            for each in passes:
+                each.skip(layer)
         for index, head in np.ndindex(len(masks), shape.kv_heads + 1):
             single = alone(masks[index], layer, head)
             for kind, text in enumerate(probed):
                 for part, span in enumerate(_spans(text, page)):
                     if stored is None:
                         with hooked(Simulation(single, page, text.prompt, span)):
-                            found = run(inputs.model, text.ids, rows[kind])
+                            found = passes[kind].logits()
                         kls[index, part, layer, kind, head] = mean_kl(full[kind], found)
-                    inputs.advance("probe", text.ids)
+                    inputs.advance("probe", text.ids, layer)
         inputs.store.save_probes(layer, kls[:, :, layer])
     return kls
 
