@@ -8,7 +8,7 @@ import numpy as np
 
 from dam_vllm.calibration.errors import CalibrationError, CalibrationStopped
 from dam_vllm.calibration.fit.candidates import Pattern
-from dam_vllm.calibration.fit.samples import PLAIN, FitText, question_prompts
+from dam_vllm.calibration.fit.samples import PLAIN, REPLY_TOKENS, FitText, question_prompts
 from dam_vllm.calibration.fit.store import FitStore
 from dam_vllm.calibration.progress import Work
 from dam_vllm.calibration.settings import FitConfig
@@ -48,6 +48,11 @@ class FitInputs:
     def layers(self) -> list[int]:
         """Layers of full attention."""
         return [row for row, kind in enumerate(self.shape.layer_types) if kind == "full"]
+
+    @property
+    def attention_alone(self) -> bool:
+        """Whether every layer has attention, and a text's beginning can be cached."""
+        return "other" not in self.shape.layer_types
 
     def query_blocks_at_once(self, tokens: int, head_size: int) -> int:
         """Query blocks of a page whose attention, split by page, fits into the memory.
@@ -92,10 +97,12 @@ def fit_cost(prompts: list[Prompt], shape: ModelShape, config: FitConfig) -> int
     proven = sum(sizes[row][1] for row in proof_rows(sizes, config))
     passes += proven * (1 + config.proofs) * WEIGHTS["proof"]
     count = len(shape.layer_types)
-    # Probes begin at the layer that is probed.
+    # Probes begin at the layer that is probed; those of questions and replies are short.
     probed = sum(count - row for row, kind in enumerate(shape.layer_types) if kind == "full")
-    kinds = {kind: 1 if kind == PLAIN else 2 for kind, _ in prompts}
-    probes = probed * (shape.kv_heads + 1) * 2 * sum(kinds.values()) * min(config.lengths)
+    kinds = {kind for kind, _ in prompts}
+    rows = len(kinds) * min(config.lengths)
+    rows += len(kinds - {PLAIN}) * (config.page + REPLY_TOKENS)
+    probes = probed * (shape.kv_heads + 1) * 2 * rows
     return passes * count + probes * WEIGHTS["probe"]
 
 

@@ -137,41 +137,72 @@ def probe(
     Raises:
         CalibrationStopped: if the caller stopped it; the store holds the finished layers.
     """
-    shape, page = inputs.shape, inputs.config.page
+    shape = inputs.shape
     size = (len(shape.layer_types), shape.kv_heads)
     none = np.full(size, NONE)
     masks = [
         assembler.masks(Point(0.0, 1.0, 1.0, np.full(size, index), none))
         for index in probes(assembler.candidates)
     ]
-    probed = [_text(inputs, texts, kind) for kind in kinds]
-    passes = [Suffix(inputs.model, text.ids, compared_rows(text, ROWS)) for text in probed]
-    full = [each.logits() for each in passes]
     kls = np.zeros((len(masks), 2, size[0], len(kinds), shape.kv_heads + 1))
-    for layer in inputs.layers:
-        stored = inputs.store.probes(layer)
-        if stored is not None:
-            kls[:, :, layer] = stored
-        else:
-            for each in passes:
-                each.skip(layer)
-        for index, head in np.ndindex(len(masks), shape.kv_heads + 1):
-            single = alone(masks[index], layer, head)
-            for kind, text in enumerate(probed):
-                for part, span in enumerate(_spans(text, page)):
-                    if stored is None:
-                        with hooked(Simulation(single, page, text.prompt, span)):
-                            found = passes[kind].logits()
-                        kls[index, part, layer, kind, head] = mean_kl(full[kind], found)
-                    inputs.advance("probe", text.ids, layer)
-        inputs.store.save_probes(layer, kls[:, :, layer])
+    for row, kind in enumerate(kinds):
+        probed = _Probed(inputs, _text(inputs, texts, kind))
+        for layer in inputs.layers:
+            found = inputs.store.probes(kind, layer)
+            if found is None:
+                found = probed.layer(layer, masks)
+                inputs.store.save_probes(kind, layer, found)
+            else:
+                probed.count(layer, len(masks))
+            kls[:, :, layer, row] = found
     return kls
 
 
-def _spans(text: FitText, page: int) -> list[tuple[int, int]]:
-    """Rows of context, and of question and reply where there are any."""
-    asking, end = text.asking(page), len(text.ids)
-    return [(0, asking)] if asking == end else [(0, asking), (asking, end)]
+class _Probed:
+    """A text under probes: of its context, and of question and reply where there are any.
+
+    A probe begins at the layer that is probed, and at the rows: what is before is full attention's.
+    """
+
+    def __init__(self, inputs: FitInputs, text: FitText) -> None:
+        self.inputs, self.text = inputs, text
+        asking, end = text.asking(inputs.config.page), len(text.ids)
+        self.spans = [(0, asking)] if asking == end else [(0, asking), (asking, end)]
+        self.first = [start if inputs.attention_alone else 0 for start, _ in self.spans]
+        rows = compared_rows(text, ROWS)
+        self.passes = [Suffix(inputs.model, text.ids, rows, start) for start in self.first]
+        self.full = [each.logits() for each in self.passes]
+
+    def layer(self, layer: int, masks: list[MaskSet]) -> np.ndarray:
+        """Mean KL of a layer's heads, each alone and all together, [probes, parts, kv_heads + 1].
+
+        Args:
+            layer: global index, no less than in the call before.
+            masks: of the probes.
+
+        Raises:
+            CalibrationStopped: if the caller wants to stop.
+        """
+        page, heads = self.inputs.config.page, self.inputs.shape.kv_heads + 1
+        found = np.zeros((len(masks), 2, heads))
+        for part, (span, each) in enumerate(zip(self.spans, self.passes, strict=True)):
+            each.skip(layer)
+            for index, head in np.ndindex(len(masks), heads):
+                single = alone(masks[index], layer, head)
+                with hooked(Simulation(single, page, self.text.prompt, span)):
+                    other = each.logits()
+                found[index, part, head] = mean_kl(self.full[part], other)
+                self._advance(part, layer)
+        return found
+
+    def count(self, layer: int, probes: int) -> None:
+        """Counts the passes of a layer, which an earlier run did."""
+        for part in range(len(self.spans)):
+            for _ in range(probes * (self.inputs.shape.kv_heads + 1)):
+                self._advance(part, layer)
+
+    def _advance(self, part: int, layer: int) -> None:
+        self.inputs.advance("probe", self.text.ids[self.first[part] :], layer)
 
 
 def _text(inputs: FitInputs, texts: list[FitText], kind: str) -> FitText:

@@ -19,7 +19,8 @@ class Simulation:
     """Hook that computes attention over the pages that masks select.
 
     The prompt is one prefill; tokens after it are decoded one by one, each with pages of its own.
-    One pass of one text: what anchors chose is kept for the heads that reuse it.
+    One pass of one text, or of its end from the start of a page on: what anchors chose is kept for
+    the heads that reuse it.
 
     Args:
         masks: the mask set.
@@ -53,18 +54,18 @@ class Simulation:
         sparse = sparse[np.argsort(modes[sparse] == HeadMode.REUSE, kind="stable")]
         if not len(sparse):
             return None
-        tokens, kv_heads = states.query.shape[1], len(states.key)
+        first, tokens, kv_heads = states.first, states.key.shape[1], len(states.key)
         result = states.query.new_zeros(*states.query.shape[:2], states.value.shape[-1])
         # Sparse heads need full attention for rows alone that masks do not hold for.
         dense = range(kv_heads) if self.rows else np.flatnonzero(modes == HeadMode.DENSE).tolist()
         for head in dense:
             result[states.query_heads(head)] = _dense(states, head)
-        masked = torch.arange(*(self.rows or (0, tokens)))
+        masked = torch.arange(*(self.rows or (first, tokens)))
         if self.compared is not None and states.layer == self.masks.layers - 1:
             masked = torch.tensor(self.compared)
         for head in sparse.tolist():
             found = self.output(states, head, masked, self.pages(states, head))
-            result[states.query_heads(head), masked] = found
+            result[states.query_heads(head), masked - first] = found
         return result
 
     def output(
@@ -76,12 +77,14 @@ class Simulation:
             states: of the layer.
             head: KV head.
             rows: int64 [queries], ascending.
-            pages: bool [tokens, pages], what every query reads.
+            pages: bool [queries, pages], of `pages`.
 
         Returns:
             [heads_per_kv, queries, head_size].
         """
-        parts = [self.attend(states, head, some, pages[some]) for some in rows.split(ROWS)]
+        parts = [
+            self.attend(states, head, some, pages[some - states.first]) for some in rows.split(ROWS)
+        ]
         return torch.cat(parts, dim=1)
 
     def attend(
@@ -105,8 +108,8 @@ class Simulation:
         return keys, pages[:, keys // self.page] & (keys <= rows[:, None])
 
     def pages(self, states: LayerStates, head: int) -> torch.Tensor:
-        """Pages that each query reads, bool [tokens, pages]."""
-        layer, tokens = states.layer, states.query.shape[1]
+        """Pages that each of the states' queries reads, bool [queries, pages]."""
+        layer, tokens = states.layer, states.key.shape[1]
         count = ceil_div(tokens, self.page)
         static = self.masks.modes[layer, head] == HeadMode.STATIC
         query_block = None if static else self.page
@@ -117,8 +120,9 @@ class Simulation:
         if static:
             index = torch.arange(ceil_div(tokens, selector.query_block))
             selected = selector.select(index, count)[0, 0]
-            return selected.repeat_interleave(selector.query_block, dim=0)[:tokens]
-        query_blocks = self._query_blocks(tokens)
+            whole = selected.repeat_interleave(selector.query_block, dim=0)
+            return whole[states.first : tokens]
+        query_blocks = self._query_blocks(states.first, tokens)
         if self.masks.modes[layer, head] == HeadMode.REUSE:
             own = selector.select(query_blocks.index, count)[0, 0]
             chosen = self._chosen[self.masks.anchor(layer, head)]
@@ -127,15 +131,16 @@ class Simulation:
             self._chosen[layer, head] = chosen
         return (own | chosen).repeat_interleave(query_blocks.stop - query_blocks.start, dim=0)
 
-    def _query_blocks(self, tokens: int) -> QueryBlocks:
-        """The prompt cut at pages, then every later token on its own."""
+    def _query_blocks(self, begin: int, tokens: int) -> QueryBlocks:
+        """The prompt, from a page on, cut at pages; then every later token on its own."""
         prompt = torch.tensor([0, self.prompt], dtype=torch.int32)
         first = cut_query_blocks(prompt, prompt[1:], self.page)
         later = torch.arange(self.prompt, tokens)
+        first = first.take(first.start >= begin)
         return QueryBlocks(
             request=torch.cat([first.request, torch.arange(len(later)) + 1]),
             index=torch.cat([first.index, later // self.page]),
-            row=torch.cat([first.row, later]),
+            row=torch.cat([first.row, later]) - begin,
             start=torch.cat([first.start, later]),
             stop=torch.cat([first.stop, later + 1]),
             tokens=tokens,
@@ -168,13 +173,13 @@ class Simulation:
 
 def _dense(states: LayerStates, head: int) -> torch.Tensor:
     """Full attention of a KV head's query heads: [heads_per_kv, tokens, head_size]."""
-    if not states.softcap:
+    if not states.softcap and not states.first:
         query = states.query[states.query_heads(head)]
         return scaled_dot_product_attention(
             query[None], states.key[None, head, None], states.value[None, head, None],
             is_causal=True, scale=states.scale, enable_gqa=True,
         )[0]  # fmt: skip
-    position = torch.arange(states.query.shape[1])
+    position = torch.arange(states.first, states.key.shape[1])
     parts = [full_attention(states, head, rows) for rows in position.split(ROWS)]
     return torch.cat(parts, dim=1)
 
@@ -196,7 +201,7 @@ def attention(
         scores = masked_scores(states, head, rows, states.key[head, keys], mask)
         return scores.softmax(dim=-1) @ states.value[head, keys]
     return scaled_dot_product_attention(
-        states.query[states.query_heads(head)][None, :, rows],
+        states.query[states.query_heads(head)][None, :, rows - states.first],
         states.key[None, None, head, keys], states.value[None, None, head, keys],
         attn_mask=mask, scale=states.scale, enable_gqa=True,
     )[0]  # fmt: skip
@@ -206,7 +211,8 @@ def masked_scores(
     states: LayerStates, head: int, rows: torch.Tensor, key: torch.Tensor, mask: torch.Tensor
 ) -> torch.Tensor:
     """Scores of some queries on [keys, head_size], -inf outside of a mask bool [queries, keys]."""
-    scores = states.query[states.query_heads(head)][:, rows] @ key.t() * states.scale
+    query = states.query[states.query_heads(head)][:, rows - states.first]
+    scores = query @ key.t() * states.scale
     if states.softcap:
         scores = states.softcap * torch.tanh(scores / states.softcap)
     return scores.masked_fill(~mask, float("-inf"))

@@ -14,11 +14,11 @@ from dam_vllm.masks.mask_set import FloatArray
 
 @dataclass(frozen=True)
 class LayerStates:
-    """One text in one layer.
+    """One text in one layer, or the queries of its end alone.
 
     Attributes:
         layer: global layer index.
-        query: [heads, tokens, head_size].
+        query: [heads, queries, head_size], of the last tokens.
         key: [kv_heads, tokens, head_size].
         value: [kv_heads, tokens, head_size].
         scale: factor of the scores.
@@ -31,6 +31,11 @@ class LayerStates:
     value: torch.Tensor
     scale: float
     softcap: float
+
+    @property
+    def first(self) -> int:
+        """Position of the first query."""
+        return self.key.shape[1] - self.query.shape[1]
 
     @property
     def heads_per_kv(self) -> int:

@@ -57,14 +57,14 @@ class FitStore:
         """Stores a text's errors of readers."""
         self._write(f"fit-readers-{text:04}", {"error": error})
 
-    def probes(self, layer: int) -> np.ndarray | None:
-        """KL of a layer's probes [probes, kinds, kv_heads], if they have been run."""
-        path = self._folder / f"fit-probes-{layer:04}.safetensors"
+    def probes(self, kind: str, layer: int) -> np.ndarray | None:
+        """KL of a layer's probes [probes, parts, kv_heads + 1] on a kind of text, once run."""
+        path = self._folder / f"fit-probes-{kind}-{layer:04}.safetensors"
         return read_arrays(path)[0]["kl"] if path.exists() else None
 
-    def save_probes(self, layer: int, kls: np.ndarray) -> None:
-        """Stores the KL of a layer's probes."""
-        self._write(f"fit-probes-{layer:04}", {"kl": kls})
+    def save_probes(self, kind: str, layer: int, kls: np.ndarray) -> None:
+        """Stores the KL of a layer's probes on a kind of text."""
+        self._write(f"fit-probes-{kind}-{layer:04}", {"kl": kls})
 
     def proof(self, key: str) -> tuple[float, float] | None:
         """The loss that a choice was measured to have, and its share of equal best tokens."""

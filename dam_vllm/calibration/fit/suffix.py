@@ -1,29 +1,36 @@
-"""Passes of a text that begin at a layer: what is before it is computed once for all of them."""
+"""Passes of a text that begin at a layer and a row: what is before is computed once for all."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 import torch
-
-from dam_vllm.calibration.fit.states import run
+from transformers import DynamicCache
 
 
 class Suffix:
-    """A text in a prepared model, the layers before some layer done under full attention.
+    """The end of a text in a prepared model, and in its last layers.
+
+    The text before, and the layers before, are as under full attention.
 
     Args:
-        model: the decoder.
+        model: the decoder; all its layers have attention, where some text is before.
         ids: the text.
         rows: positions whose logits are wanted.
+        first: row that passes begin with.
     """
 
-    def __init__(self, model: Any, ids: list[int], rows: list[int]) -> None:
-        self._model, self._ids, self._rows = model, ids, rows
+    def __init__(self, model: Any, ids: list[int], rows: list[int], first: int = 0) -> None:
+        self._model, self._ids, self._first = model, ids[first:], first
+        self._rows = [row - first for row in rows]
         self._layers = decoder_layers(model)
         self._done = 0
         # What the last layer that is done returned: a tensor, or a tuple in some models.
         self._returned: Any = None
+        self._cache = DynamicCache() if first else None
+        if first:
+            _compute(model, ids[:first], [first - 1], self._cache)
 
     def skip(self, layer: int) -> None:
         """Computes the layers before `layer` that are not done; none is given up again."""
@@ -31,7 +38,7 @@ class Suffix:
             return
         skipped = [*self._layers[: self._done], *self._layers[layer:]]
         with self._skipping(skipped), self._layers[layer - 1].register_forward_hook(self._keep):
-            run(self._model, self._ids)
+            self._run()
         self._done = layer
 
     def logits(self) -> torch.Tensor:
@@ -41,7 +48,14 @@ class Suffix:
             float32 [rows, vocabulary].
         """
         with self._skipping(self._layers[: self._done]):
-            return run(self._model, self._ids, self._rows)
+            return self._run()
+
+    def _run(self) -> torch.Tensor:
+        cache = copy(self._cache)
+        if cache is not None:
+            # Layers put new tensors in place of theirs.
+            cache.layers = [copy(layer) for layer in cache.layers]
+        return _compute(self._model, self._ids, self._rows, cache)
 
     @contextmanager
     def _skipping(self, layers: Sequence[Any]) -> Iterator[None]:
@@ -61,6 +75,19 @@ class Suffix:
 
     def _keep(self, layer: Any, given: Any, returned: Any) -> None:
         self._returned = returned
+
+
+def _compute(
+    model: Any, ids: list[int], rows: list[int], cache: DynamicCache | None
+) -> torch.Tensor:
+    """Logits float32 [rows, vocabulary] of tokens after those in a cache."""
+    inputs, kept = (torch.tensor(each, device=model.device) for each in ([ids], rows))
+    with torch.inference_mode():
+        found = model(
+            input_ids=inputs, past_key_values=cache, use_cache=cache is not None,
+            logits_to_keep=kept,
+        )  # fmt: skip
+    return torch.as_tensor(found.logits[0]).float()
 
 
 def decoder_layers(model: Any) -> Sequence[Any]:

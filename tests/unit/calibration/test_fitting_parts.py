@@ -64,6 +64,17 @@ def test_pages_add_up_to_attention_under_any_selection(rng, softcap):
             )
 
 
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+def test_simulation_of_the_last_queries_is_that_of_all(rng, random_masks, softcap):
+    masks = random_masks(dynamic=True, reuse=True, dense=True, layers=2)
+    prompt, tokens, first = 131, 150, 128
+    whole, end = Simulation(masks, PAGE, prompt), Simulation(masks, PAGE, prompt, (first, tokens))
+    for layer in range(masks.layers):
+        states = random_states(rng, tokens, softcap=softcap, layer=layer)
+        last = dataclasses.replace(states, query=states.query[:, first:])
+        torch.testing.assert_close(end(last), whole(states)[:, first:], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(("tokens", "prompt"), [(150, 131), (96, 96), (161, 128)])
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
 def test_simulation_is_attention_over_the_served_pages(

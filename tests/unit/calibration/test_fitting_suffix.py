@@ -5,8 +5,10 @@ import torch
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, Qwen3MoeConfig
 
 from dam_vllm.calibration.capture import register
+from dam_vllm.calibration.fit.simulate import full_attention
 from dam_vllm.calibration.fit.states import hooked, prepare, run
 from dam_vllm.calibration.fit.suffix import Suffix, decoder_layers
+from dam_vllm.masks.model_shape import model_shape
 from tests.unit.calibration.conftest import CONFIGS, SMALL
 
 FURTHER = {
@@ -34,12 +36,17 @@ def model(request):
 class Shifted:
     """Hook that changes a layer's attention, and tells which layers computed any."""
 
-    def __init__(self, layer):
-        self.layer, self.seen = layer, []
+    def __init__(self, layer, begin=0):
+        self.layer, self.begin, self.seen = layer, begin, []
 
     def __call__(self, states):
         self.seen.append(states.layer)
-        return states.query * 0.5 if states.layer == self.layer else None
+        if states.layer != self.layer:
+            return None
+        rows = torch.arange(states.first, states.key.shape[1])
+        full = torch.cat([full_attention(states, head, rows) for head in range(len(states.key))])
+        full[:, rows >= self.begin] *= 0.5
+        return full
 
 
 def test_they_are_the_whole_ones(rng, model):
@@ -57,6 +64,23 @@ def test_they_are_the_whole_ones(rng, model):
         assert whole.seen == list(range(count))
         assert part.seen == list(range(layer, count))
         assert not torch.equal(found, run(model, ids, ROWS))
+
+
+def test_they_begin_at_a_row(rng, model):
+    """What is before, is as under full attention."""
+    ids, first = rng.integers(3, 64, 61).tolist(), 48
+    kinds = model_shape(model.config).layer_types
+    suffix = Suffix(model, ids, [50, 60], first)
+    for layer in (row for row, kind in enumerate(kinds) if kind == "full"):
+        with hooked(Shifted(layer, first)):
+            expected = run(model, ids, [50, 60])
+        suffix.skip(layer)
+        # Nothing is kept of a pass.
+        for _ in range(2):
+            with hooked(Shifted(layer)):
+                found = suffix.logits()
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        assert (found - run(model, ids, [50, 60])).abs().max() > 1e-3
 
 
 def test_what_is_done_is_not_computed_again(rng, model):
