@@ -97,12 +97,15 @@ def fit_cost(prompts: list[Prompt], shape: ModelShape, config: FitConfig) -> int
     proven = sum(sizes[row][1] for row in proof_rows(sizes, config))
     passes += proven * (1 + config.proofs) * WEIGHTS["proof"]
     count = len(shape.layer_types)
-    # Probes begin at the layer that is probed; those of questions and replies are short.
+    # Probes begin at the layer that is probed. On questions, heads are probed alone in short ones.
     probed = sum(count - row for row, kind in enumerate(shape.layer_types) if kind == "full")
-    kinds = {kind for kind, _ in prompts}
-    rows = len(kinds) * min(config.lengths)
-    rows += len(kinds - {PLAIN}) * (config.page + REPLY_TOKENS)
-    probes = probed * (shape.kv_heads + 1) * 2 * rows
+    kinds, heads = {kind for kind, _ in prompts}, shape.kv_heads + 1
+    short = config.page + REPLY_TOKENS
+    rows = sum(
+        heads * min(config.lengths) if kind == PLAIN else min(config.lengths) + heads * short
+        for kind in kinds
+    )
+    probes = probed * 2 * rows
     return passes * count + probes * WEIGHTS["probe"]
 
 

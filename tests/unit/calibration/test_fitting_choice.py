@@ -127,6 +127,13 @@ def test_a_head_matters_between_itself_and_its_layer():
         np.testing.assert_allclose(sensitivities(kls, unknown, trust)[1], [[2.0, 2.0]])
 
 
+def test_a_head_that_was_not_probed_alone_matters_as_its_layer():
+    errors = np.array([[[[0.5, 0.25]]]])
+    kls = np.array([[[[np.nan, np.nan, 3.0]]]])
+    for trust in (0.0, 0.5, 1.0):
+        np.testing.assert_allclose(sensitivities(kls, errors, trust), [[[4.0, 4.0]]])
+
+
 def test_alone(random_masks):
     masks = random_masks(layers=2, heads=4, kv_heads=2, dynamic=True)
     dense = HeadMode.DENSE
