@@ -17,6 +17,7 @@ from dam_vllm.calibration.fit.samples import PLAIN, FitText, question_prompts, w
 from dam_vllm.calibration.fit.states import hooked, run
 from dam_vllm.calibration.model import ModelSource
 from dam_vllm.evaluation.agreement import text_windows
+from dam_vllm.evaluation.checks import text_option
 from dam_vllm.masks.file import load_mask_set
 from dam_vllm.masks.fingerprint import fingerprint
 from dam_vllm.masks.mask_set import HeadMode, MaskSet
@@ -153,13 +154,8 @@ def _same(full: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 
 def _texts(case: Case, model: Any, tokenizer: Any) -> list[FitText]:
     """Windows of the text, then questions with the model's own replies."""
-    text = case.text.read_text(encoding="utf-8")
+    text = text_option(case.text, tokenizer, case.windows, case.length)
     windows = text_windows(tokenizer, text, case.length, case.windows)
-    if len(windows) < case.windows:
-        raise OptionError(
-            f"--text {str(case.text)!r} holds {len(windows)} windows of {case.length} tokens: "
-            f"must hold {case.windows}"
-        )
     texts = [FitText(PLAIN, window, len(window)) for window in windows]
     if case.questions:
         asked = question_prompts(tokenizer, [case.length], case.questions, SEED)

@@ -129,11 +129,12 @@ def test_what_reads_everything_agrees_with_itself(tmp_path, text):
     with pytest.raises(OptionError, match=r"--span is 48: must be a multiple of 32"):
         list(mass.measure_file(mass.Case(text, 100, 1, 0, [], 48, 1), str(folder), file, [None],
                                lambda: None))  # fmt: skip
-    with pytest.raises(
-        OptionError, match=r"--text '.*' holds 5 windows of 100 tokens: must hold 9"
-    ):
+    with pytest.raises(OptionError, match=r"must have at least 900 for --windows 9 of 100 tokens"):
         list(mass.measure_file(mass.Case(text, 100, 9, 0, [], 32, 1), str(folder), file, [None],
                                lambda: None))  # fmt: skip
+    text.write_bytes(b"\xff\xfe")
+    with pytest.raises(OptionError, match=r"--text is '.*', must be a UTF-8 text file"):
+        list(mass.measure_file(case, str(folder), file, [None], lambda: None))
 
 
 @pytest.mark.parametrize(
