@@ -52,14 +52,14 @@ def page_mass(logits: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class PageMasses:
-    """What query blocks choose from.
+    """What query blocks choose from; of a head, or of several one after the other.
 
     Attributes:
-        mass: float32 [pages, query blocks, rows], as `page_mass` gives them; 0 for
-            absent rows.
+        mass: float32 [pages, query blocks, rows], as `page_mass` gives them; 0 for rows that hold
+            no query of this step.
         largest: float32 [query blocks, pages], the largest mass over rows.
-        static: bool [query blocks, pages], pages that are read anyway.
-        own: int64 [query blocks], the query block's own page.
+        static: bool [query blocks, pages], pages that are read anyway, own pages included.
+        own: int64 [query blocks], the query block's own page, the last one it may see.
     """
 
     mass: torch.Tensor
@@ -67,9 +67,38 @@ class PageMasses:
     static: torch.Tensor
     own: torch.Tensor
 
+    @classmethod
+    def of(cls, mass: torch.Tensor, static: torch.Tensor, own: torch.Tensor) -> "PageMasses":
+        """What there is to choose from, by mass."""
+        return cls(mass, mass.amax(dim=2).t(), static, own)
+
     def take(self, some: slice) -> "PageMasses":
-        """Some of the query blocks."""
+        """Some of the query blocks, of whole heads."""
         return PageMasses(self.mass[:, some], self.largest[some], self.static[some], self.own[some])
+
+    def until(self, order: torch.Tensor, enough: torch.Tensor) -> torch.Tensor:
+        """Pages in an order until every row of a query block has enough of its mass.
+
+        Args:
+            order: int64 [query blocks, n], pages.
+            enough: float32 [query blocks].
+
+        Returns:
+            int64 [query blocks], n where they are not enough.
+        """
+        each = torch.arange(len(order), device=order.device)
+        # Absent rows have no mass and want nothing.
+        reached = torch.where(self.mass.amax(dim=0) > 0.0, 0.0, torch.inf)
+        count = torch.zeros_like(each)
+        for some in order.t().split(TOP_P_STEP):
+            added = self.mass[some, each]
+            before = added.cumsum(dim=0) - added + reached
+            short = (before < enough[:, None]).any(dim=2)
+            count += short.sum(dim=0)
+            if not short[-1].any():
+                break
+            reached = before[-1] + added[-1]
+        return count
 
 
 @dataclass(frozen=True)
@@ -187,23 +216,12 @@ class TopP(Budget):
 
     @classmethod
     def wanted(cls, values: torch.Tensor, cap: int, pages: PageMasses) -> torch.Tensor:
-        mass, static = pages.mass, pages.static
-        order = pages.largest.masked_fill(static, 2.0).argsort(dim=1, descending=True, stable=True)
-        order, read = order.t(), static.sum(dim=1)
-        each = torch.arange(len(read), device=read.device)
-        # Absent rows have no mass and want nothing.
-        reached = torch.where(mass.amax(dim=0) > 0.0, 0.0, torch.inf)
-        count = torch.zeros_like(read)
-        # Where the cap ends it anyway, no further page needs to be added up.
-        for some in order[: int(read.max()) + cap].split(TOP_P_STEP):
-            added = mass[some, each]
-            before = added.cumsum(dim=0) - added + reached
-            # A row's shares add up to 1 but for rounding.
-            short = (before < (values - 1e-6)[:, None]).any(dim=2)
-            count += short.sum(dim=0)
-            if not short[-1].any():
-                break
-            reached = before[-1] + added[-1]
+        read = pages.static.sum(dim=1)
+        largest = pages.largest.masked_fill(pages.static, 2.0)
+        order = largest.argsort(dim=1, descending=True, stable=True)
+        # Where the cap ends it anyway, no further page needs to be added up. A row's shares add up
+        # to 1 but for rounding.
+        count = pages.until(order[:, : int(read.max()) + cap], values - 1e-6)
         return (count - read).clamp_min(0)
 
     def expected_pages(self, causal: np.ndarray, share: float | np.ndarray) -> np.ndarray:
@@ -217,24 +235,18 @@ class TopP(Budget):
 BUDGETS: dict[BudgetKind, type[Budget]] = {each.kind: each for each in (TopK, Share, TopP)}
 
 
-def choose(
-    mass: torch.Tensor, static: torch.Tensor, own: torch.Tensor, budgets: Sequence[Budget]
-) -> torch.Tensor:
+def choose(pages: PageMasses, budgets: Sequence[Budget]) -> torch.Tensor:
     """Chooses pages beyond the static ones; of equal ones all, of those without mass none.
 
     Args:
-        mass: float32 [pages, query_blocks, rows], as `page_mass` gives them; 0 for rows that hold
-            no query of this step. Query blocks are of a head, or of several one after the other.
-        static: bool [query_blocks, pages], pages that are read anyway, own pages included.
-        own: int64 [query_blocks], the query block's own page, the last one it may see.
+        pages: what there is to choose from.
         budgets: of each head.
 
     Returns:
-        bool [query_blocks, pages], disjoint from `static`.
+        bool [query_blocks, pages], disjoint from `pages.static`.
     """
-    largest = mass.amax(dim=2).t()
-    count = _counts(PageMasses(mass, largest, static, own), budgets)
-    largest = largest.masked_fill(static, 0.0)
+    count = _counts(pages, budgets)
+    largest = pages.largest.masked_fill(pages.static, 0.0)
     most = min(max(1, int(count.max())), largest.shape[1])
     ordered = largest.topk(most, dim=1).values
     last = ordered.gather(1, (count - 1).clamp(0, most - 1)[:, None])

@@ -14,6 +14,10 @@ import torch
 from torch.nn.functional import pad
 
 from dam_vllm.attention.cpu import llvm
+from dam_vllm.attention.cpu.page_mass import compiled_masses
+from dam_vllm.attention.cpu.span import Span
+from dam_vllm.attention.dynamic_heads import DynamicHeads
+from dam_vllm.masks.budget import PageMasses
 from dam_vllm.masks.rounding import ceil_div
 
 # Tokens whose scores are held in registers at a time. 16, and fewer by several vectors of rows,
@@ -75,17 +79,22 @@ class CompiledScores:
             keys: of `keys`, the first dimension cut as wanted.
 
         Returns:
-            float32 [pages, rows].
+            float32 [vectors, pages, lanes]: the rows in order, filled up to whole vectors. So what
+            follows goes over all pages of a vector of rows, which lie together in the cache.
         """
         rows, channels = query.shape
         query = pad(query, (0, channels % 2 if self.pairs else 0, 0, -rows % llvm.lanes()))
         if self.pairs:
             query = query.to(torch.bfloat16).view(torch.int32)
         by_channel = query.t().contiguous()
-        result = torch.empty(len(keys), by_channel.shape[1])
+        result = torch.empty(by_channel.shape[1] // llvm.lanes(), len(keys), llvm.lanes())
         places = (each.data_ptr() for each in (by_channel, keys, result))
-        self.function.call(*places, *result.shape)
-        return result[:, :rows]
+        self.function.call(*places, len(keys), by_channel.shape[1])
+        return result
+
+    def masses(self, scores: torch.Tensor, span: Span, dynamic: DynamicHeads) -> PageMasses:
+        """See `SpanScores.masses`; scores of `max_scores`, given up."""
+        return compiled_masses(scores, span, dynamic.scale, dynamic.softcap)
 
 
 @dataclass(frozen=True)
@@ -162,8 +171,9 @@ next.tokens:
   %tokens.more = icmp ult i64 %token.next, {page}
   br i1 %tokens.more, label %next.tokens, label %end.page
 end.page:
-  %result.line = mul i64 %at, %rows
-  %result.at = add i64 %result.line, %row
+  %result.line = mul i64 %row, %pages
+  %result.page = mul i64 %at, {types.lanes}
+  %result.at = add i64 %result.line, %result.page
   %result.place = getelementptr float, ptr %result, i64 %result.at
   store {scores} %best.{TOKENS}, ptr %result.place, align 4
   %at.next = add i64 %at, 1

@@ -11,7 +11,10 @@ import torch
 
 from dam_vllm.attention.cpu import llvm
 from dam_vllm.attention.cpu.page_max import CompiledScores
+from dam_vllm.attention.cpu.span import Span
 from dam_vllm.attention.cpu.workspace import WORKSPACE
+from dam_vllm.attention.dynamic_heads import DynamicHeads
+from dam_vllm.masks.budget import PageMasses
 
 # Keys whose scores lie in the cache between product and maximum. On an EPYC of the third generation
 # (AVX2), for 1024 rows, 16 channels and 4096 keys on one core: 4.0 ms with 512, 4.6 with 256, 5.0
@@ -48,7 +51,17 @@ class SpanScores(Protocol):
         """Keys, float32 [pages, channels, page], as `max_scores` takes them, pages first."""
 
     def max_scores(self, query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        """Scores float32 [rows, channels] over such keys: float32 [pages, rows]."""
+        """Scores float32 [rows, channels] over such keys, as `masses` takes them."""
+
+    def masses(self, scores: torch.Tensor, span: Span, dynamic: DynamicHeads) -> PageMasses:
+        """Shares of attention mass.
+
+        Args:
+            scores: of `max_scores` for the span's rows and all pages up to its last own one; given
+                up.
+            span: the query blocks.
+            dynamic: how scores are scaled and capped.
+        """
 
 
 def span_scores(channels: int, page: int, dtype: torch.dtype) -> SpanScores:
@@ -63,6 +76,7 @@ class TorchScores:
         return keys
 
     def max_scores(self, query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """Float32 [pages, rows]."""
         (pages, channels, page), rows = keys.shape, len(query)
         block = max(1, KEY_BLOCK // page)
         transposed = query.t().contiguous()
@@ -75,6 +89,30 @@ class TorchScores:
             torch.mm(tokens, transposed, out=scores)
             torch.amax(scores.view(-1, page, rows), dim=1, out=result[start : start + block])
         return result
+
+    def masses(self, scores: torch.Tensor, span: Span, dynamic: DynamicHeads) -> PageMasses:
+        count, rows = span.own.shape
+        logits = dynamic.logits(scores).view(-1, count, rows)
+        _hide_later_pages(logits, dynamic.logits(span.own))
+        # A span has as many rows whatever the batch, so that softmax, eight times as fast as
+        # `page_mass`, rounds the same.
+        mass = logits.softmax(dim=0).masked_fill_(~span.present, 0.0)
+        return PageMasses.of(mass, span.static, span.index)
+
+
+def _hide_later_pages(logits: torch.Tensor, own: torch.Tensor) -> None:
+    """Puts a span's causal scores of its own pages in, and -inf behind them.
+
+    Args:
+        logits: [pages, query_blocks, rows], the query blocks' own pages last.
+        own: [query_blocks, rows].
+    """
+    count = logits.shape[1]
+    last = logits[-count:]
+    later = torch.ones(count, count, dtype=torch.bool).tril(-1)
+    last.masked_fill_(later[..., None], float("-inf"))
+    each = torch.arange(count)
+    last[each, each] = own
 
 
 def max_scores_of_own_page(

@@ -18,9 +18,10 @@ from dam_vllm.attention.cpu.score import (
     max_scores_of_own_page,
     span_scores,
 )
+from dam_vllm.attention.cpu.span import Span
 from dam_vllm.attention.dynamic_heads import DynamicHeads
 from dam_vllm.attention.query_blocks import QueryBlocks
-from dam_vllm.masks.budget import choose, page_mass
+from dam_vllm.masks.budget import PageMasses, choose, page_mass
 from dam_vllm.masks.rounding import ceil_div
 
 SPAN_ROWS = 1024
@@ -144,7 +145,8 @@ def _choose_decode(
     after = torch.arange(pages) > own[:, None]
     logits = dynamic.logits(torch.cat(parts)).masked_fill_(after[..., None], float("-inf"))
     mass = page_mass(logits).transpose(0, 1)
-    return choose(mass, static.flatten(0, 1), own, dynamic.budgets).view(static.shape)
+    masses = PageMasses.of(mass, static.flatten(0, 1), own)
+    return choose(masses, dynamic.budgets).view(static.shape)
 
 
 def _scored_together(channels: Sequence[int], tokens: int) -> Iterator[slice]:
@@ -200,37 +202,20 @@ def _choose_prefill(
         rows = asked[first - base : first - base + size].view(
             len(index), page, heads_per_kv, channels
         )
-        max_scores = scores_of.max_scores(rows.view(-1, channels), packed[: index[-1] + 1])
-        logits = dynamic.logits(max_scores).view(-1, len(index), page * heads_per_kv)
-        own = max_scores_of_own_page(rows, cached[index], torch.zeros_like(index))
-        _hide_later_pages(logits, dynamic.logits(own))
         position = torch.arange(first, first + size).view(len(index), page)
         present = (position >= start) & (position < stop)
-        # A span has as many rows whatever the batch: softmax, eight times as fast as `page_mass`,
-        # rounds the same.
-        mass = logits.softmax(dim=0)
-        if not present.all():
-            mass.masked_fill_(~present.repeat_interleave(heads_per_kv, dim=1), 0.0)
-        mine = static[index - base // page, : len(logits)]
-        result[index, : len(logits)] = choose(mass, mine, index, [dynamic.budgets[at]])
+        span = Span(
+            index,
+            max_scores_of_own_page(rows, cached[index], torch.zeros_like(index)),
+            present.repeat_interleave(heads_per_kv, dim=1),
+            static[index - base // page, : index[-1] + 1],
+        )
+        scores = scores_of.max_scores(rows.view(-1, channels), packed[: index[-1] + 1])
+        masses = scores_of.masses(scores, span, dynamic)
+        result[index, : index[-1] + 1] = choose(masses, [dynamic.budgets[at]])
     return result[query_blocks.index, :pages]
 
 
 def span_tokens(page: int, heads_per_kv: int) -> int:
     """Tokens of queries that are scored at a time, whole pages."""
     return max(1, SPAN_ROWS // heads_per_kv // page) * page
-
-
-def _hide_later_pages(logits: torch.Tensor, own: torch.Tensor) -> None:
-    """Puts a span's causal scores of its own pages in, and -inf behind them.
-
-    Args:
-        logits: [pages, query_blocks, rows], the query blocks' own pages last.
-        own: [query_blocks, rows].
-    """
-    count = logits.shape[1]
-    last = logits[-count:]
-    later = torch.ones(count, count, dtype=torch.bool).tril(-1)
-    last.masked_fill_(later[..., None], float("-inf"))
-    each = torch.arange(count)
-    last[each, each] = own

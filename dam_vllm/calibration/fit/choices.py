@@ -7,7 +7,7 @@ import torch
 from dam_vllm.calibration.fit.candidates import Candidate
 from dam_vllm.calibration.fit.rows import by_page, logits
 from dam_vllm.calibration.fit.states import LayerStates
-from dam_vllm.masks.budget import choose
+from dam_vllm.masks.budget import PageMasses, choose
 
 
 def chosen_pages(
@@ -34,7 +34,7 @@ def chosen_pages(
         bool [candidates, query_blocks, pages], disjoint from `anyway`.
     """
     own = position[:, -1] // page
-    masses: dict[int, torch.Tensor] = {}
+    masses: dict[int, PageMasses] = {}
     found = []
     for candidate in candidates:
         channels, budget = candidate.channels, candidate.budget
@@ -43,6 +43,7 @@ def chosen_pages(
         if channels not in masses:
             each = logits(states, head, position, rotation, channels)
             max_scores = by_page(each, page, float("-inf")).amax(dim=-1)
-            masses[channels] = max_scores.permute(2, 0, 1).softmax(dim=0)
-        found.append(choose(masses[channels], anyway, own, [budget]))
+            mass = max_scores.permute(2, 0, 1).softmax(dim=0)
+            masses[channels] = PageMasses.of(mass, anyway, own)
+        found.append(choose(masses[channels], [budget]))
     return torch.stack(found)

@@ -5,7 +5,16 @@ import numpy as np
 import pytest
 import torch
 
-from dam_vllm.masks.budget import BUDGETS, BudgetKind, Share, TopK, TopP, choose, page_mass
+from dam_vllm.masks.budget import (
+    BUDGETS,
+    BudgetKind,
+    PageMasses,
+    Share,
+    TopK,
+    TopP,
+    choose,
+    page_mass,
+)
 
 PAGES, BLOCKS, ROWS = 30, 6, 4
 
@@ -19,7 +28,7 @@ class Scores(NamedTuple):
 
     def choose(self, static, budgets):
         mass = self.logits.softmax(dim=0).masked_fill(~self.present, 0.0)
-        return choose(mass, static, self.own, budgets)
+        return choose(PageMasses.of(mass, static, self.own), budgets)
 
 
 @pytest.fixture
@@ -106,9 +115,9 @@ def test_heads_choose_together_as_each_alone(rng, case):
     static &= torch.arange(PAGES) <= own[:, None]
     mass = page_mass(logits)
     together = mass.transpose(0, 1).flatten(1, 2), static.flatten(0, 1), own.repeat(len(budgets))
-    found = choose(*together, budgets).view(static.shape)
+    found = choose(PageMasses.of(*together), budgets).view(static.shape)
     for each, mine, only, budget in zip(found, mass, static, budgets, strict=True):
-        assert torch.equal(each, choose(mine, only, own, [budget]))
+        assert torch.equal(each, choose(PageMasses.of(mine, only, own), [budget]))
 
 
 def test_of_equal_pages_all_are_chosen(case):
