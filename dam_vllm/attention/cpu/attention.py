@@ -171,11 +171,12 @@ class CPUAttention:
         static, chosen = plan.choosing.static[self._choosing.rows[layer]], []
         if served.dynamic is not None:
             dynamic, heads = served.dynamic, heads[: len(served.dynamic.ids)]
-            scoring = query.transpose(0, 1)[..., : max(dynamic.channels)]
+            scoring = query[..., : max(dynamic.channels)].unbind(1)
+            asked = [scoring[head] for head in heads.tolist()]
             tables = plan.where.take(self._rows[layer], heads).tables()[0]
             keys = CachedKeys(self.layout.channels(cache), self.layout.stored)
             found = choose_dynamic(
-                dynamic, scoring[heads], keys, plan.choosing.asking, tables, static[: len(heads)]
+                dynamic, asked, keys, plan.choosing.asking, tables, static[: len(heads)]
             )
             self.chosen.keep(served.index, dict(zip(dynamic.ids, found, strict=True)))
             chosen += list(found)

@@ -87,7 +87,7 @@ class Asking:
 
 def choose_dynamic(
     dynamic: DynamicHeads,
-    query: torch.Tensor,
+    query: Sequence[torch.Tensor],
     keys: CachedKeys,
     asking: Asking,
     tables: torch.Tensor,
@@ -97,8 +97,8 @@ def choose_dynamic(
 
     Args:
         dynamic: the layer's dynamic heads.
-        query: [dynamic heads, tokens, heads_per_kv, channels], rotated; the leading channels, as
-            many as any head scores with.
+        query: of each dynamic head [tokens, heads_per_kv, channels], rotated; the leading channels,
+            as many as any head scores with.
         keys: the cache's, these queries' own included.
         asking: the batch's query blocks.
         tables: int32 [dynamic heads, requests, pages], each head's virtual pages.
@@ -124,7 +124,7 @@ def choose_dynamic(
 
 def _choose_decode(
     dynamic: DynamicHeads,
-    query: torch.Tensor,
+    query: Sequence[torch.Tensor],
     keys: CachedKeys,
     query_blocks: QueryBlocks,
     tables: torch.Tensor,
@@ -133,7 +133,10 @@ def _choose_decode(
     """Chooses pages for query blocks of one query, beyond bool [heads, query_blocks, pages]."""
     heads, _, pages = static.shape
     position = query_blocks.stop - 1
-    asked, tables = query[:, query_blocks.row], tables[:, query_blocks.request, :pages]
+    asked, tables = (
+        torch.stack([each[query_blocks.row] for each in query]),
+        tables[:, query_blocks.request, :pages],
+    )
     parts = []
     for some in _scored_together(dynamic.channels, static[0].numel() * keys.page):
         channels = dynamic.channels[some.start]

@@ -154,7 +154,7 @@ class Simulation:
         layer = states.layer
         rotation = torch.from_numpy(self.masks.dynamic.rotations[layer, head])
         heads = states.query[states.query_heads(head)].float()
-        query = (heads @ rotation).transpose(0, 1)[None]
+        query = [(heads @ rotation).transpose(0, 1)]
         key = states.key[head].float() @ rotation
         cache = pad(key, (0, 0, 0, -len(key) % self.page)).view(-1, self.page, key.shape[1])
         dynamic = DynamicHeads(
