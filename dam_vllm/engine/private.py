@@ -107,8 +107,8 @@ def give_back(manager: Any, request: str, first: int, last: int) -> None:
 class PrefillChunks(Scheduler):
     """vLLM's scheduler, with a last word on how much of a request a step computes."""
 
-    def chunk(self, start: int, tokens: int, end: int) -> int:
-        """Tokens that are computed, of so many from `start` on; `end` are known."""
+    def chunk(self, request: Request, start: int, tokens: int) -> int:
+        """Tokens of a request that are computed, of so many from `start` on."""
         raise NotImplementedError
 
     def _reserve_prefill_lookahead(
@@ -116,7 +116,7 @@ class PrefillChunks(Scheduler):
     ) -> int:
         # Asked once for each request and step, after all that may shorten a chunk.
         tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
-        return self.chunk(num_computed_tokens, tokens, request.num_tokens)
+        return self.chunk(request, num_computed_tokens, tokens)
 
 
 def attention_isa(dtype: Any, page: int, head_size: int) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from vllm.config import VllmConfig
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.kv_cache_interface import KVCacheConfig, MambaSpec
+from vllm.v1.request import Request
 
 from dam_vllm.engine.checks import Serving, logger
 from dam_vllm.engine.private import PrefillChunks
@@ -30,20 +31,22 @@ class PageScheduler(PrefillChunks):
         super().__init__(vllm_config, kv_cache_config, *args, **kwargs)
         self.page = chunk_multiple(vllm_config, kv_cache_config)
 
-    def chunk(self, start: int, tokens: int, end: int) -> int:
+    def chunk(self, request: Request, start: int, tokens: int) -> int:
         """Tokens of a request that a step computes.
 
         Args:
-            start: those that are computed already.
+            request: its `num_tokens` are known; what lies behind is being generated or guessed.
+            start: tokens that are computed already.
             tokens: those that vLLM would compute.
-            end: those that are known; what lies behind is being generated or guessed.
 
         Returns:
             As many, or fewer, down to none, so that a page is computed in one step.
         """
-        if start + tokens >= end:
+        if start + tokens >= request.num_tokens:
             return tokens
-        return max((start + tokens) // self.page * self.page - start, 0)
+        whole = max((start + tokens) // self.page * self.page - start, 0)
+        # What ends before an image that must be computed in one step might wait for ever.
+        return whole or tokens if request.has_encoder_inputs else whole
 
 
 class AsyncPageScheduler(PageScheduler, AsyncScheduler):

@@ -35,6 +35,7 @@ BEHIND_ANY = {
         "seq_lens_cpu_upper_bound", "is_prefilling"
     ],
     ("vllm.v1.attention.backends.cpu_attn", "CPUAttentionBackendImpl"): ["num_queries_per_kv"],
+    ("vllm.v1.request", "Request"): ["num_tokens", "has_encoder_inputs"],
     ("vllm.v1.core.block_pool", "BlockPool"): ["get_num_free_blocks"],
     ("vllm.v1.worker.worker_base", "WorkerBase"): ["vllm_config"],
     ("vllm.v1.engine.core", "EngineCore"): ["model_executor"],

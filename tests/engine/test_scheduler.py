@@ -93,6 +93,22 @@ def test_no_page_is_split_where_heads_choose(rng, asynchronous, threshold):
     assert split(chunks(schedule(stock), lengths, 12))
 
 
+@pytest.mark.parametrize(
+    ("start", "tokens", "images", "chunk"),
+    [
+        (64, 100, False, 96), (64, 31, False, 0), (64, 936, False, 936), (70, 20, False, 0),
+        (64, 100, True, 96), (64, 31, True, 31), (70, 20, True, 20),
+    ],
+)  # fmt: skip
+def test_only_text_waits_for_a_whole_page(start, tokens, images, chunk):
+    """What ends before an image that no chunk may split could wait for ever."""
+    from dam_vllm.engine.scheduler import PageScheduler
+
+    request = SimpleNamespace(num_tokens=1000, has_encoder_inputs=images)
+    scheduler = SimpleNamespace(page=PAGE)
+    assert PageScheduler.chunk(scheduler, request, start, tokens) == chunk
+
+
 def test_preempted_requests_are_computed_again_by_pages(rng):
     lengths = rng.integers(300, 700, 12).tolist()
     done = chunks(schedule(configure(), pages=30), lengths, 60)
