@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from dam_vllm.attention.cpu.select import span_tokens
 from dam_vllm.attention.oracle import masked_attention, page_mask
 from dam_vllm.bench.masks import streaming_masks
 from dam_vllm.masks.page_tables import PageSelector, page_tables
@@ -55,7 +56,8 @@ def test_dynamic_steps_are_what_they_are_called(prompt):
     gathered, pages = steps.gather(), 777 // page
     key = prompt.key[: pages * page, :, :channels].float().view(pages, page, KV_HEADS, channels)
     assert torch.equal(gathered[:, :pages], key.permute(2, 0, 3, 1))
-    first = 777 // (1024 // GROUP) * (1024 // GROUP)
+    size = span_tokens(page, GROUP)
+    first = 777 // size * size
     query = prompt.query[first:].float().unflatten(1, (KV_HEADS, GROUP))[:, -1, :, :channels]
     expected = torch.matmul(query.flatten(0, 1), gathered[-1]).amax(-1)
     found = by_page(steps.product())[:, : len(query) * GROUP]

@@ -26,22 +26,23 @@ UNTIL_ARGUMENTS = {
 
 
 def compiled_masses(
-    scores: torch.Tensor, span: Span, scale: float, softcap: float
+    scores: torch.Tensor, own: torch.Tensor, span: Span, scale: float, softcap: float
 ) -> "CompiledMasses":
     """Masses of a span's rows.
 
     Args:
         scores: float32 [vectors, pages, lanes], of `CompiledScores.max_scores`; given up.
+        own: float32 [vectors * lanes], each row's largest causal score in its own page.
         span: whose rows they are.
         scale: factor of the scores.
         softcap: soft-capping of the scores, 0 for none.
     """
     vectors, pages, lanes = scores.shape
-    count, rows = span.own.shape
+    count, rows = span.present.shape
     present = span.present.float()
     numbers = torch.tensor([scale, softcap])
     largest = torch.empty(vectors, pages)
-    given = (scores, span.own.contiguous(), present, numbers, largest)
+    given = (scores, own, present, numbers, largest)
     _mass(llvm.lanes(), softcap != 0.0).call(
         *(each.data_ptr() for each in given), pages, vectors, int(span.index[0]), rows // lanes
     )

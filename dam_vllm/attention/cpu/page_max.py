@@ -24,6 +24,10 @@ from dam_vllm.masks.rounding import ceil_div
 # took from 4 percent less (once, with 32 channels) to 30 percent more.
 TOKENS = 8
 ARGUMENTS = {"query": "ptr", "keys": "ptr", "result": "ptr", "pages": "i64", "rows": "i64"}
+OWN_ARGUMENTS = {
+    "query": "ptr", "keys": "ptr", "result": "ptr", "places": "ptr", "first": "i64", "each": "i64",
+    "rows": "i64",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -32,11 +36,15 @@ class CompiledScores:
 
     Attributes:
         function: `page_max`.
+        own: `own_page_max`.
         pairs: whether products are of pairs of bfloat16 channels, else of float32 ones.
+        whole_spans: see `SpanScores`.
     """
 
     function: llvm.Compiled
+    own: llvm.Compiled
     pairs: bool
+    whole_spans = False
 
     @classmethod
     @functools.cache
@@ -52,8 +60,11 @@ class CompiledScores:
         pairs = dtype is torch.bfloat16 and llvm.has("avx512bf16")
         types = Types(llvm.lanes(), pairs)
         depth = ceil_div(channels, 2) if pairs else channels
+        text = types.declaration
         return cls(
-            llvm.compiled("page_max", ARGUMENTS, types.declaration, body(depth, page, types)), pairs
+            llvm.compiled("page_max", ARGUMENTS, text, body(depth, page, types)),
+            llvm.compiled("own_page_max", OWN_ARGUMENTS, text, own_body(depth, page, types)),
+            pairs,
         )
 
     def keys(self, keys: torch.Tensor) -> torch.Tensor:
@@ -82,19 +93,33 @@ class CompiledScores:
             float32 [vectors, pages, lanes]: the rows in order, filled up to whole vectors. So what
             follows goes over all pages of a vector of rows, which lie together in the cache.
         """
+        return self._max_scores(self._by_channel(query), keys)
+
+    def masses(
+        self, query: torch.Tensor, keys: torch.Tensor, span: Span, dynamic: DynamicHeads
+    ) -> PageMasses:
+        """See `SpanScores.masses`."""
+        by_channel = self._by_channel(query.flatten(0, 2))
+        own = torch.empty(by_channel.shape[1])
+        places = torch.arange(query.shape[1], dtype=torch.int32).repeat_interleave(query.shape[2])
+        given = (each.data_ptr() for each in (by_channel, keys, own, places))
+        self.own.call(*given, int(span.index[0]), len(places), len(own))
+        scores = self._max_scores(by_channel, keys)
+        return compiled_masses(scores, own, span, dynamic.scale, dynamic.softcap)
+
+    def _by_channel(self, query: torch.Tensor) -> torch.Tensor:
+        """Float32 rows as the functions take them: [channels or pairs, rows], whole vectors."""
         rows, channels = query.shape
         query = pad(query, (0, channels % 2 if self.pairs else 0, 0, -rows % llvm.lanes()))
         if self.pairs:
             query = query.to(torch.bfloat16).view(torch.int32)
-        by_channel = query.t().contiguous()
+        return query.t().contiguous()
+
+    def _max_scores(self, by_channel: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         result = torch.empty(by_channel.shape[1] // llvm.lanes(), len(keys), llvm.lanes())
         places = (each.data_ptr() for each in (by_channel, keys, result))
         self.function.call(*places, len(keys), by_channel.shape[1])
         return result
-
-    def masses(self, scores: torch.Tensor, span: Span, dynamic: DynamicHeads) -> PageMasses:
-        """See `SpanScores.masses`; scores of `max_scores`, given up."""
-        return compiled_masses(scores, span, dynamic.scale, dynamic.softcap)
 
 
 @dataclass(frozen=True)
@@ -166,7 +191,7 @@ next.tokens:
   %best.0 = phi {scores} [{types.lowest}, %next.page], [%best.{TOKENS}, %next.tokens]
   %key = getelementptr {word}, ptr %key.page, i64 %token
 {_products(depth, page, types)}
-{_maxima(depth, types)}
+{_maxima(types, f"sum.{depth - 1}")}
   %token.next = add i64 %token, {TOKENS}
   %tokens.more = icmp ult i64 %token.next, {page}
   br i1 %tokens.more, label %next.tokens, label %end.page
@@ -180,6 +205,59 @@ end.page:
   %pages.more = icmp ult i64 %at.next, %pages
   br i1 %pages.more, label %next.page, label %end.rows
 end.rows:
+  %row.next = add i64 %row, %step
+  br label %next.rows
+"""
+
+
+def own_body(depth: int, page: int, types: Types) -> str:
+    """LLVM's text of `own_page_max`: causal largest scores of rows in their own pages.
+
+    `places` are where in its page each row's query stands, of the `each` rows of a query block;
+    `first` is the page of the first query block.
+    """
+    scores, places = types.scores, f"<{types.lanes} x i32>"
+    seen = "\n".join(
+        f"""
+  %at.{token} = add {places} %token.all, <{", ".join([f"i32 {token}"] * types.lanes)}>
+  %seen.{token} = icmp sge {places} %places.mine, %at.{token}
+  %causal.{token} = select <{types.lanes} x i1> %seen.{token}, {scores} %sum.{depth - 1}.{token},"""
+        f" {scores} {types.lowest}"
+        for token in range(TOKENS)
+    )
+    return f"""
+  %start = mul i64 %thread, {types.lanes}
+  %step = mul i64 %threads, {types.lanes}
+  br label %next.rows
+next.rows:
+  %row = phi i64 [%start, %entry], [%row.next, %end.rows]
+  %rows.more = icmp ult i64 %row, %rows
+  br i1 %rows.more, label %begin.rows, label %done
+begin.rows:
+  %block = udiv i64 %row, %each
+  %at = add i64 %first, %block
+  %key.at = mul i64 %at, {depth * page}
+  %key.page = getelementptr {types.word}, ptr %keys, i64 %key.at
+  %within = urem i64 %row, %each
+  %places.place = getelementptr i32, ptr %places, i64 %within
+  %places.mine = load {places}, ptr %places.place, align 4
+  br label %next.tokens
+next.tokens:
+  %token = phi i64 [0, %begin.rows], [%token.next, %next.tokens]
+  %best.0 = phi {scores} [{types.lowest}, %begin.rows], [%best.{TOKENS}, %next.tokens]
+  %key = getelementptr {types.word}, ptr %key.page, i64 %token
+{_products(depth, page, types)}
+  %token.short = trunc i64 %token to i32
+  %token.first = insertelement {places} poison, i32 %token.short, i32 0
+  %token.all = shufflevector {places} %token.first, {places} poison, {places} zeroinitializer
+{seen}
+{_maxima(types, "causal")}
+  %token.next = add i64 %token, {TOKENS}
+  %tokens.more = icmp ult i64 %token.next, {page}
+  br i1 %tokens.more, label %next.tokens, label %end.rows
+end.rows:
+  %result.place = getelementptr float, ptr %result, i64 %row
+  store {scores} %best.{TOKENS}, ptr %result.place, align 4
   %row.next = add i64 %row, %step
   br label %next.rows
 """
@@ -214,11 +292,11 @@ def _products(depth: int, page: int, types: Types) -> str:
     return "\n".join(f"  {line}" for line in lines)
 
 
-def _maxima(depth: int, types: Types) -> str:
-    """Takes the largest of %best.0 and all sums: %best.T of T tokens."""
+def _maxima(types: Types, values: str) -> str:
+    """Takes the largest of %best.0 and all %VALUES.T: %best.T of T tokens."""
     lines, scores = [], types.scores
     for token in range(TOKENS):
-        value = f"{scores} %sum.{depth - 1}.{token}"
+        value = f"{scores} %{values}.{token}"
         lines += [
             f"%larger.{token} = fcmp ogt {value}, %best.{token}",
             f"%best.{token + 1} = select <{types.lanes} x i1> %larger.{token}, {value}, "

@@ -45,20 +45,29 @@ def max_scores_of_last(
 
 
 class SpanScores(Protocol):
-    """Scores pages for many rows over the same keys: prefill."""
+    """Scores pages for many rows over the same keys: prefill.
+
+    Attributes:
+        whole_spans: whether a row's rounding depends on how many rows there are, so that spans
+            must lie at fixed positions and be filled up.
+    """
+
+    whole_spans: bool
 
     def keys(self, keys: torch.Tensor) -> torch.Tensor:
-        """Keys, float32 [pages, channels, page], as `max_scores` takes them, pages first."""
+        """Keys, float32 [pages, channels, page], as they are taken below, pages first."""
 
     def max_scores(self, query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        """Scores float32 [rows, channels] over such keys, as `masses` takes them."""
+        """The largest score of each row of float32 [rows, channels] in each page."""
 
-    def masses(self, scores: torch.Tensor, span: Span, dynamic: DynamicHeads) -> PageMasses:
+    def masses(
+        self, query: torch.Tensor, keys: torch.Tensor, span: Span, dynamic: DynamicHeads
+    ) -> PageMasses:
         """Shares of attention mass.
 
         Args:
-            scores: of `max_scores` for the span's rows and all pages up to its last own one; given
-                up.
+            query: float32 [query_blocks, page, heads_per_kv, channels].
+            keys: of all pages up to the span's last own one.
             span: the query blocks.
             dynamic: how scores are scaled and capped.
         """
@@ -71,6 +80,8 @@ def span_scores(channels: int, page: int, dtype: torch.dtype) -> SpanScores:
 
 class TorchScores:
     """By torch's products and maxima."""
+
+    whole_spans = True
 
     def keys(self, keys: torch.Tensor) -> torch.Tensor:
         return keys
@@ -90,10 +101,13 @@ class TorchScores:
             torch.amax(scores.view(-1, page, rows), dim=1, out=result[start : start + block])
         return result
 
-    def masses(self, scores: torch.Tensor, span: Span, dynamic: DynamicHeads) -> PageMasses:
-        count, rows = span.own.shape
-        logits = dynamic.logits(scores).view(-1, count, rows)
-        _hide_later_pages(logits, dynamic.logits(span.own))
+    def masses(
+        self, query: torch.Tensor, keys: torch.Tensor, span: Span, dynamic: DynamicHeads
+    ) -> PageMasses:
+        scores = self.max_scores(query.flatten(0, 2), keys)
+        logits = dynamic.logits(scores).view(-1, *span.present.shape)
+        own = max_scores_of_own_page(query, keys[span.index])
+        _hide_later_pages(logits, dynamic.logits(own))
         # A span has as many rows whatever the batch, so that softmax, eight times as fast as
         # `page_mass`, rounds the same.
         mass = logits.softmax(dim=0).masked_fill_(~span.present, 0.0)
@@ -115,22 +129,17 @@ def _hide_later_pages(logits: torch.Tensor, own: torch.Tensor) -> None:
     last[each, each] = own
 
 
-def max_scores_of_own_page(
-    query: torch.Tensor, keys: torch.Tensor, first: torch.Tensor
-) -> torch.Tensor:
+def max_scores_of_own_page(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """Scores each query block's own page, causally.
 
     Args:
-        query: float32 [query_blocks, queries, heads_per_kv, channels].
+        query: float32 [query_blocks, page, heads_per_kv, channels].
         keys: float32 [query_blocks, channels, page], the page that holds the query block.
-        first: int64 [query_blocks], place in its page of each query block's first query.
 
     Returns:
-        [query_blocks, queries * heads_per_kv].
+        [query_blocks, page * heads_per_kv].
     """
-    query_blocks, queries, heads_per_kv, channels = query.shape
-    scores = torch.matmul(query.reshape(query_blocks, queries * heads_per_kv, channels), keys)
-    row = first[:, None] + torch.arange(queries, device=query.device)
-    later = torch.arange(keys.shape[2], device=query.device) > row[..., None]
-    later = later.repeat_interleave(heads_per_kv, dim=1)
-    return scores.masked_fill_(later, float("-inf")).amax(-1)
+    page, heads_per_kv = query.shape[1:3]
+    scores = torch.matmul(query.flatten(1, 2), keys)
+    row = torch.arange(page).repeat_interleave(heads_per_kv)
+    return scores.masked_fill_(torch.arange(page) > row[:, None], float("-inf")).amax(-1)

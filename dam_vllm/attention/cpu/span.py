@@ -11,12 +11,10 @@ class Span:
 
     Attributes:
         index: int64 [query_blocks], their own pages.
-        own: float32 [query_blocks, rows], largest causal score of each row in its own page.
         present: bool [query_blocks, rows], which rows this step holds.
         static: bool [query_blocks, pages], pages that are read anyway; up to the last own page.
     """
 
     index: torch.Tensor
-    own: torch.Tensor
     present: torch.Tensor
     static: torch.Tensor

@@ -37,20 +37,16 @@ class Case:
         present = torch.rand(blocks, rows) < 0.8
         present[0] = blocks == 1
         self.query[~present.flatten()] = torch.nan
-        own = torch.randn(blocks, rows) * 3 * size
-        own[~present] = torch.nan
         index = torch.arange(pages - blocks, pages)
         static = torch.rand(blocks, pages) < 0.1
         static[torch.arange(blocks), index] = True
         static &= torch.arange(pages) <= index[:, None]
-        self.span = Span(index, own, present, static)
+        self.span = Span(index, present, static)
 
     def masses(self, scores, softcap):
         dynamic = DynamicHeads([CHANNELS], [], None, SCALE, softcap)
-        found = scores.max_scores(self.query, scores.keys(self.keys))
-        own = self.span.own.clone()
-        span = Span(self.span.index, own, self.span.present, self.span.static)
-        return scores.masses(found, span, dynamic)
+        query = self.query.view(len(self.span.index), self.keys.shape[2], -1, CHANNELS)
+        return scores.masses(query, scores.keys(self.keys), self.span, dynamic)
 
     def both(self, softcap=0.0):
         """Compiled, and by torch."""
@@ -102,24 +98,21 @@ def test_what_is_chosen_by_mass(rng, lanes, shape, size):
 
 
 def test_a_row_depends_on_nothing_else(rng, lanes):
-    """Bit for bit: neither on the rows beside it, nor on where it stands, nor on threads."""
-    case = Case(rng, 40, 4, 64, 32)
-    whole, _ = case.both()
-    threads = torch.get_num_threads()
-    moved = torch.randperm(64)
-    other = Case(rng, 40, 4, 64, 32)
-    other.keys = case.keys
-    other.query = case.query.view(4, 64, -1)[:, moved].flatten(0, 1)
-    other.query.view(4, 64, -1)[:, 32:] = 1.0
-    own = case.span.own[:, moved].clone()
-    other.span = Span(case.span.index, own, case.span.present[:, moved], case.span.static)
+    """Bit for bit: neither on other query blocks, nor on other rows of its own, nor on threads."""
+    case, part = Case(rng, 40, 4, 64, 32), Case(rng, 40, 2, 64, 32)
+    part.keys = case.keys
+    part.query = case.query[128:].clone()
+    # The second half of each query block, other queries that this step holds.
+    part.query.view(2, 64, -1)[:, 32:] = 1.0
+    present = case.span.present[2:].clone()
+    present[:, 32:] = True
+    part.span = Span(case.span.index[2:], present, case.span.static[2:])
+    whole, threads = by_page(case.both()[0], (40, 4, 64)), torch.get_num_threads()
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
-            found, _ = other.both()
-            shape = (40, 4, 64)
-            mine, theirs = (by_page(each, shape) for each in (whole, found))
-            assert torch.equal(theirs[:, :, :32], mine[:, :, moved][:, :, :32])
+            found = by_page(part.both()[0], (40, 2, 64))
+            assert torch.equal(found[:, :, :32], whole[:, 2:, :32])
     finally:
         torch.set_num_threads(threads)
 
