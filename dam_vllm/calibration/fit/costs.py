@@ -24,9 +24,9 @@ MEASURED: dict[str, dict[int, Measured]] = {
     # By head size. `dam-vllm bench scoring --channels 16`, 16k tokens, page 32, the mean of top-k
     # and top-p: docs/benchmarks.md.
     "cpu": {
-        32: Measured(16, 0.147, 0.010),
-        64: Measured(16, 0.086, 0.015),
-        128: Measured(16, 0.048, 0.025),
+        32: Measured(16, 0.129, 0.010),
+        64: Measured(16, 0.073, 0.016),
+        128: Measured(16, 0.039, 0.026),
     },
     # One H200, bf16, chunks of 4096 tokens, 32k tokens, top-k; at 128k .47 and .02.
     "cuda": {128: Measured(32, 0.50, 0.09)},
