@@ -33,7 +33,9 @@ class Case:
     def __init__(self, rng, pages, blocks, rows, page, size=3.0):
         torch.manual_seed(int(rng.integers(2**31)))
         query = torch.randn(blocks * rows, CHANNELS) * size
-        self.query, self.keys = query, torch.randn(pages, CHANNELS, page)
+        # As bfloat16 holds them, which products of it take without loss.
+        self.query = query.bfloat16().float()
+        self.keys = torch.randn(pages, CHANNELS, page).bfloat16().float()
         present = torch.rand(blocks, rows) < 0.8
         present[0] = blocks == 1
         self.query[~present.flatten()] = torch.nan
@@ -48,10 +50,10 @@ class Case:
         query = self.query.view(len(self.span.index), self.keys.shape[2], -1, CHANNELS)
         return scores.masses(query, scores.keys(self.keys), self.span, dynamic)
 
-    def both(self, softcap=0.0):
-        """Compiled, and by torch."""
+    def both(self, softcap=0.0, dtype=torch.float32):
+        """Compiled for a dtype, and by torch."""
         page = self.keys.shape[2]
-        compiled = CompiledScores.of(CHANNELS, page, torch.float32)
+        compiled = CompiledScores.of(CHANNELS, page, dtype)
         return self.masses(compiled, softcap), self.masses(TorchScores(), softcap)
 
 
@@ -62,8 +64,9 @@ def by_page(masses, shape):
 
 @pytest.mark.parametrize("shape", CASES)
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
-def test_shares_of_every_row(rng, lanes, shape, softcap):
-    compiled, plain = Case(rng, *shape).both(softcap)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shares_of_every_row(rng, lanes, shape, softcap, dtype):
+    compiled, plain = Case(rng, *shape).both(softcap, dtype)
     assert compiled.mass.shape[2] == lanes
     found = by_page(compiled, plain.mass.shape)
     torch.testing.assert_close(found, plain.mass, rtol=1e-4, atol=1e-7)
