@@ -1,7 +1,7 @@
 """What we take of vLLM that it does not promise to keep, and the releases that we hold it against.
 
 `make compat` checks that every name we use is in those releases, private ones (with an underscore)
-here and nowhere else.
+here and nowhere else, but for a method that `scheduler.py` overrides.
 """
 
 import multiprocessing
@@ -13,14 +13,12 @@ import vllm
 from vllm import _custom_ops as ops
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
-from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.request import Request
 
 from dam_vllm.options import OptionError
 
 __all__ = [
-    "PrefillChunks", "attention_isa", "cache_scales", "give_back", "ops", "query_scale",
-    "refuse_changed", "scale_tensors", "set_isa", "single_queries_first", "warn_untested",
+    "attention_isa", "cache_scales", "give_back", "ops", "query_scale", "refuse_changed",
+    "scale_tensors", "set_isa", "single_queries_first", "warn_untested",
 ]  # fmt: skip
 
 TESTED = ("0.32", "0.33")
@@ -102,21 +100,6 @@ def set_isa(builder: Any, isa: str, layer_names: list[str]) -> None:
 def give_back(manager: Any, request: str, first: int, last: int) -> None:
     """Gives a request's pages back to the pool (v1/core/single_type_kv_cache_manager.py)."""
     manager._remove_blocks_in_range(request, first, last)
-
-
-class PrefillChunks(Scheduler):
-    """vLLM's scheduler, with a last word on how much of a request a step computes."""
-
-    def chunk(self, request: Request, start: int, tokens: int) -> int:
-        """Tokens of a request that are computed, of so many from `start` on."""
-        raise NotImplementedError
-
-    def _reserve_prefill_lookahead(
-        self, request: Request, num_computed_tokens: int, num_new_tokens: int
-    ) -> int:
-        # Asked once for each request and step, after all that may shorten a chunk.
-        tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
-        return self.chunk(request, num_computed_tokens, tokens)
 
 
 def attention_isa(dtype: Any, page: int, head_size: int) -> str:

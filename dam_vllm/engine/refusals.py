@@ -24,7 +24,6 @@ from vllm.engine.arg_utils import EngineArgs
 from dam_vllm.engine.checks import admit
 from dam_vllm.engine.page import settle_page
 from dam_vllm.engine.private import refuse_changed
-from dam_vllm.engine.scheduler import end_chunks_at_pages
 from dam_vllm.masks.file import MaskFileError
 from dam_vllm.masks.fingerprint import FingerprintError
 from dam_vllm.options import OptionError
@@ -62,6 +61,9 @@ def _check_configurations(backend: Any) -> None:
             return config
         try:
             refuse_changed()
+            # Not before: this module needs what was looked up just now.
+            from dam_vllm.engine.scheduler import end_chunks_at_pages
+
             end_chunks_at_pages(config, admit(config))
         except REFUSALS as error:
             if _is_command():

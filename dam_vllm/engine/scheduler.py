@@ -10,15 +10,15 @@ from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import KVCacheConfig, MambaSpec
 from vllm.v1.request import Request
 
 from dam_vllm.engine.checks import Serving, logger
-from dam_vllm.engine.private import PrefillChunks
 from dam_vllm.masks.mask_set import HeadMode
 
 
-class PageScheduler(PrefillChunks):
+class PageScheduler(Scheduler):
     """vLLM's scheduler, but for chunks' ends.
 
     Attributes:
@@ -30,6 +30,13 @@ class PageScheduler(PrefillChunks):
     ) -> None:
         super().__init__(vllm_config, kv_cache_config, *args, **kwargs)
         self.page = chunk_multiple(vllm_config, kv_cache_config)
+
+    def _reserve_prefill_lookahead(
+        self, request: Request, num_computed_tokens: int, num_new_tokens: int
+    ) -> int:
+        # Asked once for each request and step, after all that may shorten a chunk.
+        tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
+        return self.chunk(request, num_computed_tokens, tokens)
 
     def chunk(self, request: Request, start: int, tokens: int) -> int:
         """Tokens of a request that a step computes.

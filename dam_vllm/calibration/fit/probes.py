@@ -12,6 +12,7 @@ that the truth lies between the two; see `dam_vllm.calibration.fit.proof`.
 """
 
 from dataclasses import replace
+from functools import cached_property
 from itertools import product
 
 import numpy as np
@@ -172,9 +173,17 @@ class _Probed:
         asking, end = text.asking(inputs.config.page), len(text.ids)
         self.spans = [(0, asking)] if asking == end else [(0, asking), (asking, end)]
         self.first = [start if inputs.attention_alone else 0 for start, _ in self.spans]
-        rows = compared_rows(text, ROWS)
-        self.passes = [Suffix(inputs.model, text.ids, rows, start) for start in self.first]
-        self.full = [each.logits() for each in self.passes]
+
+    @cached_property
+    def passes(self) -> list[Suffix]:
+        """One for each span; none is run where an earlier run probed all layers."""
+        rows = compared_rows(self.text, ROWS)
+        return [Suffix(self.inputs.model, self.text.ids, rows, start) for start in self.first]
+
+    @cached_property
+    def full(self) -> list[torch.Tensor]:
+        """Logits of full attention, of each span's rows."""
+        return [each.logits() for each in self.passes]
 
     def layer(self, layer: int, masks: list[MaskSet]) -> np.ndarray:
         """Mean KL of a layer's heads, each alone and all together, [probes, parts, kv_heads + 1].
@@ -189,7 +198,7 @@ class _Probed:
         Raises:
             CalibrationStopped: if the caller wants to stop.
         """
-        page = self.inputs.config.page
+        page, full = self.inputs.config.page, self.full
         found = np.zeros((len(masks), 2, self.inputs.shape.kv_heads + 1))
         for part, (span, each) in enumerate(zip(self.spans, self.passes, strict=True)):
             each.skip(layer)
@@ -199,7 +208,7 @@ class _Probed:
                 single = alone(masks[index], layer, head)
                 with hooked(Simulation(single, page, self.text.prompt, span)):
                     other = each.logits()
-                found[index, part, head] = mean_kl(self.full[part], other)
+                found[index, part, head] = mean_kl(full[part], other)
                 self._advance(part, layer)
         return found
 
