@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 import torch
 
 from dam_vllm.attention.chosen_pages import ChosenPages
+from dam_vllm.attention.cpu.cached_keys import CachedKeys
 from dam_vllm.attention.cpu.choosing import Choosing, ChoosingHeads
 from dam_vllm.attention.cpu.kernel import CPULayer, PagedKernel, VirtualBatch
 from dam_vllm.attention.cpu.plan import Plan, VirtualPages, build_plan, plan_pages
-from dam_vllm.attention.cpu.select import CachedKeys, choose_dynamic
+from dam_vllm.attention.cpu.select import choose_dynamic
 from dam_vllm.attention.cpu.workspace import WORKSPACE
 from dam_vllm.attention.interface import Step
 from dam_vllm.attention.layout import KVLayout

@@ -32,6 +32,7 @@ def loop(
     stop: str,
     body: str,
     carried: Sequence[tuple[str, str, str]] = (),
+    end: str | None = None,
 ) -> str:
     """A loop that counts %NAME.at from `start` to before `stop`; goes on in the block NAME.done.
 
@@ -40,18 +41,20 @@ def loop(
         entry: the block before.
         start: i64.
         stop: i64.
-        body: without further blocks.
+        body: of a turn.
         carried: name, type and first value of what passes from one turn to the next, where the
             body sets %NAME.next of it.
+        end: the block in which the body ends, where it is not the one in which it begins.
     """
+    end = end or f"{name}.body"
     phis = "\n".join(
-        f"  %{each} = phi {kind} [{first}, %{entry}], [%{each}.next, %{name}.body]"
+        f"  %{each} = phi {kind} [{first}, %{entry}], [%{each}.next, %{end}]"
         for each, kind, first in carried
     )
     return f"""
   br label %{name}.head
 {name}.head:
-  %{name}.at = phi i64 [{start}, %{entry}], [%{name}.next, %{name}.body]
+  %{name}.at = phi i64 [{start}, %{entry}], [%{name}.next, %{end}]
 {phis}
   %{name}.more = icmp ult i64 %{name}.at, {stop}
   br i1 %{name}.more, label %{name}.body, label %{name}.done

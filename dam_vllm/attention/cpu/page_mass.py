@@ -16,8 +16,8 @@ from dam_vllm.attention.cpu.span import Span
 from dam_vllm.masks.budget import PageMasses
 
 MASS_ARGUMENTS = {
-    "scores": "ptr", "own": "ptr", "present": "ptr", "numbers": "ptr", "largest": "ptr",
-    "pages": "i64", "vectors": "i64", "first": "i64", "each": "i64",
+    "scores": "ptr", "own": "ptr", "present": "ptr", "index": "ptr", "numbers": "ptr",
+    "largest": "ptr", "pages": "i64", "vectors": "i64", "each": "i64",
 }  # fmt: skip
 UNTIL_ARGUMENTS = {
     "mass": "ptr", "order": "ptr", "present": "ptr", "enough": "ptr", "counts": "ptr",
@@ -42,9 +42,9 @@ def compiled_masses(
     present = span.present.float()
     numbers = torch.tensor([scale, softcap])
     largest = torch.empty(vectors, pages)
-    given = (scores, own, present, numbers, largest)
+    given = (scores, own, present, span.index, numbers, largest)
     _mass(llvm.lanes(), softcap != 0.0).call(
-        *(each.data_ptr() for each in given), pages, vectors, int(span.index[0]), rows // lanes
+        *(each.data_ptr() for each in given), pages, vectors, rows // lanes
     )
     best = largest.view(count, -1, pages).amax(1)
     return CompiledMasses(scores, best, span.static, span.index, present)
@@ -52,7 +52,7 @@ def compiled_masses(
 
 @dataclass(frozen=True)
 class CompiledMasses(PageMasses):
-    """Masses of a span, for one head.
+    """Masses of query blocks whose rows are whole vectors.
 
     Attributes:
         mass: float32 [vectors, pages, lanes].
@@ -62,7 +62,12 @@ class CompiledMasses(PageMasses):
     present: torch.Tensor
 
     def take(self, some: slice) -> "CompiledMasses":
-        return self
+        each = self.present.shape[1] // self.mass.shape[2]
+        rows = slice(some.start * each, some.stop * each)
+        return CompiledMasses(
+            self.mass[rows], self.largest[some], self.static[some], self.own[some],
+            self.present[some],
+        )  # fmt: skip
 
     def until(self, order: torch.Tensor, enough: torch.Tensor) -> torch.Tensor:
         vectors, pages, lanes = self.mass.shape
@@ -124,7 +129,8 @@ def _mass_body(lanes: int, capped: bool) -> str:
     lowest = splat(float("-inf"), lanes)
     body = f"""
   %block = udiv i64 %each.at, %each
-  %last = add i64 %first, %block
+  %index.place = getelementptr i64, ptr %index, i64 %block
+  %last = load i64, ptr %index.place, align 8
   %causal = add i64 %last, 1
   %line = mul i64 %each.at, %pages
   %mine = getelementptr {vector}, ptr %scores, i64 %line

@@ -22,28 +22,6 @@ from dam_vllm.masks.budget import PageMasses
 KEY_BLOCK = 512
 
 
-def max_scores_of_last(
-    query: torch.Tensor, keys: torch.Tensor, position: torch.Tensor
-) -> torch.Tensor:
-    """Scores pages for a single query each, that share no keys: decoding.
-
-    Args:
-        query: float32 [n, rows, channels].
-        keys: float32 [n, pages, channels, page].
-        position: int64 [n], of the query.
-
-    Returns:
-        [n, pages, rows], causal in the query's own page.
-    """
-    page = keys.shape[3]
-    own, place = position // page, position % page
-    scores = torch.matmul(query[:, None], keys)
-    each = torch.arange(len(own))
-    later = torch.arange(page) > place[:, None, None]
-    scores[each, own] = scores[each, own].masked_fill_(later, float("-inf"))
-    return scores.amax(-1)
-
-
 class SpanScores(Protocol):
     """Scores pages for many rows over the same keys: prefill.
 

@@ -6,50 +6,23 @@ block is cut by them, and every page before a query block is complete. Query blo
 else is in the batch.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Self
 
 import torch
 
-from dam_vllm.attention.cpu.score import max_scores_of_last, span_scores
+from dam_vllm.attention.cpu.cached_keys import CachedKeys
+from dam_vllm.attention.cpu.decode import choose_decode
+from dam_vllm.attention.cpu.score import span_scores
 from dam_vllm.attention.cpu.span import Span
 from dam_vllm.attention.dynamic_heads import DynamicHeads
 from dam_vllm.attention.query_blocks import QueryBlocks
-from dam_vllm.masks.budget import PageMasses, choose, page_mass
+from dam_vllm.masks.budget import choose
 from dam_vllm.masks.rounding import ceil_div
 
 # Rows that are scored at a time: with 1024, choosing takes up to a quarter more.
 SPAN_ROWS = 2048
-# Numbers that decoding gathers at a time, beyond one head.
-GATHERED = 1 << 23
-
-
-@dataclass(frozen=True)
-class CachedKeys:
-    """Rotated keys in the cache.
-
-    Attributes:
-        pages: [virtual pages, head_size, page]; bytes where the cache is fp8.
-        stored: dtype of an fp8 cache, else None.
-    """
-
-    pages: torch.Tensor
-    stored: torch.dtype | None = None
-
-    @property
-    def page(self) -> int:
-        """Tokens a page."""
-        return self.pages.shape[2]
-
-    def gather(self, channels: int, table: torch.Tensor) -> torch.Tensor:
-        """Leading channels of some virtual pages: contiguous float32 [..., channels, page]."""
-        flat = self.pages.flatten(1)[:, : channels * self.page]
-        found = flat.index_select(0, table.flatten())
-        if self.stored is not None:
-            found = found.view(self.stored)
-        return found.float().view(*table.shape, channels, self.page)
 
 
 @dataclass(frozen=True)
@@ -105,10 +78,10 @@ def choose_dynamic(
         bool like `static`, chosen beyond it; causal.
     """
     if not asking.prefill:
-        return _choose_decode(dynamic, query, keys, asking.decode, tables, static)
+        return choose_decode(dynamic, query, keys, asking.decode, tables, static)
     chosen, single = torch.zeros_like(static), asking.single
     if len(single):
-        chosen[:, single] = _choose_decode(
+        chosen[:, single] = choose_decode(
             dynamic, query, keys, asking.decode, tables, static[:, single]
         )
     for which, blocks in asking.prefill:
@@ -117,52 +90,6 @@ def choose_dynamic(
             found = _choose_prefill(dynamic, at, query[at], keys, blocks, table, asking.pages)
             chosen[at, which] = found
     return chosen
-
-
-def _choose_decode(
-    dynamic: DynamicHeads,
-    query: Sequence[torch.Tensor],
-    keys: CachedKeys,
-    query_blocks: QueryBlocks,
-    tables: torch.Tensor,
-    static: torch.Tensor,
-) -> torch.Tensor:
-    """Chooses pages for query blocks of one query, beyond bool [heads, query_blocks, pages]."""
-    heads, _, pages = static.shape
-    position = query_blocks.stop - 1
-    asked, tables = (
-        torch.stack([each[query_blocks.row] for each in query]),
-        tables[:, query_blocks.request, :pages],
-    )
-    parts = []
-    for some in _scored_together(dynamic.channels, static[0].numel() * keys.page):
-        channels = dynamic.channels[some.start]
-        rows = asked[some, ..., :channels].flatten(0, 1).float()
-        cached = keys.gather(channels, tables[some].flatten(0, 1))
-        where = position.repeat(some.stop - some.start)
-        parts.append(max_scores_of_last(rows, cached, where))
-    own = query_blocks.index.repeat(heads)
-    after = torch.arange(pages) > own[:, None]
-    logits = dynamic.logits(torch.cat(parts)).masked_fill_(after[..., None], float("-inf"))
-    mass = page_mass(logits).transpose(0, 1)
-    masses = PageMasses.of(mass, static.flatten(0, 1), own)
-    return choose(masses, dynamic.budgets).view(static.shape)
-
-
-def _scored_together(channels: Sequence[int], tokens: int) -> Iterator[slice]:
-    """Neighbouring heads whose keys' leading channels, as many for all, are gathered at a time.
-
-    Args:
-        channels: of each head.
-        tokens: whose keys are gathered for each.
-    """
-    first = 0
-    for count, alike in groupby(channels):
-        stop = first + len(list(alike))
-        step = max(1, GATHERED // (tokens * count))
-        for start in range(first, stop, step):
-            yield slice(start, min(stop, start + step))
-        first = stop
 
 
 def _choose_prefill(

@@ -1,4 +1,4 @@
-"""Query blocks of a request that are scored together in prefill."""
+"""Query blocks that are scored together."""
 
 from dataclasses import dataclass
 
@@ -7,12 +7,12 @@ import torch
 
 @dataclass(frozen=True)
 class Span:
-    """Neighbouring query blocks, each a page; a row is a query of a query head.
+    """Query blocks, each within a page; a row is a query of a query head.
 
     Attributes:
-        index: int64 [query_blocks], their own pages.
+        index: int64 [query_blocks], their own pages, contiguous.
         present: bool [query_blocks, rows], which rows this step holds.
-        static: bool [query_blocks, pages], pages that are read anyway; up to the last own page.
+        static: bool [query_blocks, pages], pages that are read anyway.
     """
 
     index: torch.Tensor

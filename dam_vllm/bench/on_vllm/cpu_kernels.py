@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import torch
 
 from dam_vllm.attention.cpu.attention import CPUAttention
+from dam_vllm.attention.cpu.cached_keys import CachedKeys
 from dam_vllm.attention.cpu.kernel import CPULayer
 from dam_vllm.attention.cpu.rotation import CPURotation
 from dam_vllm.attention.cpu.score import span_scores
-from dam_vllm.attention.cpu.select import CachedKeys, span_tokens
+from dam_vllm.attention.cpu.select import span_tokens
 from dam_vllm.attention.dynamic_heads import DynamicHeads
 from dam_vllm.attention.interface import Step
 from dam_vllm.attention.layout import KVLayout

@@ -4,7 +4,8 @@ import numpy as np
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from dam_vllm.attention.cpu.select import Asking, CachedKeys, choose_dynamic
+from dam_vllm.attention.cpu.cached_keys import CachedKeys
+from dam_vllm.attention.cpu.select import Asking, choose_dynamic
 from dam_vllm.attention.dynamic_heads import DynamicHeads
 from dam_vllm.attention.query_blocks import QueryBlocks, cut_query_blocks
 from dam_vllm.calibration.fit.states import LayerStates

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from dam_vllm.attention.cpu import llvm
+from dam_vllm.attention.cpu.cached_keys import CachedKeys
 from dam_vllm.attention.cpu.plan import VirtualPages
-from dam_vllm.attention.cpu.select import Asking, CachedKeys, choose_dynamic
+from dam_vllm.attention.cpu.select import Asking, choose_dynamic
 from dam_vllm.attention.dynamic_heads import DynamicHeads
 from dam_vllm.attention.oracle import page_mask
 from dam_vllm.attention.query_blocks import cut_query_blocks
@@ -17,6 +19,14 @@ from dam_vllm.masks.page_tables import PageSelector, page_tables
 from tests.oracle import dynamic_mask
 
 SCALE = 0.4
+
+
+@pytest.fixture(params=["compiled", "torch"], autouse=True)
+def way(request, monkeypatch):
+    """As with LLVM and as without."""
+    assert llvm.compiles()
+    if request.param == "torch":
+        monkeypatch.setattr(llvm, "compiles", lambda: False)
 
 
 class Batch:
