@@ -20,7 +20,10 @@ TARGETS = (
     "long >= 4 at 16384, never under 1/1.02 = 0.98 at 2048 and below; on GPU an 8b shape >= 3 at "
     "131072"
 )
-NEW = 17
+NEW = 65
+# All tokens after the first come at once: one by one they keep client and HTTP server busy, on few
+# cores longer than what decoding is to be told by.
+STREAM = f"--stream-interval={NEW}"
 # Short prompts are cheap to repeat and need it for a steady median: up to MOST of them a round,
 # as many as a machine multiplies in about a second.
 MOST, FLOPS = 4, {"cpu": 3e11, "cuda": 3e14}

@@ -50,7 +50,11 @@ def dam_calls(
         flash: FlashAttention's function, run on virtual pages, or None for the Triton kernel.
     """
     device = where.starts.device
-    layers = _layers(case, selection, flash, len(inputs), device)
+    heads = torch.arange(selection.choosing, device=device)
+    # It turns nothing, so that stored keys are those that the cache holds already.
+    basis = torch.eye(case.head_size, device=device).expand(len(heads), -1, -1).contiguous()
+    rotation, factor = DeviceRotation(heads, basis), torch.ones((), device=device)
+    layers = _layers(case, selection, flash, len(inputs), rotation)
     names = [f"layer {number}" for number in range(len(inputs))]
     served = dict(zip(names, layers, strict=True))
     attention = _attention(case, selection, served, device)
@@ -65,10 +69,6 @@ def dam_calls(
             max_seq_len=case.tokens,
         )
     )
-    heads = torch.arange(selection.choosing, device=device)
-    # It turns nothing, so that stored keys are those that the cache holds already.
-    basis = torch.eye(case.head_size, device=device).expand(len(heads), -1, -1).contiguous()
-    rotation, factor = DeviceRotation(heads, basis), torch.ones((), device=device)
     store = HeadStore(Homes.of_heads(where.every, case.kv_heads), (factor, factor), rotation)
     slots = _token_slots(case, inputs[0].block_table)
     output = torch.full_like(inputs[0].query, torch.nan)
@@ -79,11 +79,9 @@ def dam_calls(
         pages = attention.layout.keys_and_values(each.cache)
 
         def call() -> torch.Tensor:
-            query = each.query
             if turns:
                 store.write(key, value, *pages, slots)
-                query = rotation.queries(query, case.kv_heads)
-            attention.run(plan, name, query, each.cache, output)
+            attention.run(plan, name, each.query, each.cache, output)
             return output
 
         return call
@@ -132,9 +130,10 @@ def _scratch(case: Case, selection: Selection, device: torch.device) -> Scratch:
 
 
 def _layers(
-    case: Case, selection: Selection, flash: object | None, count: int, device: torch.device
+    case: Case, selection: Selection, flash: object | None, count: int, rotation: DeviceRotation
 ) -> list[DeviceLayer]:
     """The layers; where pages are reused, one in `ANCHORED` chooses and the next ones follow."""
+    device = rotation.heads.device
     choosing = list(range(selection.choosing))
     ids = range(selection.choosing, case.kv_heads)
     static = HeadSet(
@@ -158,10 +157,11 @@ def _layers(
     return [
         DeviceLayer(
             static=[static],
-            choosing=follows if number % ANCHORED else chooses,
+            choosing=each,
             kv_heads=case.kv_heads,
             softmax=Softmax(case.scale),
             flash=None if flash is None else Flash(flash, SPLITS),  # type: ignore[arg-type]
+            rotation=rotation if each is not None and each.dynamic is not None else None,
         )
-        for number in range(count)
+        for each in (follows if number % ANCHORED else chooses for number in range(count))
     ]

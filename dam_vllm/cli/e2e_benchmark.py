@@ -48,7 +48,8 @@ def e2e(options: E2eOptions) -> Benchmark:
     masks, page = _check_masks(options), _page(options)
     setup = Setup(
         model, max(tokens) + ROOM, page, options.window, max(concurrencies),
-        EAGER if options.eager else (), options.dynamic, options.density, options.masks,
+        (*(EAGER if options.eager else ()), e2e.STREAM), options.dynamic, options.density,
+        options.masks,
     )  # fmt: skip
     loads = [e2e.load_of(model, length, count) for length in tokens for count in concurrencies]
     changes = (("layers", options.layers), ("head size", options.head_size))

@@ -214,8 +214,8 @@ class DamImpl:
             set_up_layers(self.config)
         self.loaded = True
 
-    def prepared(self, layer: Any, query: torch.Tensor) -> torch.Tensor:
-        """Queries as attention takes them."""
+    def prepared(self, layer: Any, query: torch.Tensor, planned: bool) -> torch.Tensor:
+        """Queries as attention takes them, by a plan or by vLLM's own path."""
         return self.rotated(query)
 
     def rotated(self, query: torch.Tensor) -> torch.Tensor:
@@ -256,9 +256,10 @@ class DamImpl:
         **kwargs: Any,
     ) -> torch.Tensor:
         if attn_metadata is not None:
-            query = self.prepared(layer, query)
             planned = attn_metadata.planned
-            if planned is not None and planned.covers(layer.layer_name):
+            covered = planned is not None and planned.covers(layer.layer_name)
+            query = self.prepared(layer, query, covered)
+            if covered:
                 planned.run(layer.layer_name, query, kv_cache, output.view(query.shape))
                 return output
         return super().forward(  # type: ignore[misc]

@@ -102,6 +102,7 @@ class DamCUDAImpl(DamImpl, FlashAttentionImpl):
         flash: whether FlashAttention serves this layer's masks.
         unquantised: whether queries come, and stay, unquantised beside an fp8 cache.
         quantises: whether queries are quantised here.
+        rotates_later: whether plans rotate queries, by copies that they make anyway.
         scratch: the worker's, held by its first layer.
         layout: of the cache.
     """
@@ -120,6 +121,7 @@ class DamCUDAImpl(DamImpl, FlashAttentionImpl):
         self.unquantised = ours and not self.flash
         dynamic = bool((serving.masks.modes == HeadMode.DYNAMIC).any())
         self.quantises = ours and self.flash and dynamic
+        self.rotates_later = serving.options.kernel != "naive" and not self.quantises
         if self.unquantised or self.quantises:
             # vLLM asks when it builds the layer.
             self.supports_quant_query_input = False
@@ -135,10 +137,10 @@ class DamCUDAImpl(DamImpl, FlashAttentionImpl):
         # While weights are loaded, what is allocated counts as theirs.
         worker_scratch(self.config, torch.device(current_platform.device_type))
 
-    def prepared(self, layer: Any, query: torch.Tensor) -> torch.Tensor:
-        """Queries as attention takes them: rotated, quantised."""
+    def prepared(self, layer: Any, query: torch.Tensor, planned: bool) -> torch.Tensor:
+        """Queries as attention takes them: quantised, rotated where a plan does not do it."""
         if not self.quantises:
-            return self.rotated(query)
+            return query if planned and self.rotates_later else self.rotated(query)
         scale, _, _ = scale_tensors(layer)
         if isinstance(self.rotation, DeviceRotation):
             return self.rotation.queries(query, self.num_kv_heads, scale)

@@ -103,6 +103,7 @@ def device_layer(
         softmax=softmax,
         flash=flash,
         index=index,
+        rotation=impl.rotation if impl.rotates_later else None,
     )
 
 
@@ -119,7 +120,7 @@ def warm_up(sparse: CUDAAttention, layers: list[Any], dtype: torch.dtype) -> Non
     sparse.warm_up(impl.num_heads, impl.head_size, (asked, stored, dtype))
     vectors = torch.zeros(1, impl.num_heads, impl.head_size, dtype=dtype, device=sparse.device)
     for layer in layers:
-        layer.impl.prepared(layer, vectors)
+        layer.impl.prepared(layer, vectors, planned=False)
         store = layer.impl.storing(layer)
         if store is not None:
             store.warm_up(impl.head_size, sparse.page, (dtype, stored))

@@ -74,7 +74,7 @@ class Steps:
         rotation = served.impl.rotation
         query = self.query
         if served.impl.quantises:
-            query = served.impl.prepared(served.layer, query).float() * QUERY_SCALE
+            query = served.impl.prepared(served.layer, query, True).float() * QUERY_SCALE
         elif rotation is not None:
             query = rotation.queries(query, KV_HEADS)
         if self.stored and served.impl.asks:

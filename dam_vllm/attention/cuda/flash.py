@@ -19,7 +19,6 @@ import triton.language as tl
 from dam_vllm.attention.cuda.paged import Softmax
 from dam_vllm.attention.cuda.plan import DevicePlan
 from dam_vllm.attention.cuda.query_blocks import DeviceQueryBlocks
-from dam_vllm.attention.cuda.scratch import Scratch
 
 Varlen = Callable[..., Any]
 # Tokens that a program copies.
@@ -65,42 +64,29 @@ class Flash:
 
 def prefill(
     flash: Flash,
-    scratch: Scratch,
-    query: torch.Tensor,
+    asked: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    output: torch.Tensor,
+    found: torch.Tensor,
     plan: DevicePlan,
     query_blocks: DeviceQueryBlocks,
-    heads: torch.Tensor,
-    kv_heads: int,
     softmax: Softmax,
 ) -> None:
-    """Computes attention of a part's queries in some KV heads; arguments as for `attend_paged`.
+    """Computes attention of a part's queries in some KV heads.
 
     Args:
         flash: the kernel.
-        scratch: room for queries and outputs head by head.
-        query: [tokens, heads, head_size].
+        asked: queries [n, tokens, heads_per_kv, head_size], contiguous.
         key: [virtual pages, page, head_size], in the query's dtype.
         value: [virtual pages, page, head_size].
-        output: [tokens, heads, head_size], written.
+        found: like the queries, written.
         plan: of these heads, with starts.
         query_blocks: the queries.
-        heads: int32 [n], KV heads.
-        kv_heads: KV heads of the layer.
         softmax: scale and soft-capping.
     """
-    tokens, all_heads, size = query.shape
-    shape = (len(heads), tokens, all_heads // kv_heads, size)
-    count = len(heads) * tokens * all_heads // kv_heads * size
-    asked = scratch.query.view(query.dtype)[:count].view(shape)
-    found = scratch.output[:count].view(shape)
-    gather_heads(query, heads, asked)
     # Splits fill a GPU that has few sequences; here there is one for each query block.
     _call(flash, asked.flatten(0, 1), key, value, found.flatten(0, 1), plan, query_blocks,
           plan.starts, softmax, num_splits=1)  # fmt: skip
-    scatter_heads(found, heads, output)
 
 
 def decode(

@@ -14,10 +14,12 @@ from dam_vllm.attention.cuda import flash
 from dam_vllm.attention.cuda.bundle import Bundle, Part
 from dam_vllm.attention.cuda.choosing import choose_on_device
 from dam_vllm.attention.cuda.counts import DeviceCounts, Tally
-from dam_vllm.attention.cuda.dynamic import DeviceChoosing
+from dam_vllm.attention.cuda.dynamic import DeviceChoosing, DeviceDynamic
 from dam_vllm.attention.cuda.paged import Softmax, attend_paged
 from dam_vllm.attention.cuda.places import Homes, Places
 from dam_vllm.attention.cuda.plan import DevicePlan, plan_heads
+from dam_vllm.attention.cuda.query_blocks import DeviceQueryBlocks
+from dam_vllm.attention.cuda.rotation import DeviceRotation
 from dam_vllm.attention.cuda.scratch import Scratch
 from dam_vllm.attention.cuda.token_bits import TokenBits
 from dam_vllm.masks.page_tables import PageTables
@@ -51,6 +53,7 @@ class DeviceLayer:
         softmax: scales and soft-capping.
         flash: FlashAttention, or None for the Triton kernel.
         index: global layer index.
+        rotation: of its dynamic heads' queries, where they come unrotated, or None.
     """
 
     static: Sequence[HeadSet]
@@ -59,6 +62,7 @@ class DeviceLayer:
     softmax: Softmax
     flash: flash.Flash | None
     index: int = 0
+    rotation: DeviceRotation | None = None
 
 
 class Paged(NamedTuple):
@@ -83,6 +87,7 @@ class LayerRun:
         chosen: places of choosing heads in a plan of their own, and in the bundle's for decoding.
         homes: where choosing heads lie, or None without any.
         tally: where choosing heads are counted, or None.
+        gathered: dynamic heads as they come first among gathered queries, or None without any.
     """
 
     layer: DeviceLayer
@@ -93,28 +98,36 @@ class LayerRun:
     chosen: tuple[Places, Places] | None
     homes: Homes | None
     tally: Tally | None
+    gathered: DeviceDynamic | None
 
     def attend(self, paged: Paged, part: Part) -> None:
         """Computes a part's attention.
 
         Args:
-            paged: queries, rotated where heads are dynamic, and where outputs go.
+            paged: queries and where outputs go.
             part: what to serve.
         """
-        whole = self.bundle.whole(part)
+        whole, rotation = self.bundle.whole(part), self.layer.rotation
         if self.number == 0:
             self.bundle.fill(whole, part)
+        if self.layer.flash is not None and not part.decodes:
+            self._flash_prefill(paged, part, whole)
+            return
+        if rotation is not None:
+            paged = paged._replace(query=rotation.queries(paged.query, self.layer.kv_heads))
         if self.layer.flash is None:
             self._triton(paged, part, whole)
-        elif part.decodes:
-            self._choose(paged, part, whole)
+        else:
+            self._choose(self._all_queries(paged), paged.key, part, whole)
             query_blocks = part.query_blocks[self.bundle.query_block]
             plan = self.bundle.layer(whole, self.number, part)
             flash.decode(
                 self.layer.flash, self.each, *paged, plan, query_blocks, self.layer.softmax
             )
-        else:
-            self._flash_prefill(paged, part, whole)
+
+    def _all_queries(self, paged: Paged) -> torch.Tensor:
+        """Queries [tokens, kv_heads, heads_per_kv, head_size]."""
+        return paged.query.unflatten(1, (self.layer.kv_heads, -1))
 
     def _triton(self, paged: Paged, part: Part, whole: DevicePlan) -> None:
         """Everything by the Triton kernel, a launch for each set of heads."""
@@ -125,37 +138,64 @@ class LayerRun:
             attend_paged(
                 *paged, plan, query_blocks, each.heads, layer.kv_heads, layer.softmax, each.exact
             )
-        for plan in self._choose(paged, part, whole):
+        chosen = self._choose(self._all_queries(paged), paged.key, part, whole)
+        if chosen is not None:
             choosing = layer.choosing
             assert choosing is not None
             query_blocks = part.query_blocks[choosing.static.query_block]
-            attend_paged(*paged, plan, query_blocks, choosing.heads, layer.kv_heads, layer.softmax)
+            attend_paged(
+                *paged, chosen, query_blocks, choosing.heads, layer.kv_heads, layer.softmax
+            )
 
     def _flash_prefill(self, paged: Paged, part: Part, whole: DevicePlan) -> None:
         """A launch of FlashAttention for static heads and one for choosing ones."""
-        layer = self.layer
-        assert layer.flash is not None
+        layer, query = self.layer, paged.query
         query_blocks = part.query_blocks[self.bundle.query_block]
         for row, each in enumerate(layer.static):
+            asked, found = self.scratch.by_head(query, len(each.heads), layer.kv_heads)
+            flash.gather_heads(query, each.heads, asked)
             plan = self.bundle.set(whole, self.number, row, part)
-            flash.prefill(
-                layer.flash, self.scratch, *paged, plan, query_blocks, each.heads, layer.kv_heads,
-                layer.softmax,
-            )  # fmt: skip
-        for plan in self._choose(paged, part, whole):
-            choosing = layer.choosing
-            assert choosing is not None
-            query_blocks = part.query_blocks[choosing.static.query_block]
-            flash.prefill(
-                layer.flash, self.scratch, *paged, plan, query_blocks, choosing.heads,
-                layer.kv_heads, layer.softmax,
-            )  # fmt: skip
+            self._flash(paged, asked, found, plan, query_blocks, each.heads)
+        if layer.choosing is not None:
+            heads = layer.choosing.heads
+            asked, found = self.scratch.by_head(query, len(heads), layer.kv_heads)
+            if layer.rotation is None:
+                flash.gather_heads(query, heads, asked)
+            else:
+                layer.rotation.gather(query, heads, asked)
+            chosen = self._choose(asked.transpose(0, 1), paged.key, part, whole, self.gathered)
+            assert chosen is not None
+            query_blocks = part.query_blocks[layer.choosing.static.query_block]
+            self._flash(paged, asked, found, chosen, query_blocks, heads)
 
-    def _choose(self, paged: Paged, part: Part, whole: DevicePlan) -> list[DevicePlan]:
-        """Plans choosing heads, in decoding beside the static ones; no plan without any."""
+    def _flash(
+        self, paged: Paged, asked: torch.Tensor, found: torch.Tensor, plan: DevicePlan,
+        query_blocks: DeviceQueryBlocks, heads: torch.Tensor,
+    ) -> None:  # fmt: skip
+        """Attention of gathered heads, to where outputs go."""
+        layer = self.layer
+        assert layer.flash is not None
+        flash.prefill(
+            layer.flash, asked, paged.key, paged.value, found, plan, query_blocks, layer.softmax
+        )
+        flash.scatter_heads(found, heads, paged.output)
+
+    def _choose(
+        self, query: torch.Tensor, key: torch.Tensor, part: Part, whole: DevicePlan,
+        dynamic: DeviceDynamic | None = None,
+    ) -> DevicePlan | None:  # fmt: skip
+        """Plans choosing heads, in decoding beside the static ones; no plan without any.
+
+        Args:
+            query: [tokens, kv_heads, heads_per_kv, head_size], rotated.
+            key: [virtual pages, page, head_size].
+            part: what to serve.
+            whole: the bundle's plan.
+            dynamic: dynamic heads where the query holds others than all, or None.
+        """
         choosing = self.layer.choosing
         if choosing is None:
-            return []
+            return None
         assert self.chosen is not None
         assert self.homes is not None
         query_blocks = part.query_blocks[choosing.static.query_block]
@@ -165,16 +205,15 @@ class LayerRun:
             plan = DevicePlan.empty(query_blocks, self.chosen[0], part.width)
         chosen = choosing.choices.part(part.before, len(query_blocks), part.width)
         if choosing.dynamic is not None:
-            query = paged.query.unflatten(1, (self.layer.kv_heads, -1))
             choose_on_device(
-                choosing.dynamic, chosen, choosing.rows, query, paged.key, part.block_table,
+                dynamic or choosing.dynamic, chosen, choosing.rows, query, key, part.block_table,
                 query_blocks, part.width, self.homes, self.scratch.choice,
             )  # fmt: skip
         plan_heads(
             plan, self.homes.offsets, choosing.static, query_blocks, part.block_table, part.tokens,
             self.homes.scale, (chosen, choosing.rows), self.homes.groups, self.tally,
         )  # fmt: skip
-        return [plan]
+        return plan
 
 
 def layer_runs(
@@ -184,9 +223,12 @@ def layer_runs(
     """The layers of a bundle, in its order; `unit` as for `Bundle.of`."""
     device = each.device
     for number, layer in enumerate(layers):
-        chosen = homes = tally = None
+        chosen = homes = tally = gathered = None
         if layer.choosing is not None:
             heads = layer.choosing.heads
+            if layer.choosing.dynamic is not None:
+                dynamic = layer.choosing.dynamic
+                gathered = replace(dynamic, heads=torch.arange(len(dynamic.heads)).to(heads))
             ids: list[list[int]] = [[] for _ in layers]
             ids[number] = heads.tolist()
             by_slot = Places.by_slot(ids, layer.kv_heads, device)
@@ -196,4 +238,4 @@ def layer_runs(
                 homes = Homes.unknown(len(heads), unit, device)
             if counts is not None:
                 tally = counts.tally([(layer.index, head) for head in ids[number]])
-        yield LayerRun(layer, bundle, number, scratch, each, chosen, homes, tally)
+        yield LayerRun(layer, bundle, number, scratch, each, chosen, homes, tally, gathered)

@@ -1,4 +1,7 @@
-"""Rotation of queries on a GPU: one launch, heads that are not dynamic copied along.
+"""Rotation of queries on a GPU: one launch, in place of a copy that attention needs anyway.
+
+In decoding that is the one out of the fused projection, heads that are not dynamic included; in
+prefill with FlashAttention the one that lays heads one after the other.
 
 Keys are turned where they are stored (`dam_vllm.attention.cuda.store`).
 
@@ -50,7 +53,23 @@ class DeviceRotation(HeadRotation):
             kv_heads: KV heads.
             scale: float32, one number, or None.
         """
-        return _launch(query, kv_heads, self.rotations, self.rows(kv_heads), scale)
+        dtype = query.dtype if scale is None else torch.float8_e4m3fn
+        output = torch.empty(query.shape, dtype=dtype, device=query.device)
+        heads_per_kv = query.shape[1] // kv_heads
+        _launch(query, output, heads_per_kv, self.rotations, self.rows(kv_heads), scale)
+        return output
+
+    def gather(self, query: torch.Tensor, heads: torch.Tensor, target: torch.Tensor) -> None:
+        """Copies some KV heads' queries, head after head, those of dynamic ones rotated.
+
+        Args:
+            query: [tokens, heads, head_size], the last dimension contiguous.
+            heads: int32 [n], KV heads.
+            target: [n, tokens, heads_per_kv, head_size], contiguous, written.
+        """
+        heads_per_kv = target.shape[2]
+        rows = self.rows(query.shape[1] // heads_per_kv)
+        _launch(query, target, heads_per_kv, self.rotations, rows, None, heads)
 
     def rows(self, kv_heads: int) -> torch.Tensor:
         """Which rotation each KV head has, -1 for none; made once."""
@@ -68,47 +87,62 @@ def quantise(query: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         query: [tokens, heads, head_size], the last dimension contiguous.
         scale: float32, one number.
     """
-    return _launch(query, query.shape[1], None, None, scale)
+    output = torch.empty(query.shape, dtype=torch.float8_e4m3fn, device=query.device)
+    _launch(query, output, 1, None, None, scale)
+    return output
 
 
 def _launch(
     vectors: torch.Tensor,
-    kv_heads: int,
+    output: torch.Tensor,
+    heads_per_kv: int,
     rotations: torch.Tensor | None,
     rows: torch.Tensor | None,
     scale: torch.Tensor | None,
-) -> torch.Tensor:
-    """Rotates [tokens, heads, head_size] where there are rotations, quantises over a scale."""
+    gathered: torch.Tensor | None = None,
+) -> None:
+    """Rotates [tokens, heads, head_size] where there are rotations, quantises over a scale.
+
+    The output is like the vectors, or [n, tokens, heads_per_kv, head_size] of gathered KV heads.
+    """
     tokens, heads, size = vectors.shape
-    dtype = vectors.dtype if scale is None else torch.float8_e4m3fn
-    output = torch.empty(vectors.shape, dtype=dtype, device=vectors.device)
+    if gathered is not None:
+        heads = len(gathered) * heads_per_kv
     _rotate[(triton.cdiv(tokens, BLOCK), heads)](
-        vectors, output, rotations, rows, scale, *vectors.stride()[:2], *output.stride()[:2],
-        tokens, HEADS_PER_KV=heads // kv_heads, SIZE=size,
-        SIZE_PADDED=max(16, triton.next_power_of_2(size)), BLOCK=BLOCK, CHUNK=CHUNK,
+        vectors, output, rotations, rows, scale, gathered, *vectors.stride()[:2], tokens,
+        HEADS_PER_KV=heads_per_kv, SIZE=size, SIZE_PADDED=max(16, triton.next_power_of_2(size)),
+        BLOCK=BLOCK, CHUNK=CHUNK,
     )  # fmt: skip
-    return output
 
 
-# Scales lie anywhere.
-@triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["scale_ptr"])
+# Scales and lists of heads lie anywhere.
+@triton.jit(
+    do_not_specialize=["tokens"],
+    do_not_specialize_on_alignment=["scale_ptr", "gathered_ptr"],
+)
 def _rotate(
-    vector_ptr, output_ptr, rotation_ptr, row_ptr, scale_ptr,
-    in_token, in_head, out_token, out_head, tokens,
+    vector_ptr, output_ptr, rotation_ptr, row_ptr, scale_ptr, gathered_ptr,
+    in_token, in_head, tokens,
     HEADS_PER_KV: tl.constexpr, SIZE: tl.constexpr, SIZE_PADDED: tl.constexpr,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """A block of tokens of one head."""
     token = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-    head = tl.program_id(1)
+    number = tl.program_id(1)
     channel = tl.arange(0, SIZE_PADDED)
     held = (token < tokens)[:, None] & (channel < SIZE)[None, :]
-    source = vector_ptr + head * in_head + token[:, None] * in_token
-    target = output_ptr + head * out_head + token[:, None] * out_token + channel[None, :]
+    kv_head, member = number // HEADS_PER_KV, number % HEADS_PER_KV
+    if gathered_ptr is None:
+        place = token * tl.num_programs(1) + number
+    else:
+        place = (kv_head * tokens + token) * HEADS_PER_KV + member
+        kv_head = tl.load(gathered_ptr + kv_head)
+    target = output_ptr + place[:, None] * SIZE + channel[None, :]
+    source = vector_ptr + (kv_head * HEADS_PER_KV + member) * in_head + token[:, None] * in_token
     if row_ptr is None:
         _store(target, tl.load(source + channel[None, :], mask=held), held, scale_ptr)
     else:
-        row = tl.load(row_ptr + head // HEADS_PER_KV)
+        row = tl.load(row_ptr + kv_head)
         if row < 0:
             _store(target, tl.load(source + channel[None, :], mask=held), held, scale_ptr)
         else:

@@ -96,6 +96,23 @@ class Scratch:
         choosing = sum(each.nbytes for each in (self.choice, self.choices) if each is not None)
         return self.query.nbytes + self.output.nbytes + self._plans.nbytes + choosing
 
+    def by_head(self, query: torch.Tensor, heads: int, kv_heads: int) -> tuple[torch.Tensor, ...]:
+        """Room for queries and outputs head by head, valid until the next call.
+
+        Args:
+            query: [tokens, heads, head_size] of all the layer's heads.
+            heads: KV heads that are wanted.
+            kv_heads: KV heads of the layer.
+
+        Returns:
+            Two tensors [heads, tokens, heads_per_kv, head_size], contiguous; the first of the
+            queries' dtype.
+        """
+        tokens, all_heads, size = query.shape
+        shape = torch.Size((heads, tokens, all_heads // kv_heads, size))
+        count = shape.numel()
+        return self.query.view(query.dtype)[:count].view(shape), self.output[:count].view(shape)
+
     def begin(self, owner: Hashable) -> None:
         """Somebody is about to take memory for plans.
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from dam_vllm.attention.cuda.rotation import DeviceRotation
 from dam_vllm.bench import gpu_kernel, peers, serving
 from dam_vllm.bench.fa3 import Flash
 from dam_vllm.bench.gpu_case import Case, draw, geometry
@@ -109,9 +110,12 @@ def test_spreads():
     counts = scattered(case, 0.4, Spread.MIXED).pages.float().mean((1, 2))
     assert counts.max() > 3 * counts.min()
     for spread, dynamic in ((Spread.DYNAMIC, 5), (Spread.REUSE, 2)):
-        layers = serving._layers(case, scattered(case, 0.4, spread), None, 5, HERE)
+        heads = torch.zeros(1, dtype=torch.int64, device=HERE)
+        rotation = DeviceRotation(heads, torch.eye(16, device=HERE)[None])
+        layers = serving._layers(case, scattered(case, 0.4, spread), None, 5, rotation)
         assert sum(layer.choosing.dynamic is not None for layer in layers) == dynamic
         for layer in layers:
+            assert (layer.rotation is None) == (layer.choosing.dynamic is None)
             assert layer.choosing.heads.tolist() == [0]
             assert layer.static[0].ids == (1, 2, 3)
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from dam_vllm.bench.e2e import STREAM
 from dam_vllm.cli import bench, benchmarks, e2e_benchmark, kernel_benchmarks
 from dam_vllm.cli.benchmarks import Benchmark, finish
 from dam_vllm.cli.e2e_benchmark import E2eOptions, e2e
@@ -201,7 +202,7 @@ def test_e2e_shapes_can_be_changed_and_say_so(monkeypatch, memory):
     name, setup, loads, rounds = given[:4]
     assert name == "llama-3.1-8b, layers 3, head size 64"
     assert (setup.model.layers, setup.model.head_size, setup.model.hidden) == (3, 64, 4096)
-    assert (setup.length, setup.arguments, rounds) == (1152, ("--enforce-eager",), 3)
+    assert (setup.length, setup.arguments, rounds) == (1152, ("--enforce-eager", STREAM), 3)
     assert [(load.tokens, load.concurrency) for load in loads] == [(1024, 1)]
 
 

@@ -84,6 +84,7 @@ def launches(capability):
         for rotated in (False, True):
             yield f"store, {dtype}, {rotated}", functools.partial(store, dtype, rotated)
         yield f"rotation, {dtype}", functools.partial(rotate, dtype)
+    yield "gathered rotation", functools.partial(gather, torch.bfloat16)
 
 
 def store(dtype, rotated):
@@ -103,6 +104,14 @@ def rotate(dtype):
     made.queries(query, KV_HEADS, torch.ones(()) if dtype == FP8 else None)
     if dtype == FP8:
         quantise(query, torch.ones(()))
+
+
+def gather(dtype):
+    """Lays queries head by head, turned."""
+    made = DeviceRotation(torch.tensor([1]), torch.empty(1, 128, 128))
+    query = torch.empty(5, KV_HEADS * HEADS_PER_KV, 128, dtype=dtype)
+    heads = torch.tensor([1, 0], dtype=torch.int32)
+    made.gather(query, heads, query.new_empty(2, 5, HEADS_PER_KV, 128))
 
 
 def main():

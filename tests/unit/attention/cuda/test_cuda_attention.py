@@ -11,12 +11,13 @@ import torch
 from dam_vllm.attention.chosen_pages import ChosenPages
 from dam_vllm.attention.cuda import attention as cuda
 from dam_vllm.attention.cuda import counts as counting
-from dam_vllm.attention.cuda import flash, merge, paged, plan, score, select, shares
+from dam_vllm.attention.cuda import flash, merge, paged, plan, rotation, score, select, shares
 from dam_vllm.attention.cuda.choices import Choices, rows_of
 from dam_vllm.attention.cuda.dynamic import DeviceChoosing
 from dam_vllm.attention.cuda.flash import Flash
 from dam_vllm.attention.cuda.layer import DeviceLayer
 from dam_vllm.attention.cuda.paged import Softmax
+from dam_vllm.attention.cuda.rotation import DeviceRotation
 from dam_vllm.attention.cuda.scratch import Scratch
 from dam_vllm.attention.dynamic_heads import DynamicHeads, ReusingHeads
 from dam_vllm.attention.interface import Step
@@ -42,7 +43,7 @@ MIXED = ((300, 1), (65, 1), (411, 250), (129, 129), (5, 5), (271, 2))
 STEPS = {"mixed": MIXED, "decode": ((391, 1), (1, 1), (640, 1)), "prefill": ((129, 129), (140, 30))}
 
 
-def attention(masks, device, flash, plans=None, unit=None, counts=None):
+def attention(masks, device, flash, plans=None, unit=None, counts=None, rotates=False):
     """All layers of the masks; `plans` is how many numbers the plans' memory holds."""
     shard = Shard(0, KV_HEADS)
     served = {}
@@ -59,6 +60,7 @@ def attention(masks, device, flash, plans=None, unit=None, counts=None):
             choosing=DeviceChoosing.of_layer(index, dynamic, reusing, choices),
             kv_heads=KV_HEADS, softmax=Softmax(SCALE), flash=Flash(varlen) if flash else None,
             index=index,
+            rotation=DeviceRotation.of_layer(masks, index, shard, device) if rotates else None,
         )  # fmt: skip
     scratch = Scratch(LIMITS.tokens, HEADS * SIZE, torch.float32, device)
     if plans is not None:
@@ -110,6 +112,15 @@ def run(served, made, launches=None):
     return outputs.cpu()
 
 
+def rotate_queries(masks, made):
+    """By plain products, so that the oracle sees what the cache's keys were rotated for."""
+    group = HEADS // KV_HEADS
+    for layer, head in np.argwhere(masks.modes == DYNAMIC):
+        basis = torch.from_numpy(masks.dynamic.rotations[layer, head]).to(made.query)
+        own = made.query[layer, :, head * group : (head + 1) * group]
+        own.copy_(own @ basis)
+
+
 def expected(masks, made, layer):
     """The oracle's output of a layer."""
     outputs, first, group = [], 0, HEADS // KV_HEADS
@@ -154,13 +165,18 @@ def masks(random_masks):
 
 @pytest.mark.parametrize("requests", STEPS.values(), ids=STEPS)
 @pytest.mark.parametrize(("flash", "plans"), [(False, None), (True, None), (True, 4000)])
-def test_layers_planned_together_equal_the_oracle(rng, masks, device, requests, flash, plans):
+@pytest.mark.parametrize("rotates", [False, True])
+def test_layers_planned_together_equal_the_oracle(
+    rng, masks, device, requests, flash, plans, rotates
+):
     torch.manual_seed(int(rng.integers(2**31)))
-    served = attention(masks, device, flash, plans)
+    served = attention(masks, device, flash, plans, rotates=rotates)
     bundles = {id(run.bundle) for run in served._runs.values()}
     assert (len(bundles) > 1) == (plans is not None)
     made = make_step(rng, device, requests)
     found = run(served, made)
+    if rotates:
+        rotate_queries(masks, made)
     for layer in range(masks.layers):
         torch.testing.assert_close(found[layer], expected(masks, made, layer), rtol=1e-4, atol=1e-4)
 
@@ -257,10 +273,28 @@ def test_static_heads_take_few_launches(rng, masks, device, requests, most):
     assert len(launches.all) - 1 <= most * masks.layers
 
 
+@pytest.mark.parametrize("requests", ["prefill", "decode"])
+@pytest.mark.parametrize("kernel", ["flash", "triton"])
+def test_rotation_takes_the_place_of_a_copy(rng, masks, device, requests, kernel):
+    """By FlashAttention no launch more, where queries come as slices of one projection."""
+    made = make_step(rng, device, STEPS[requests])
+    wide = torch.empty(len(MODES), made.step.tokens, HEADS + 2, SIZE, device=device)
+    made.query = wide[:, :, :HEADS].copy_(made.query)
+    counts = []
+    for rotates in (False, True):
+        launches = Launches()
+        run(attention(masks, device, kernel == "flash", rotates=rotates), made, launches)
+        counts.append(launches.all)
+    without, turned = counts
+    layers = (masks.modes == DYNAMIC).any(axis=1).sum()
+    assert turned.count("_rotate") == layers
+    assert len(turned) == len(without) + (layers if kernel == "triton" else 0)
+
+
 LATER = (((65, 1), (200, 50), (7, 7)), ((300, 1),), ((40, 1),) * 5, ((7, 7), (9, 3), (60, 31)))
 KERNELS = {
     (module, name): kernel
-    for module in (counting, flash, merge, paged, plan, score, select, shares)
+    for module in (counting, flash, merge, paged, plan, rotation, score, select, shares)
     for name, kernel in vars(module).items()
     if hasattr(kernel, "arg_names")
 }
@@ -274,7 +308,7 @@ def test_serving_launches_nothing_new(rng, masks, device, monkeypatch, flash):
         for (module, name), kernel in KERNELS.items():
             monkeypatch.setattr(module, name, signature(kernel, seen))
     counts = counting.DeviceCounts(range(len(MODES)), KV_HEADS, 0, device)
-    served = attention(masks, device, flash, counts=counts)
+    served = attention(masks, device, flash, counts=counts, rotates=True)
     served.warm_up(HEADS, SIZE, (torch.float32,) * 3)
     assert not counts.pages.any()
     if device.type == "cuda":
