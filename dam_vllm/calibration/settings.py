@@ -93,8 +93,8 @@ class FitConfig(BaseModel):
     channels: list[Count] | None = Field(
         default=None,
         min_length=1,
-        description="Channels that score a token, or null for an eighth, a quarter and a half of a "
-        "head's.",
+        description="Channels that score a token, or null for an eighth, a quarter, a half and "
+        "three quarters of a head's.",
     )
     ranks: int = Field(
         default=1,

@@ -57,8 +57,8 @@ class Pattern:
 
 
 def default_channels(head_size: int) -> list[int]:
-    """An eighth, a quarter and a half of a head's channels; all cost about what choosing saves."""
-    return [max(1, head_size // part) for part in (8, 4, 2)]
+    """An eighth, a quarter, a half and three quarters of a head's channels."""
+    return [max(1, head_size * eighths // 8) for eighths in (1, 2, 4, 6)]
 
 
 def dynamic_budgets() -> list[Budget]:

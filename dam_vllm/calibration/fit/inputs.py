@@ -97,12 +97,12 @@ def fit_cost(prompts: list[Prompt], shape: ModelShape, config: FitConfig) -> int
     proven = sum(sizes[row][1] for row in proof_rows(sizes, config))
     passes += proven * (1 + config.proofs) * WEIGHTS["proof"]
     count = len(shape.layer_types)
-    # Probes begin at the layer that is probed. On questions, heads are probed alone in short ones.
+    # Probes begin at the layer that is probed; of questions, those past the context at its end.
     probed = sum(count - row for row, kind in enumerate(shape.layer_types) if kind == "full")
     kinds, heads = {kind for kind, _ in prompts}, shape.kv_heads + 1
     short = config.page + REPLY_TOKENS
     rows = sum(
-        heads * min(config.lengths) if kind == PLAIN else min(config.lengths) + heads * short
+        heads * min(config.lengths) if kind == PLAIN else min(config.lengths) + 2 * heads * short
         for kind in kinds
     )
     probes = probed * 2 * rows

@@ -20,7 +20,7 @@ from dam_vllm.calibration.fit.samples import PLAIN, FitText
 from dam_vllm.calibration.fit.states import LayerStates
 from dam_vllm.masks.mask_set import FloatArray
 
-CONTEXT, QUESTION, REPLY = "context", "question", "reply"
+PARTS = CONTEXT, QUESTION, REPLY = "context", "question", "reply"
 ARRAYS = ("error", "norm", "chosen", "causal", "alone", "kept")
 
 

@@ -86,8 +86,7 @@ def risks(sums: Sums, weights: np.ndarray) -> np.ndarray:
 
     Args:
         sums: of all texts.
-        weights: KL per squared error [2, layers, kinds, kv_heads], of context and of rows that
-            look back (`probes.sensitivities`).
+        weights: KL per squared error [parts, layers, kinds, kv_heads] (`probes.sensitivities`).
 
     Returns:
         float64 [layers, kinds, kv_heads, candidates].

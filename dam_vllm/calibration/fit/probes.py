@@ -4,8 +4,9 @@ The same relative error is harmless in one head and ruins the next token in anot
 is therefore probed alone, all others attending to everything: the mean KL of the next-token
 distribution over its squared error is its sensitivity. It hardly depends on the size of the
 error, so that errors times sensitivities, summed over heads, predict the KL of a whole choice.
-Rows of context and rows that look back, those that end a question and its reply, are probed
-apart: an error in a reply meets the next token at once, one in the context hardly ever.
+Rows of context, of the page that ends a question and of its reply are probed apart: an error in a
+reply meets the next token at once, one in the context hardly ever, and of a question's page the
+last row alone begins the reply.
 Heads may stand in for each other, so that none is missed alone: all heads of a layer are probed
 together too. Where all of them fail, that KL is far beyond what some of them failing causes, so
 that the truth lies between the two; see `dam_vllm.calibration.fit.proof`.
@@ -23,7 +24,7 @@ from dam_vllm.calibration.fit.assemble import Assembler
 from dam_vllm.calibration.fit.candidates import Candidate, top_k
 from dam_vllm.calibration.fit.curve import Point
 from dam_vllm.calibration.fit.inputs import FitInputs, compared_rows
-from dam_vllm.calibration.fit.losses import CONTEXT, Sums
+from dam_vllm.calibration.fit.losses import PARTS, Sums
 from dam_vllm.calibration.fit.samples import FitText
 from dam_vllm.calibration.fit.simulate import Simulation
 from dam_vllm.calibration.fit.states import hooked
@@ -40,24 +41,23 @@ def kinds_of(strata: list[str]) -> list[str]:
 
 
 def worst_by_part(errors: np.ndarray, strata: list[str]) -> np.ndarray:
-    """Largest squared error over lengths, of context and of the rows that look back.
+    """Largest squared error over lengths, of each part of a text.
 
     Args:
         errors: squared relative errors [layers, strata, kv_heads, candidates].
         strata: names "kind/part/length".
 
     Returns:
-        float64 [2, layers, kinds, kv_heads, candidates]: context; question and reply.
+        float64 [parts, layers, kinds, kv_heads, candidates].
     """
     split = [stratum.split("/") for stratum in strata]
     found = []
-    for asking in (False, True):
+    for part in PARTS:
         rows = [
-            [row for row, (each, part, _) in enumerate(split)
-             if each == kind and (part != CONTEXT) == asking]
+            [row for row, (*named, _) in enumerate(split) if named == [kind, part]]
             for kind in kinds_of(strata)
-        ]  # fmt: skip
-        found.append([errors[:, part].max(axis=1, initial=0.0) for part in rows])
+        ]
+        found.append([errors[:, some].max(axis=1, initial=0.0) for some in rows])
     return np.stack([np.stack(each, axis=1) for each in found])
 
 
@@ -126,7 +126,7 @@ def probe(
 ) -> np.ndarray:
     """Runs every probe on every head alone and on all of a layer's heads together.
 
-    Context is probed apart from the rows that look back, those that end a question and its reply.
+    Parts of a text are probed apart.
 
     Args:
         inputs: of the fit.
@@ -135,8 +135,7 @@ def probe(
         kinds: kinds of text.
 
     Returns:
-        Mean KL float64 [probes, 2, layers, kinds, kv_heads + 1]: context, then rows that look
-        back; the whole layer's last.
+        Mean KL float64 [probes, parts, layers, kinds, kv_heads + 1]; the whole layer's last.
 
     Raises:
         CalibrationStopped: if the caller stopped it; the store holds the finished layers.
@@ -148,7 +147,7 @@ def probe(
         assembler.masks(Point(0.0, 1.0, 1.0, np.full(size, index), none))
         for index in probes(assembler.candidates)
     ]
-    kls = np.zeros((len(masks), 2, size[0], len(kinds), shape.kv_heads + 1))
+    kls = np.zeros((len(masks), len(PARTS), size[0], len(kinds), shape.kv_heads + 1))
     for row, kind in enumerate(kinds):
         probed = _Probed(inputs, _text(inputs, texts, kind))
         for layer in inputs.layers:
@@ -163,16 +162,20 @@ def probe(
 
 
 class _Probed:
-    """A text under probes: of its context, and of question and reply where there are any.
+    """A text under probes, part by part.
 
-    A probe begins at the layer that is probed, and at the rows: what is before is full attention's.
+    A probe begins at the layer that is probed, and past the context at the question's last page:
+    what is before is full attention's.
     """
 
     def __init__(self, inputs: FitInputs, text: FitText) -> None:
         self.inputs, self.text = inputs, text
         asking, end = text.asking(inputs.config.page), len(text.ids)
-        self.spans = [(0, asking)] if asking == end else [(0, asking), (asking, end)]
-        self.first = [start if inputs.attention_alone else 0 for start, _ in self.spans]
+        self.spans = [(0, asking)]
+        if asking < end:
+            self.spans += [(asking, text.prompt), (text.prompt, end)]
+        before = asking if inputs.attention_alone else 0
+        self.first = [0, *(before for _ in self.spans[1:])]
 
     @cached_property
     def passes(self) -> list[Suffix]:
@@ -199,7 +202,7 @@ class _Probed:
             CalibrationStopped: if the caller wants to stop.
         """
         page, full = self.inputs.config.page, self.full
-        found = np.zeros((len(masks), 2, self.inputs.shape.kv_heads + 1))
+        found = np.zeros((len(masks), len(PARTS), self.inputs.shape.kv_heads + 1))
         for part, (span, each) in enumerate(zip(self.spans, self.passes, strict=True)):
             each.skip(layer)
             heads = self._heads(part)

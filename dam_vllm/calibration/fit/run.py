@@ -149,7 +149,7 @@ class _Fit:
         return options, assignments
 
     def _weights(self, passes: Passes, assembler: Assembler, sums: Sums) -> list[np.ndarray]:
-        """KL per squared error [2, layers, kinds, kv_heads], by each trust."""
+        """KL per squared error [parts, layers, kinds, kv_heads], by each trust."""
         by_part = worst_by_part(relative_errors(sums), sums.strata)
         kls = probe(self.inputs, assembler, passes.texts, kinds_of(sums.strata))
         errors = np.stack([by_part[..., index] for index in probes(passes.candidates)])

@@ -141,13 +141,14 @@ def test_alone(random_masks):
     assert alone(masks, 0, 2).modes.tolist() == [masks.modes[0].tolist(), [dense, dense]]
 
 
-def test_worst_length_counts_in_context_and_in_replies():
-    errors = np.arange(5.0).reshape(1, 5, 1, 1)
+def test_worst_length_counts_in_each_part():
+    errors = np.arange(6.0).reshape(1, 6, 1, 1)
     strata = ["plain/context/any", "kv/context/256", "kv/reply/512", "kv/question/256",
-              "lines/context/256"]  # fmt: skip
-    context, asking = worst_by_part(errors, strata)
+              "lines/context/256", "kv/reply/256"]  # fmt: skip
+    context, question, reply = worst_by_part(errors, strata)
     assert context.ravel().tolist() == [0.0, 1.0, 4.0]
-    assert asking.ravel().tolist() == [0.0, 3.0, 0.0]
+    assert question.ravel().tolist() == [0.0, 3.0, 0.0]
+    assert reply.ravel().tolist() == [0.0, 5.0, 0.0]
 
 
 def test_groups_tell_kinds_parts_and_lengths_apart():
