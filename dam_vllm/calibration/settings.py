@@ -14,7 +14,7 @@ PROOFS_A_CURVE = 3  # choices measured at most for an error; for a density one i
 ASSIGNMENTS = 4
 TRUSTS_KEPT = 1  # they are measured for as many trusts, the free one's best
 # Density of the frontier's other points over that of the one taken.
-FRONTIER_STEPS = (0.5, 0.7, 1.5, 2.5)
+FRONTIER_STEPS = (0.5, 0.7, 1.2, 1.5, 2.5)
 
 
 Length = Annotated[int, Field(ge=256)]  # shorter ones hold no question of some tasks

@@ -71,12 +71,12 @@ def test_an_error_that_the_memory_does_not_allow_is_refused():
 
 
 def test_the_frontier_is_swept_around_the_choice():
-    curve = {0.0: 1.0, 0.1: 0.5, 0.2: 0.27, 0.3: 0.2, 0.4: 0.13, 0.5: 0.1}
+    curve = {0.0: 1.0, 0.1: 0.5, 0.2: 0.27, 0.25: 0.23, 0.3: 0.2, 0.4: 0.13, 0.5: 0.1}
     points = [point(loss, density) for loss, density in curve.items()]
     truth = {each.density: each.loss * 2 for each in points}
-    found = sweep(Curve("free", 0.5, points), points[3], measuring(truth))
-    # Half of .2, .7 times, 1.5 times and 2.5 times as much.
-    assert [each.density for each in found] == [0.1, 0.13, 0.27, 0.5]
+    found = sweep(Curve("free", 0.5, points), points[4], measuring(truth))
+    # Half of .2, .7 times, 1.2 times, 1.5 times and 2.5 times as much.
+    assert [each.density for each in found] == [0.1, 0.13, 0.23, 0.27, 0.5]
     assert {each.source for each in found} == {"free, trust 0.5"}
 
 
