@@ -13,9 +13,10 @@ from dam_vllm.attention.interface import SparseAttention, Step
 from dam_vllm.attention.layout import KVLayout
 from dam_vllm.attention.page_counts import PageCounts
 from dam_vllm.attention.rotation import HeadRotation
-from dam_vllm.engine.checks import Serving, admit
+from dam_vllm.engine.checks import admit
 from dam_vllm.engine.kv_free.apply import free_kv_heads
 from dam_vllm.engine.private import cache_scales
+from dam_vllm.engine.serving import Serving
 from dam_vllm.engine.shards import full_layers, masked_layers, shard
 from dam_vllm.masks.mask_set import HeadMode
 from dam_vllm.options import OptionError

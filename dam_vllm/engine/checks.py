@@ -1,4 +1,4 @@
-"""What is served and whether it can be: options, mask file, model and parallelism.
+"""Whether a configuration can be served: options, mask file, model and parallelism.
 
 Everything here is decided once a process: in vLLM's first one before it starts any other
 (`refusals.py`), in a worker when the first attention layer is built, which is before weights are
@@ -6,55 +6,20 @@ loaded. Each refusal is one error that names the option or file.
 """
 
 import functools
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from vllm.config import VllmConfig
 from vllm.distributed.utils import get_pp_indices
-from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
-from dam_vllm.masks.file import load_mask_set
+from dam_vllm.engine.serving import Serving, read_masks
 from dam_vllm.masks.fingerprint import fingerprint
-from dam_vllm.masks.mask_set import HeadMode, MaskSet
+from dam_vllm.masks.mask_set import HeadMode
 from dam_vllm.masks.model_shape import model_shape
 from dam_vllm.masks.sharding import shards
-from dam_vllm.masks.targets import TargetError, at_target
-from dam_vllm.options import (
-    DENSE_BELOW,
-    PAGE_MULTIPLES,
-    DamOptions,
-    OptionError,
-    find_masks,
-    parse_options,
-)
-
-logger = init_logger("vllm.dam")
+from dam_vllm.options import PAGE_MULTIPLES, DamOptions, OptionError, parse_options
 
 CACHE_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2")
-
-
-@dataclass(frozen=True)
-class Serving:
-    """What this process serves with.
-
-    Attributes:
-        options: validated options.
-        file: the mask file.
-        masks: its masks.
-    """
-
-    options: DamOptions
-    file: Path
-    masks: MaskSet
-
-    @property
-    def dense_below(self) -> int:
-        """Query positions below it attend densely, in tokens: the option, or the platform's own."""
-        if self.options.dense_below is not None:
-            return self.options.dense_below
-        return DENSE_BELOW[current_platform.device_name]
 
 
 def admit(config: VllmConfig) -> Serving:
@@ -116,45 +81,6 @@ def _load(
             f"the same shape"
         )
     return serving
-
-
-def serving_of(config: VllmConfig) -> Serving:
-    """What the workers of a configuration serve with, which have checked that it can be."""
-    model, options = config.model_config, parse_options(config.additional_config)
-    return read_masks(options, model.model, model.revision, config.load_config.download_dir)
-
-
-def read_masks(
-    options: DamOptions, model: str, revision: str | None, cache_dir: str | None
-) -> Serving:
-    """Finds the masks, whatever the model, and reads them where they were not read before.
-
-    Args:
-        options: validated options.
-        model: folder or Hub id of the served model.
-        revision: its Hub revision.
-        cache_dir: where what is downloaded is kept, or None for the Hub's own place.
-
-    Returns:
-        What to serve with.
-
-    Raises:
-        OptionError: for a place without a mask file, and a target that its frontier does not reach.
-        MaskFileError: for a damaged mask file.
-    """
-    file = find_masks(options, model, revision, cache_dir)
-    found = file.stat()
-    return _read(options, file, (found.st_ino, found.st_size, found.st_mtime_ns))
-
-
-@functools.lru_cache(maxsize=1)
-def _read(options: DamOptions, file: Path, version: tuple[int, ...]) -> Serving:
-    """Reads a version of a file: the first process asks for its pages, then for all of it."""
-    try:
-        masks = at_target(load_mask_set(file), options.target_density, options.target_error)
-    except TargetError as error:
-        raise OptionError(f"--additional-config: dam.{error} (mask file {file})") from None
-    return Serving(options, file, masks)
 
 
 def may_free_heads(options: DamOptions) -> bool:

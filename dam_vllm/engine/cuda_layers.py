@@ -19,10 +19,11 @@ from dam_vllm.attention.cuda.paged import Softmax
 from dam_vllm.attention.cuda.scratch import Scratch
 from dam_vllm.attention.dynamic_heads import DynamicHeads, ReusingHeads
 from dam_vllm.engine.backend import guessed_tokens
-from dam_vllm.engine.checks import Serving, admit
+from dam_vllm.engine.checks import admit
 from dam_vllm.engine.kv_free.cuda_groups import CUDAGroups
 from dam_vllm.engine.kv_free.head_groups import HeadGroups
 from dam_vllm.engine.private import cache_scales, query_scale, scale_tensors
+from dam_vllm.engine.serving import Serving
 from dam_vllm.engine.shards import shard
 from dam_vllm.masks.rounding import ceil_div
 from dam_vllm.options import DamOptions, OptionError

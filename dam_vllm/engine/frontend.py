@@ -15,8 +15,8 @@ from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 from vllm.v1.metrics.stats import IterationStats
 
-from dam_vllm.engine.checks import Serving, serving_of
 from dam_vllm.engine.counters import METHOD
+from dam_vllm.engine.serving import Serving, serving_of
 
 VERSION = vllm.__version__
 

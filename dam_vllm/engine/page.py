@@ -7,7 +7,7 @@ The size is settled before any worker starts: on CUDA vLLM would choose it after
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
-from dam_vllm.engine.checks import read_masks
+from dam_vllm.engine.serving import read_masks
 from dam_vllm.options import PAGE, PAGE_MULTIPLES, parse_options
 
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 from vllm.distributed import get_tensor_model_parallel_rank
 
-from dam_vllm.engine.checks import Serving, logger
+from dam_vllm.engine.serving import Serving, logger
 from dam_vllm.masks.density import density
 from dam_vllm.masks.mask_set import HeadMode, MaskSet
 

@@ -14,7 +14,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import KVCacheConfig, MambaSpec
 from vllm.v1.request import Request
 
-from dam_vllm.engine.checks import Serving, logger
+from dam_vllm.engine.serving import Serving, logger
 from dam_vllm.masks.mask_set import HeadMode
 
 

@@ -9,7 +9,7 @@ from vllm.distributed import (
 )
 from vllm.model_executor.models.utils import extract_layer_index
 
-from dam_vllm.engine.checks import Serving
+from dam_vllm.engine.serving import Serving
 from dam_vllm.masks.sharding import Shard, shards
 
 

@@ -37,7 +37,7 @@ def backend(monkeypatch, random_masks, device):
 
     from dam_vllm.engine import backend as shared
     from dam_vllm.engine import cuda, cuda_builder, cuda_layers
-    from dam_vllm.engine.checks import Serving
+    from dam_vllm.engine.serving import Serving
     from dam_vllm.masks.sharding import Shard
 
     stock = getattr(flash_attn, "flash_attn_varlen_func", None)

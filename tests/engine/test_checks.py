@@ -85,12 +85,12 @@ def test_what_fits_is_served(masks):
 
 
 def test_the_folder_for_downloads_is_where_masks_are_looked_for(masks, monkeypatch):
-    from dam_vllm.engine import checks
+    from dam_vllm.engine import checks, serving
 
     asked = []
-    monkeypatch.setattr(checks, "find_masks", lambda *given: asked.append(given) or masks)
+    monkeypatch.setattr(serving, "find_masks", lambda *given: asked.append(given) or masks)
     served = config("", load_config={"download_dir": "/downloads"})
-    assert checks.admit(served).file == checks.serving_of(served).file == masks
+    assert checks.admit(served).file == serving.serving_of(served).file == masks
     assert [given[1:] for given in asked] == [(MODEL, None, "/downloads")] * 2
 
 
@@ -324,12 +324,12 @@ def test_options_of_other_platforms_are_refused(masks, monkeypatch, cpu, options
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda"])
 def test_requests_run_dense_below_the_platforms_own_length(monkeypatch, random_masks, platform):
-    from dam_vllm.engine import checks
+    from dam_vllm.engine import serving
 
-    monkeypatch.setattr(checks, "current_platform", SimpleNamespace(device_name=platform))
-    monkeypatch.setitem(checks.DENSE_BELOW, platform, 77)
+    monkeypatch.setattr(serving, "current_platform", SimpleNamespace(device_name=platform))
+    monkeypatch.setitem(serving.DENSE_BELOW, platform, 77)
     served = [
-        checks.Serving(DamOptions(**options), Path("masks"), random_masks())
+        serving.Serving(DamOptions(**options), Path("masks"), random_masks())
         for options in ({}, {"dense_below": 5}, {"dense_below": 0})
     ]
     assert [each.dense_below for each in served] == [77, 5, 0]

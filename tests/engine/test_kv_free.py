@@ -56,8 +56,8 @@ def config(layers, **changed):
 @pytest.fixture
 def serve(monkeypatch, random_masks):
     """Function that lets `free_kv_heads` act on a configuration; returns what it logged."""
-    from dam_vllm.engine.checks import Serving
     from dam_vllm.engine.kv_free import apply
+    from dam_vllm.engine.serving import Serving
     from dam_vllm.masks.sharding import Shard
 
     def act(configuration, modes=None, **options):

@@ -66,16 +66,16 @@ def test_what_fits_is_served(files):
 
 def test_masks_are_read_once(files, monkeypatch):
     """And again once the file was replaced."""
-    from dam_vllm.engine import checks
+    from dam_vllm.engine import checks, serving
 
-    read, load = [], checks.load_mask_set
-    monkeypatch.setattr(checks, "load_mask_set", lambda file: read.append(file) or load(file))
+    read, load = [], serving.load_mask_set
+    monkeypatch.setattr(serving, "load_mask_set", lambda file: read.append(file) or load(file))
     for window in (64, 96):
         save_mask_set(streaming(DEMO, 4, window), files / "once")
         configure(files, {"masks": "once"})
         assert read == [files / "once"]
         options = checks.parse_options({"dam": {"masks": str(files / "once")}})
-        assert checks.read_masks(options, DEMO, None, None).masks.reach == window
+        assert serving.read_masks(options, DEMO, None, None).masks.reach == window
         read.clear()
         checks._load.cache_clear()
 

@@ -13,11 +13,12 @@ from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_pa
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.kv_cache_interface import replace_as
 
-from dam_vllm.engine.checks import Serving, admit, logger, may_free_heads
+from dam_vllm.engine.checks import admit, may_free_heads
 from dam_vllm.engine.kv_free.bounds import Bounds, HeadBounds, head_bounds
 from dam_vllm.engine.kv_free.capacity import Freeing, choose_freeing, freed_first
 from dam_vllm.engine.kv_free.head_groups import split_layers
 from dam_vllm.engine.kv_free.spec import BoundedAttentionSpec
+from dam_vllm.engine.serving import Serving, logger
 from dam_vllm.engine.shards import shard
 from dam_vllm.masks.sharding import shards
 from dam_vllm.options import OptionError

@@ -28,8 +28,7 @@ def test_readers_are_tried_under_what_nothing_beats(rng):
     for layer, head in np.ndindex(2, 2):
         error = sums.error[layer, :, head]
         measures = [
-            (costs[layer, head, index], *error[:, index])
-            for index in range(len(CANDIDATES))
+            (costs[layer, head, index], *error[:, index]) for index in range(len(CANDIDATES))
         ]
         for index, mine in enumerate(measures):
             beaten = any(
