@@ -154,6 +154,22 @@ def test_batch_and_chunk(rng, random_masks):
             assert torch.equal(part[..., : expected.shape[2]], expected)
 
 
+def test_heads_choose_together_as_alone(rng, random_masks):
+    """Bit for bit, whatever the kinds of their budgets, and in how many channels they score."""
+    masks = random_masks(layers=1, heads=12, kv_heads=4, share=0.002, dynamic=True)
+    masks.modes[:] = HeadMode.DYNAMIC
+    dynamic, kinds = masks.dynamic, [BudgetKind.TOP_P, BudgetKind.TOP_K] * 2
+    dynamic.kinds[:], dynamic.budgets[:] = kinds, [0.9, 100, 0.4, 30]
+    dynamic.floors[:], dynamic.caps[:] = 0, 600
+    batch = Batch(rng, masks, 16, [(1, 517), (1, 1), (1, 1203), (1, 400)])
+    together = batch.select()
+    for head in range(4):
+        masks.modes[:] = HeadMode.STATIC
+        masks.modes[0, head] = HeadMode.DYNAMIC
+        for (every, _), (alone, _) in zip(together, batch.select(), strict=True):
+            assert torch.equal(every[head], alone[0])
+
+
 def test_one_query_that_looks_far_back_gets_its_page(rng, random_masks):
     """The needle's page comes first in a query block where all others look at themselves."""
     masks = random_masks(layers=1, heads=2, kv_heads=2, share=0, dynamic=True)
