@@ -110,8 +110,9 @@ def test_only_text_waits_for_a_whole_page(start, tokens, images, chunk):
 
 
 def test_preempted_requests_are_computed_again_by_pages(rng):
-    lengths = rng.integers(300, 700, 12).tolist()
-    done = chunks(schedule(configure(), pages=30), lengths, 60)
+    # Two prompts fit into the pool, but not with all of their answers.
+    lengths = rng.integers(390, 440, 12).tolist()
+    done = chunks(schedule(configure(), pages=30), lengths, 80)
     again = [each for each in done if each[1] == 0]
     assert len(again) > len(lengths)
     assert split(done) == []
