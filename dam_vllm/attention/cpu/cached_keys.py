@@ -10,7 +10,7 @@ class CachedKeys:
     """Rotated keys in the cache.
 
     Attributes:
-        pages: [virtual pages, head_size, page]; bytes where the cache is fp8.
+        pages: [virtual pages, head_size, page], each contiguous; bytes where the cache is fp8.
         stored: dtype of an fp8 cache, else None.
     """
 

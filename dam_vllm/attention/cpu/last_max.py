@@ -61,7 +61,7 @@ class LastScores:
             query: float32 [n, heads_per_kv, channels].
             channels: int64 [n], leading channels that score.
             position: int64 [n].
-            cache: [virtual pages, head_size, page], pages at any stride.
+            cache: [virtual pages, head_size, page], each contiguous, at any stride.
             table: int32 [n, pages], virtual pages.
 
         Returns:
