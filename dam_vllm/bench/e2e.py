@@ -107,8 +107,13 @@ def _figures(dense: Sequence[Figures], dam: Sequence[Figures]) -> Row:
     row |= {"dense_req/s": statistics.median(one), "dam_req/s": statistics.median(other)}
     row |= {"req/s_ratio": ratio(other, one), "rounds": len(dam)}
     rounds = zip(dense, dam, strict=True)
-    row["each_round"] = [{"dense": asdict(a), "dam": asdict(b)} for a, b in rounds]
+    row["each_round"] = [{"dense": _told(a), "dam": _told(b)} for a, b in rounds]
     return row
+
+
+def _told(figures: Figures) -> Row:
+    """A round's figures; there is no gap between tokens that come together."""
+    return {name: value for name, value in asdict(figures).items() if name != "gap"}
 
 
 def crossover_length(rows: Sequence[Row]) -> int | None:

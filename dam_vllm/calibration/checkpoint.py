@@ -15,6 +15,9 @@ from dam_vllm.calibration.static.maps import MapSums
 STATE = "state.json"
 PASS = "pass.safetensors"  # nosec B105
 MAP = "maps"
+# Counted up when what a folder holds changes its meaning or shape: 2, parts of texts are probed
+# apart.
+FORMAT = 2
 
 MapKind = Literal["tokens", "pages"]
 
@@ -43,7 +46,7 @@ class Checkpoint:
         """
         self.folder = folder
         self.chosen: dict[str, Any] | None = None
-        text = json.dumps(settings, sort_keys=True)
+        text = json.dumps(settings | {"format": FORMAT}, sort_keys=True)
         self._hash = hashlib.sha256(text.encode()).hexdigest()
         state = folder / STATE
         if state.exists():
@@ -59,8 +62,8 @@ class Checkpoint:
             ) from error
         if stored != self._hash:
             raise CalibrationError(
-                f"checkpoint {self.folder} was made with other settings, model or texts: go on "
-                "with those, or remove the folder to start anew"
+                f"checkpoint {self.folder} was made with other settings, model, texts or versions: "
+                "go on with those, or remove the folder to start anew"
             )
         self.chosen = chosen
 

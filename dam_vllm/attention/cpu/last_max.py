@@ -19,7 +19,7 @@ ARGUMENTS = {
     "query": "ptr", "channels": "ptr", "positions": "ptr", "cache": "ptr", "table": "ptr",
     "result": "ptr", "own": "ptr", "pages": "i64", "units": "i64", "width": "i64", "stride": "i64",
 }  # fmt: skip
-# How LLVM loads a vector of keys, and makes float32 of it.
+# How LLVM loads keys of a cache; of bfloat16, which are the upper halves of float32, the bits.
 LOADED = {torch.float32: "float", torch.bfloat16: "i16", torch.float16: "half"}
 
 

@@ -62,6 +62,8 @@ def test_rows(asked, alone):
     assert (row["dense_ttft_p99_ms"], row["dam_tpot_ms"]) == (60.0, 0.75)
     assert (row["dense_req/s"], row["dam_req/s"], row["req/s_ratio"]) == (1.5, 6.0, 4.0)
     assert [each["dam"]["ttft_mean"] for each in row["each_round"]] == [1.0, 2.0]
+    # All tokens but the first come together.
+    assert not any("gap" in figures for each in row["each_round"] for figures in each.values())
 
 
 def test_servers_that_run_together_are_asked_in_turn_and_rows_come_at_once(asked):

@@ -207,6 +207,17 @@ def test_a_checkpoint_of_other_settings_is_refused(make):
     calibrate(job)
 
 
+def test_what_an_older_version_left_is_refused(make, monkeypatch):
+    """It may hold arrays of other shapes."""
+    job = make()
+    with monkeypatch.context() as older:
+        older.setattr("dam_vllm.calibration.checkpoint.FORMAT", 1)
+        with pytest.raises(CalibrationStopped):
+            calibrate(job, stop_after(1))
+    with pytest.raises(CalibrationError, match=r"was made with other .*versions"):
+        calibrate(job)
+
+
 def test_sliding_layers_are_left_out(make, tmp_path):
     folder = tmp_path / "gemma"
     build("gemma").save_pretrained(folder)

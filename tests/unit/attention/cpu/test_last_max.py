@@ -3,23 +3,10 @@
 import pytest
 import torch
 
-from dam_vllm.attention.cpu import llvm
 from dam_vllm.attention.cpu.last_max import LastScores
 
 # Query heads a KV head, tokens a page, head size, channels of each query.
 CASES = [(1, 16, 8, (1, 8)), (2, 48, 24, (5, 16, 24)), (7, 32, 16, (9, 2)), (21, 128, 40, (33, 40))]
-
-
-@pytest.fixture(params=[16, 8])
-def lanes(request, monkeypatch):
-    """Vectors of 16, and of 8 as on processors without AVX-512."""
-    if request.param > llvm.lanes():
-        pytest.skip(f"this processor has vectors of {llvm.lanes()}")
-    if request.param < llvm.lanes():
-        monkeypatch.setattr(llvm, "has", lambda feature: False)
-    LastScores.of.cache_clear()
-    yield request.param
-    LastScores.of.cache_clear()
 
 
 class Case:

@@ -15,18 +15,6 @@ CHANNELS, SCALE = 16, 0.4
 CASES = [(9, 3, 32, 16), (61, 4, 144, 48), (130, 2, 64, 32), (1, 1, 16, 16)]
 
 
-@pytest.fixture(params=[16, 8])
-def lanes(request, monkeypatch):
-    """Vectors of 16, and of 8 as on processors without AVX-512."""
-    if request.param > llvm.lanes():
-        pytest.skip(f"this processor has vectors of {llvm.lanes()}")
-    if request.param < llvm.lanes():
-        monkeypatch.setattr(llvm, "has", lambda feature: False)
-    CompiledScores.of.cache_clear()
-    yield request.param
-    CompiledScores.of.cache_clear()
-
-
 class Case:
     """Scores of a span, some of whose rows are absent, with what they hold poisoned."""
 
