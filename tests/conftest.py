@@ -111,13 +111,15 @@ def random_mask_set(
     dense: bool = False,
     dynamic: bool = False,
     reuse: bool = False,
+    tails: bool = False,
     head_size: int = 24,
     fingerprint: Fingerprint | None = None,
 ) -> MaskSet:
     """A mask set with random columns, diagonals and an unrelated random true mask.
 
     The true mask is sparser unless said otherwise: a query block reads a page for any of its pairs.
-    With `reuse` (and `dynamic`) some of the other heads follow random anchors.
+    With `reuse` (and `dynamic`) some of the other heads follow random anchors; with `tails` random
+    ones of those that are not dense have tails, the first such one in any case.
     """
     true_share = share * 0.02 if true_share is None else true_share
     modes = np.full((layers, kv_heads), HeadMode.STATIC, dtype=np.uint8)
@@ -141,6 +143,7 @@ def random_mask_set(
         ),
         dynamic=random_dynamic(rng, layers, kv_heads, head_size) if dynamic else None,
         anchors=random_anchors(rng, modes) if reuse else None,
+        tails=random_tails(rng, modes) if tails else None,
     )
 
 
@@ -150,6 +153,14 @@ def random_anchors(rng: np.random.Generator, modes: np.ndarray) -> np.ndarray:
     for layer, head in np.argwhere(modes == HeadMode.REUSE):
         anchors[layer, head] = rng.choice(np.argwhere(modes[: layer + 1] == HeadMode.DYNAMIC))
     return anchors
+
+
+def random_tails(rng: np.random.Generator, modes: np.ndarray) -> np.ndarray:
+    """Which heads have tails."""
+    sparse = modes != HeadMode.DENSE
+    tails = sparse & (rng.random(modes.shape) < 0.5)
+    tails[tuple(np.argwhere(sparse)[0])] = True
+    return tails.astype(np.uint8)
 
 
 def random_dynamic(rng: np.random.Generator, layers: int, kv_heads: int, head_size: int) -> Dynamic:

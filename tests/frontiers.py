@@ -36,6 +36,9 @@ def with_frontier(masks_of_points):
         modes=np.stack([masks.modes for masks in masks_of_points]),
         patterns=patterns,
         anchors=np.stack(anchors),
+        tails=np.stack(
+            [np.zeros_like(m.modes) if m.tails is None else m.tails for m in masks_of_points]
+        ),
         **pool.arrays(),
     )
     fit = {"page": 16, "check": {}, "heads": [], "chosen": {}}

@@ -1,5 +1,8 @@
 """The oracle: dense attention under an explicit mask, in float32, written plainly."""
 
+import math
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -7,6 +10,7 @@ from dam_vllm.masks.budget import BudgetKind
 from dam_vllm.masks.mask_set import HeadMode, MaskSet
 from dam_vllm.masks.page_tables import query_block_size
 from dam_vllm.masks.rule import allowed, token_mask
+from dam_vllm.masks.tails import SPAN
 
 
 def masked_attention(
@@ -16,6 +20,8 @@ def masked_attention(
     mask: torch.Tensor,
     scale: float,
     softcap: float = 0.0,
+    tails: Sequence[int] = (),
+    page: int = 1,
 ) -> torch.Tensor:
     """Softmax attention over the keys that a mask allows.
 
@@ -26,18 +32,45 @@ def masked_attention(
         mask: bool [heads, queries, keys]; every row must allow a key.
         scale: factor of the scores.
         softcap: soft-capping of the scores, 0 for none.
+        tails: KV heads whose spans of which nothing is allowed count as their mean
+            (`dam_vllm.masks.tails`).
+        page: tokens a page, of which spans are made.
 
     Returns:
         float32 [queries, heads, head_size].
     """
     heads_per_kv = query.shape[1] // key.shape[1]
-    keys = key.float().repeat_interleave(heads_per_kv, dim=1)
-    values = value.float().repeat_interleave(heads_per_kv, dim=1)
+    span = -(-SPAN // page) * page
+    spans = len(key) // span
+    key_means, value_means = (
+        each[: spans * span].float().reshape(spans, span, *each.shape[1:]).mean(dim=1)
+        for each in (key, value)
+    )
+    keys = torch.cat([key.float(), key_means]).repeat_interleave(heads_per_kv, dim=1)
+    values = torch.cat([value.float(), value_means]).repeat_interleave(heads_per_kv, dim=1)
     scores = torch.einsum("qhd,khd->hqk", query.float(), keys) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
+    scores[..., len(key) :] += math.log(span)
+    mask = torch.cat([mask, _tail_mask(mask, heads_per_kv, tails, page, span)], dim=-1)
     weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
     return torch.einsum("hqk,khd->qhd", weights, values)
+
+
+def _tail_mask(
+    mask: torch.Tensor, heads_per_kv: int, tails: Sequence[int], page: int, span: int
+) -> torch.Tensor:
+    """Spans that count as their mean: bool [heads, queries, spans]."""
+    heads, queries, keys = mask.shape
+    result = torch.zeros(heads, queries, keys // span, dtype=torch.bool)
+    for row in range(queries):
+        own = (keys - queries + row) // page * page
+        for at in range(own // span):
+            unread = ~mask[:, row, at * span : (at + 1) * span].any(dim=1)
+            for head in tails:
+                members = slice(head * heads_per_kv, (head + 1) * heads_per_kv)
+                result[members, row, at] = unread[members]
+    return result
 
 
 def page_mask(

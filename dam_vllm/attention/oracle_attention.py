@@ -81,7 +81,10 @@ class OracleAttention:
             key, value = key[:stop] * served.key_scale, value[:stop] * served.value_scale
             asked = query[first:last].cpu()
             mask = self._mask(served, asked, key, page, choices, request)
-            found = masked_attention(asked, key, value, mask, served.scale, served.softcap)
+            tails = self.shard.tails(self.masks, served.index)
+            found = masked_attention(
+                asked, key, value, mask, served.scale, served.softcap, tails, page
+            )
             rows[first:last] = found.to(rows)
         self.chosen.drop(served.index)
 

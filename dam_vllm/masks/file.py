@@ -33,8 +33,8 @@ from dam_vllm.masks.tensor_file import (
     write,
 )
 
-FORMAT = "dam-masks/3"
-EARLIER = ("dam-masks/1", "dam-masks/2")
+FORMAT = "dam-masks/4"
+EARLIER = ("dam-masks/1", "dam-masks/2", "dam-masks/3")
 METADATA = {"format", "header", "digest"}
 # Of memory. With 32 layers of 32 heads (Llama 3.1 8B) columns and diagonals up to 131,072 tokens
 # take 0.25 GiB and true masks of a PCL of 2048 as much; with 80 of 64 (70B) both take 2.5 GiB.
@@ -48,6 +48,7 @@ OPTIONAL = {
     "density_heads": "F32",
     "density_kv": "F32",
     "anchors": "I32",
+    "tails": "U8",
 }
 DYNAMIC = "dynamic."
 DYNAMIC_TYPES = {
@@ -63,7 +64,7 @@ FRONTIER = "frontier."
 FRONTIER_TYPES = {
     **dict.fromkeys(("density", "cost", "kl", "top1", "budgets", "expected"), "F32"),
     **dict.fromkeys(("patterns", "anchors", "channels", "floors", "caps", "offsets"), "I32"),
-    **dict.fromkeys(("modes", "kinds", "bits"), "U8"),
+    **dict.fromkeys(("modes", "tails", "kinds", "bits"), "U8"),
 }
 GROUPS = {DYNAMIC: DYNAMIC_TYPES, FRONTIER: FRONTIER_TYPES}
 """Arrays that stand together, all of a group or none."""

@@ -37,6 +37,7 @@ class Frontier:
         modes: uint8 [points, layers, kv_heads], a `HeadMode` each.
         patterns: int32 [points, layers, kv_heads], which of the stored patterns a head has.
         anchors: int32 [points, layers, kv_heads, 2], as `MaskSet.anchors`.
+        tails: uint8 [points, layers, kv_heads], as `MaskSet.tails`.
         channels: int32 [points, layers, kv_heads], this and the next ones as in `Dynamic`.
         kinds: uint8 [points, layers, kv_heads].
         budgets: float32 [points, layers, kv_heads].
@@ -54,6 +55,7 @@ class Frontier:
     modes: ByteArray
     patterns: IntArray
     anchors: IntArray
+    tails: ByteArray
     channels: IntArray
     kinds: ByteArray
     budgets: FloatArray
@@ -92,7 +94,7 @@ class Frontier:
         refuse_outside("frontier.patterns", self.patterns, 0, len(starts) - 2)
 
     def choice(self, masks: "MaskSet", point: int) -> "MaskSet":
-        """Masks with the modes, budgets and anchors of a point, and their own patterns.
+        """Masks with the modes, budgets, anchors and tails of a point, and their own patterns.
 
         Args:
             masks: those of this frontier.
@@ -101,7 +103,7 @@ class Frontier:
         Raises:
             ValueError: naming a value of the point that means nothing.
         """
-        dynamic, anchors = masks.dynamic, self.anchors[point]
+        dynamic, anchors, tails = masks.dynamic, self.anchors[point], self.tails[point]
         if dynamic is not None:
             own = {name: getattr(self, name)[point] for name in DYNAMIC_FIELDS}
             dynamic = replace(dynamic, **own)
@@ -110,6 +112,7 @@ class Frontier:
             modes=self.modes[point],
             dynamic=dynamic,
             anchors=anchors if (anchors != -1).any() else None,
+            tails=tails if tails.any() else None,
         )
 
     def check_points(self, masks: "MaskSet", spare: int) -> None:

@@ -109,6 +109,8 @@ class MaskSet:
             reuses pages, of its own layer or an earlier one; -1 for heads of another mode. None
             where no head does.
         frontier: what else the fit could choose, see `dam_vllm.masks.targets`, or None.
+        tails: uint8 [layers, kv_heads], 1 for heads whose unread pages have a tail
+            (`dam_vllm.masks.tails`); None where no head has.
     """
 
     columns: BoolArray
@@ -124,6 +126,7 @@ class MaskSet:
     dynamic: Dynamic | None = None
     anchors: npt.NDArray[np.int32] | None = None
     frontier: Frontier | None = None
+    tails: ByteArray | None = None
 
     def __post_init__(self) -> None:
         self._check_shapes()
@@ -183,6 +186,7 @@ class MaskSet:
             "density_heads": (lengths, layers, heads),
             "density_kv": (lengths, layers, kv_heads),
             "anchors": (layers, kv_heads, 2),
+            "tails": (layers, kv_heads),
         }
         for name, shape in expected.items():
             array = getattr(self, name)
@@ -204,6 +208,7 @@ class MaskSet:
         elif (self.modes == HeadMode.DYNAMIC).any():
             raise ValueError("a head is dynamic, but there are no bases and budgets")
         self._check_anchors()
+        self._check_tails()
         if self.frontier is not None:
             self.frontier.check(self.layers, self.kv_heads)
 
@@ -240,6 +245,18 @@ class MaskSet:
                     f"layer {layer}, KV head {head} reuses pages of layer {of_layer}, which is "
                     f"left to vLLM"
                 )
+
+    def _check_tails(self) -> None:
+        if self.tails is None:
+            return
+        refuse_outside("tails", self.tails, 0, 1)
+        full = np.array([kind == "full" for kind in self.header.layer_types])
+        sparse = (self.modes != HeadMode.DENSE) & full[:, None]
+        for layer, head in np.argwhere(self.tails.astype(bool) & ~sparse):
+            raise ValueError(
+                f"layer {layer}, KV head {head} has a tail, but reads every page: must be of "
+                f"another mode than dense, in a layer of type 'full'"
+            )
 
     def anchor(self, layer: int, head: int) -> tuple[int, int]:
         """Layer and KV head whose choice a reusing KV head follows."""

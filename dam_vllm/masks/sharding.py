@@ -51,6 +51,12 @@ class Shard:
         """This rank's reusing KV heads, as local ids."""
         return self._heads(masks, layer, HeadMode.REUSE)
 
+    def tails(self, masks: MaskSet, layer: int) -> list[int]:
+        """This rank's KV heads with a tail, as local ids."""
+        if masks.tails is None:
+            return []
+        return masks.tails[layer, self.start : self.stop].nonzero()[0].tolist()
+
     def anchor(self, masks: MaskSet, layer: int, head: int) -> tuple[int, int]:
         """Layer and local id of a reusing head's anchor, which this rank holds too."""
         of_layer, of_head = masks.anchor(layer, self.start + head)
