@@ -27,7 +27,7 @@ from dam_vllm.options import PAGE, OptionError
 ROWS = 512  # rows of a window whose next token is compared
 SEED = 7  # of the questions; fits have 0 by default
 LEAST_TOKENS = 1024
-TARGETS = "agreement with full attention, in float32 by transformers; nothing of it is served"
+TARGETS = "agreement with full attention, in float32 by transformers; delta is not served"
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,6 @@ class Case:
         windows: of the text.
         questions: of each task of retrieval.
         estimates: what is tried.
-        span: tokens of a token of TAIL.
         period: of DELTA.
     """
 
@@ -49,7 +48,6 @@ class Case:
     windows: int
     questions: int
     estimates: list[Estimate]
-    span: int
     period: int
 
 
@@ -69,8 +67,7 @@ def measure_file(
         Rows of `measure`.
 
     Raises:
-        OptionError: if the text is too short, the file was made for another model, or spans are
-            no whole pages of it.
+        OptionError: if the text is too short, or the file was made for another model.
         TargetError: if the file holds no such choice.
     """
     source = ModelSource(name, None, torch.device("cpu"), "float32")
@@ -79,9 +76,6 @@ def measure_file(
     differs = made.header.fingerprint.mismatch(fingerprint(name))
     if differs:
         raise OptionError(f"--masks {str(masks)!r} was made for another model: {differs} differs")
-    for each in choices:
-        if case.span % _page(each):
-            raise OptionError(f"--span is {case.span}: must be a multiple of {_page(each)}")
     model = source.load()
     yield from measure(case, choices, model, source.tokenizer(), advance)
 
@@ -111,11 +105,11 @@ def measure(
     full = [run(model, text.ids, some) for text, some in zip(texts, rows, strict=True)]
     for masks in choices:
         for estimate in case.estimates:
-            span = case.span if estimate in (Estimate.TAIL, Estimate.BOTH) else 0
+            served = estimate.tails(masks)
             period = case.period if estimate in (Estimate.DELTA, Estimate.BOTH) else 0
             found = []
             for text, some, logits in zip(texts, rows, full, strict=True):
-                hook = Estimated(masks, _page(masks), text.prompt, some, span, period)
+                hook = Estimated(served, _page(masks), text.prompt, some, period)
                 with hooked(hook):
                     other = run(model, text.ids, some)
                 found.append((text.kind, hook, mean_kl(logits, other), _same(logits, other)))

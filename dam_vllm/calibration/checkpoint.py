@@ -17,7 +17,7 @@ PASS = "pass.safetensors"  # nosec B105
 MAP = "maps"
 # Counted up when what a folder holds changes its meaning or shape: 2, parts of texts are probed
 # apart.
-FORMAT = 2
+FORMAT = 3
 
 MapKind = Literal["tokens", "pages"]
 

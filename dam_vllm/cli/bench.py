@@ -239,10 +239,7 @@ def mass(
     questions: Annotated[int, typer.Option(min=0, help="Questions of each retrieval task.")] = 1,
     estimates: Annotated[
         str, typer.Option(help="What is tried, comma-separated.")
-    ] = "none,tail,delta,both",
-    span: Annotated[
-        int, typer.Option(min=1, help="Tail: tokens that one token stands for, whole pages.")
-    ] = 128,
+    ] = "none,fitted,tail,delta,both",
     period: Annotated[
         int, typer.Option(min=1, help="Delta: every so many queries read everything.")
     ] = 64,
@@ -251,10 +248,11 @@ def mass(
 ) -> None:
     """What estimates of the pages not read would gain: KL and equal best tokens, in transformers.
 
-    tail: the mean key and value of a span stand for it; delta: dense queries correct later ones.
+    tail: the mean key and value of a span stand for it, in all heads; fitted: in those that have
+    tails in the file; delta: dense queries correct later ones.
     """
     made = benchmarks.mass(
-        model, masks, text, densities, length, windows, questions, estimates, span, period
+        model, masks, text, densities, length, windows, questions, estimates, period
     )
     benchmarks.finish([made], json)
 

@@ -127,7 +127,6 @@ def mass(
     windows: int,
     questions: int,
     estimates: str,
-    span: int,
     period: int,
 ) -> Benchmark:
     """Estimates of what is not read."""
@@ -144,11 +143,11 @@ def mass(
         raise OptionError(f"--length is {length}: must be at least {mass.LEAST_TOKENS} tokens")
     return Benchmark(
         f"what is not read: {model}, {windows} windows of {length} tokens of {text.name}, "
-        f"{questions} questions a task, tail of {span} tokens, delta every {period} queries",
+        f"{questions} questions a task, delta every {period} queries",
         mass.TARGETS,
         len(wanted) * len(tried),
         lambda advance: mass.measure_file(
-            mass.Case(text, length, windows, questions, tried, span, period),
+            mass.Case(text, length, windows, questions, tried, period),
             model,
             path,
             wanted,

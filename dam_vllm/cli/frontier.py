@@ -22,7 +22,8 @@ def frontier_rows(masks: "MaskSet") -> list[dict[str, Any]]:
     for point, modes in enumerate(frontier.modes[:, full]):
         measures = {name: round(float(getattr(frontier, name)[point]), 5) for name in MEASURES}
         counts = {mode.name.lower(): int((modes == mode).sum()) for mode in HeadMode}
-        found.append(measures | counts)
+        tails = int(frontier.tails[point][full].sum())
+        found.append(measures | counts | {"tails": tails})
     return found
 
 

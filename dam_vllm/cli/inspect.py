@@ -107,6 +107,7 @@ def _report(masks: "MaskSet", length: int, page: int) -> dict[str, Any]:
                 "modes": [_mode(value) for value in masks.modes[layer]],
                 "dynamic": _dynamic(masks, layer),
                 "reuse": _reuse(masks, layer),
+                "tails": [] if masks.tails is None else masks.tails[layer].nonzero()[0].tolist(),
                 "columns": masks.columns[layer].sum(axis=1).tolist(),
                 "diagonals": masks.diagonals[layer].sum(axis=1).tolist(),
                 "density_heads": _numbers(heads[0, layer]),
@@ -260,8 +261,11 @@ def _cells(entry: dict[str, Any]) -> list[str]:
     if entry["type"] != "full":
         return ["left to vLLM", "", "", "", ""]
     modes = {mode: entry["modes"].count(mode) for mode in entry["modes"]}
+    told = [f"{count} {mode}" for mode, count in modes.items()]
+    if entry["tails"]:
+        told.append(f"{len(entry['tails'])} with a tail")
     return [
-        "\n".join(f"{count} {mode}" for mode, count in modes.items()),
+        "\n".join(told),
         f"{_mean(entry['density_heads'])} / {_mean(entry['density_kv'])}",
         f"{_mean(entry['coverage'])} / {_mean(entry['coverage_extended'])}",
         _range(entry["columns"]),

@@ -99,7 +99,8 @@ def describe(masks: MaskSet, layer: int, head: int) -> Head:
     budget = None
     if mode in (HeadMode.DYNAMIC, HeadMode.REUSE):
         budget = _budget(masks, *choosing)
-    return Head(mode=mode.name.lower(), anchor=anchor, budget=budget)
+    tail = masks.tails is not None and bool(masks.tails[layer, head])
+    return Head(mode=mode.name.lower(), anchor=anchor, budget=budget, tail=tail)
 
 
 def _budget(masks: MaskSet, layer: int, head: int) -> Budget:

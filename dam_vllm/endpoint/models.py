@@ -24,6 +24,7 @@ class Head(BaseModel):
         description="layer and KV head whose chosen pages a reusing head reads"
     )
     budget: Budget | None = Field(description="of a dynamic head, or of a reusing head's anchor")
+    tail: bool = Field(description="whether means of spans stand for what it does not read")
 
 
 class Layer(BaseModel):

@@ -54,6 +54,7 @@ def admit(config: VllmConfig) -> Serving:
     )
     _refuse_other_shape(config, serving)
     _refuse_connector(config, serving)
+    _refuse_exact_tails(serving)
     _refuse_far_anchors(config, serving)
     return serving
 
@@ -154,11 +155,24 @@ def _refuse_options(options: DamOptions) -> None:
 
 def _refuse_connector(config: VllmConfig, serving: Serving) -> None:
     # Keys of dynamic heads are stored rotated: pages mean nothing to a process with other masks.
-    if config.kv_transfer_config is not None and (serving.masks.modes == HeadMode.DYNAMIC).any():
+    # Tails are kept beside the cache, and do not come along with its pages.
+    masks = serving.masks
+    kinds = {"dynamic heads": (masks.modes == HeadMode.DYNAMIC).any(), "tails": masks.tails is not None}
+    if config.kv_transfer_config is None:
+        return
+    for kind in (kind for kind, present in kinds.items() if present):
         raise OptionError(
             f"--kv-transfer-config names {config.kv_transfer_config.kv_connector}: mask file "
-            f"{serving.file} has dynamic heads, whose pages cannot leave the process; leave the "
-            f"option away or serve masks without dynamic heads"
+            f"{serving.file} has {kind}, so that pages cannot leave the process; leave the "
+            f"option away or serve masks without {kind}"
+        )
+
+
+def _refuse_exact_tails(serving: Serving) -> None:
+    if serving.options.granularity == "token" and serving.masks.tails is not None:
+        raise OptionError(
+            f"--additional-config: dam.granularity is 'token': mask file {serving.file} has tails, "
+            f"which stand for whole pages; set it to 'page'"
         )
 
 

@@ -8,6 +8,7 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from dam_vllm.engine.serving import Serving, logger
 from dam_vllm.masks.density import density
 from dam_vllm.masks.mask_set import HeadMode, MaskSet
+from dam_vllm.masks.tails import span_pages
 
 REASONS = {"sliding": "left to vLLM: sliding window", "other": "left to vLLM: no plain attention"}
 
@@ -38,7 +39,7 @@ def describe(serving: Serving, page: int, length: int) -> list[str]:
     for layer, kind in enumerate(masks.header.layer_types):
         note = REASONS.get(kind) or _modes(masks.modes[layer])
         lines.append(f"{layer:5d}  {kv_density[0, layer].mean():7.3f}  {note}")
-    return lines + _dynamic(masks, page) + _quality(masks)
+    return lines + _dynamic(masks, page) + _tails(masks, page) + _quality(masks)
 
 
 def _dynamic(masks: MaskSet, page: int) -> list[str]:
@@ -63,6 +64,17 @@ def _dynamic(masks: MaskSet, page: int) -> list[str]:
             f"differ from what the file says"
         )
     return lines
+
+
+def _tails(masks: MaskSet, page: int) -> list[str]:
+    """How many heads have tails, and what they keep beside the cache."""
+    if masks.tails is None:
+        return []
+    layers = int(masks.tails.any(axis=1).sum())
+    return [
+        f"{int(masks.tails.sum())} KV heads have a tail: beside the KV cache of {layers} layers "
+        f"means of {span_pages(page) * page} tokens take 1/{page} of it"
+    ]
 
 
 def _quality(masks: MaskSet) -> list[str]:

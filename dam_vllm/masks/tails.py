@@ -42,4 +42,4 @@ def unread_spans(read: Pages, own: Pages, page: int) -> Pages:
     any_read = read[..., : spans * each].reshape(*read.shape[:-1], spans, each).any(-1)
     past = np.arange(1, spans + 1) * each
     ends = torch.from_numpy(past) if isinstance(own, torch.Tensor) else past
-    return ~any_read & (ends <= own[:, None])  # type: ignore[return-value]
+    return ~any_read & (ends <= own[:, None])

@@ -75,6 +75,7 @@ class Assembler:
             "modes": modes,
             "patterns": patterns,
             "anchors": anchors,
+            "tails": point.tails.astype(np.uint8),
         }
 
     def _packed(self, layer: int, head: int, pattern: int) -> bytes:

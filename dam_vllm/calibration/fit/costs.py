@@ -1,4 +1,4 @@
-"""What choosing pages costs: a measured table by platform and head size."""
+"""What choosing pages and tails cost: measured tables by platform and head size."""
 
 from dataclasses import dataclass
 
@@ -53,3 +53,45 @@ def choosing_costs(platform: str, head_size: int, channels: np.ndarray) -> np.nd
     rotations = [each.rotation for _, each in table]
     factor, rotation = (np.interp(np.log2(head_size), sizes, part) for part in (factors, rotations))
     return np.where(channels > 0, channels / (2 * head_size) * factor + rotation, 0.0)
+
+
+@dataclass(frozen=True)
+class MeasuredTail:
+    """Shares of the dense attention that a head with a tail replaces.
+
+    Attributes:
+        sums: the sums of weights on the pages that are read, over their density.
+        spans: means of all spans.
+    """
+
+    sums: float
+    spans: float
+
+
+TAILS: dict[str, dict[int, MeasuredTail]] = {
+    "cpu": {
+        32: MeasuredTail(0.20, 0.02),
+    },
+    # FlashAttention tells the sums. Products with means of 128 tokens; not measured.
+    "cuda": {128: MeasuredTail(0.0, 0.02)},
+}
+
+
+def tail_costs(platform: str, head_size: int, densities: np.ndarray) -> np.ndarray:
+    """What a tail costs, in units of a head's dense attention.
+
+    Args:
+        platform: kind of device, "cpu" or "cuda".
+        head_size: channels of a head.
+        densities: of heads that have one.
+
+    Returns:
+        float64 like the densities.
+    """
+    table = sorted(TAILS[platform].items())
+    sizes = np.log2([size for size, _ in table])
+    sums, spans = (
+        np.interp(np.log2(head_size), sizes, part)
+        for part in ([each.sums for _, each in table], [each.spans for _, each in table])
+    )
+    return np.asarray(densities * sums + (1 - densities) * spans)

@@ -26,6 +26,7 @@ class Point:
         chosen: int [layers, kv_heads], candidate, DENSE or REUSE.
         anchors: int [layers, kv_heads], the anchor of heads that reuse pages, heads of all layers
             counted through; else NONE.
+        tails: bool [layers, kv_heads], which heads have a tail.
         top1: measured share of equal best tokens, of the kind of text that loses most.
         source: which proposal it comes from.
     """
@@ -35,6 +36,7 @@ class Point:
     cost: float
     chosen: np.ndarray
     anchors: np.ndarray
+    tails: np.ndarray
     top1: float | None = None
     source: str = ""
 
@@ -43,7 +45,7 @@ class Point:
         dense, reuse = (int((self.chosen == mode).sum()) for mode in (DENSE, REUSE))
         found: dict[str, float | str | None] = {
             "density": self.density, "loss": self.loss, "cost": self.cost,
-            "dense_heads": dense, "reuse_heads": reuse,
+            "dense_heads": dense, "reuse_heads": reuse, "tails": int(self.tails.sum()),
         }  # fmt: skip
         return found if self.top1 is None else found | {"top1": self.top1, "source": self.source}
 
@@ -53,7 +55,8 @@ class Memory:
     """How many KV heads may keep all their pages.
 
     Attributes:
-        keeps: bool [candidates], those that can read any page; dense and reusing heads can too.
+        keeps: bool [candidates], those that can read any page; dense and reusing heads, and heads
+            with a tail, keep all theirs too.
         target: largest share of the KV heads of full-attention layers.
     """
 
@@ -63,17 +66,19 @@ class Memory:
 
 @dataclass(frozen=True)
 class Options:
-    """What heads may become.
+    """What heads may become; where the first dimension is 2, without a tail and with one.
 
     Attributes:
-        risks: KL that each candidate is predicted to cause [layers, kinds, kv_heads, candidates].
+        risks: KL that each candidate is predicted to cause [2, layers, kinds, kv_heads,
+            candidates].
         densities: [layers, kv_heads, candidates].
-        costs: densities with what choosing costs.
+        costs: densities with what choosing and tails cost [2, layers, kv_heads, candidates].
         layers: full-attention layers.
         anchors: int [layers, kv_heads, slots], whose pages each head could read, or NONE.
-        read_risks: KL that reading them causes, by the anchor's candidate [layers, kinds,
+        read_risks: KL that reading them causes, by the anchor's candidate [2, layers, kinds,
             kv_heads, slots, candidates]; inf where that was not measured.
-        read_densities: [layers, kv_heads, slots, candidates]; it is all that a reader pays.
+        read_densities: [layers, kv_heads, slots, candidates].
+        read_costs: the same with what tails cost [2, layers, kv_heads, slots, candidates].
     """
 
     risks: np.ndarray
@@ -83,6 +88,7 @@ class Options:
     anchors: np.ndarray
     read_risks: np.ndarray
     read_densities: np.ndarray
+    read_costs: np.ndarray
 
     def allowing(self, anchors: np.ndarray | None) -> "Options":
         """The options under an assignment: int [layers, kv_heads], or None for no reuse."""
@@ -109,8 +115,11 @@ def curve(options: Options, memory: Memory | None = None) -> list[Point]:
         CalibrationError: if no choice keeps within the memory.
     """
     shape = options.densities.shape[:2]
-    points = [Point(0.0, 1.0, 1.0, np.full(shape, DENSE), np.full(shape, NONE))]
-    keeps = np.ones(options.costs.shape[2]) if memory is None else memory.keeps.astype(float)
+    nobody = np.zeros(shape, dtype=bool)
+    points = [Point(0.0, 1.0, 1.0, np.full(shape, DENSE), np.full(shape, NONE), nobody)]
+    keeps = np.ones((2, options.costs.shape[-1]))
+    if memory is not None:
+        keeps[0] = memory.keeps
     for rent in (0.0,) if memory is None else RENTS:
         points += [_at_price(options, price, price * rent, keeps) for price in PRICES]
     if memory is not None:
@@ -131,17 +140,53 @@ def curve(options: Options, memory: Memory | None = None) -> list[Point]:
 
 def _at_price(options: Options, price: float, rent: float, keeps: np.ndarray) -> Point:
     """The choice at a price of risk and a rent for keeping all pages."""
-    layers, kv_heads, count = options.costs.shape
-    own = options.costs + price * options.risks.max(axis=1) + rent * keeps
+    _, layers, kv_heads, count = options.costs.shape
+    own = options.costs + price * options.risks.max(axis=2) + rent * keeps[:, None, None]
+    reading = options.read_costs + price * options.read_risks.max(axis=2) + rent
     reader, slot = (options.anchors.reshape(layers * kv_heads, -1) != NONE).nonzero()
     at = (reader // kv_heads, reader % kv_heads, slot)
-    read_risks = options.read_risks.max(axis=1)[at]
-    pairs = Pairs(
-        reader, options.anchors[at], options.read_densities[at] + price * read_risks + rent
-    )
-    chosen, anchors = settle(own.reshape(-1, count), 1.0 + rent, pairs)
+    pairs = Pairs(reader, options.anchors[at], reading.min(axis=0)[at])
+    chosen, anchors = settle(own.min(axis=0).reshape(-1, count), 1.0 + rent, pairs)
     chosen, anchors = chosen.reshape(layers, kv_heads), anchors.reshape(layers, kv_heads)
-    risks, densities, costs = _taken(options, chosen, anchors)
+    return _point(options, chosen, anchors, own.argmin(axis=0), reading.argmin(axis=0))
+
+
+def _point(
+    options: Options,
+    chosen: np.ndarray,
+    anchors: np.ndarray,
+    own_tails: np.ndarray,
+    read_tails: np.ndarray,
+) -> Point:
+    """A choice with its risk, density and cost.
+
+    Args:
+        options: what heads may become.
+        chosen: int [layers, kv_heads].
+        anchors: int [layers, kv_heads].
+        own_tails: int [layers, kv_heads, candidates], 1 where a tail is worth its price.
+        read_tails: int [layers, kv_heads, slots, candidates], likewise of readers.
+    """
+    shape, kinds = chosen.shape, options.risks.shape[2]
+    risks = np.zeros((shape[0], kinds, shape[1]))
+    densities, costs, tails = np.ones(shape), np.ones(shape), np.zeros(shape, dtype=bool)
+    for at, index in np.ndenumerate(chosen):
+        layer, head = at
+        if index == REUSE:
+            slot = int((options.anchors[at] == anchors[at]).argmax())
+            of_anchor = (head, slot, chosen.flat[anchors[at]])
+            tail = read_tails[layer, *of_anchor]
+            risks[layer, :, head] = options.read_risks[tail, layer, :, *of_anchor]
+            densities[at] = options.read_densities[layer, *of_anchor]
+            costs[at] = options.read_costs[tail, layer, *of_anchor]
+        elif index != DENSE:
+            tail = own_tails[*at, index]
+            risks[layer, :, head] = options.risks[tail, layer, :, head, index]
+            densities[at] = options.densities[*at, index]
+            costs[at] = options.costs[tail, *at, index]
+        else:
+            continue
+        tails[at] = tail
     full = options.layers
     return Point(
         float(risks[full].sum(axis=(0, 2)).max()),
@@ -149,33 +194,15 @@ def _at_price(options: Options, price: float, rent: float, keeps: np.ndarray) ->
         float(costs[full].mean()),
         chosen,
         anchors,
+        tails,
     )
-
-
-def _taken(
-    options: Options, chosen: np.ndarray, anchors: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Risks [layers, kinds, kv_heads], densities and costs [layers, kv_heads] of a choice."""
-    shape, kinds = chosen.shape, options.risks.shape[1]
-    risks = np.zeros((shape[0], kinds, shape[1]))
-    densities, costs = np.ones(shape), np.ones(shape)
-    for (layer, head), index in np.ndenumerate(chosen):
-        if index == REUSE:
-            slot = int((options.anchors[layer, head] == anchors[layer, head]).argmax())
-            of_anchor = (layer, head, slot, chosen.flat[anchors[layer, head]])
-            risks[layer, :, head] = options.read_risks[layer, :, head, slot, of_anchor[3]]
-            densities[layer, head] = costs[layer, head] = options.read_densities[of_anchor]
-        elif index != DENSE:
-            risks[layer, :, head] = options.risks[layer, :, head, index]
-            densities[layer, head] = options.densities[layer, head, index]
-            costs[layer, head] = options.costs[layer, head, index]
-    return risks, densities, costs
 
 
 def _kept(point: Point, memory: Memory, layers: list[int]) -> float:
     """Share of KV heads that keep all their pages."""
     chosen = point.chosen[layers]
-    return float(np.mean((chosen < 0) | memory.keeps[np.maximum(chosen, 0)]))
+    kept = (chosen < 0) | memory.keeps[np.maximum(chosen, 0)] | point.tails[layers]
+    return float(np.mean(kept))
 
 
 def pick(points: list[Point], target_error: float | None, target_density: float | None) -> Point:

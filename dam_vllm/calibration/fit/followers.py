@@ -27,7 +27,7 @@ def worth_trying(
     Returns:
         bool [layers, kv_heads, candidates].
     """
-    errors = worst_by_part(relative_errors(sums), sums.strata).max(axis=2)
+    errors = worst_by_part(relative_errors(sums)[0], sums.strata).max(axis=2)
     dynamic = np.array([each.budget is not None for each in candidates])
     measures = np.concatenate([errors, costs[None]])
     no_worse = (measures[..., :, None] <= measures[..., None, :]).all(axis=0)
@@ -47,8 +47,8 @@ class TextFollowers:
     """Hook that measures the readers of every layer on one text.
 
     Args:
-        error: float64 [layers, strata, kv_heads, slots, candidates], where squared errors of
-            readers are added, by their anchor's candidate.
+        error: float64 [2, layers, strata, kv_heads, slots, candidates], where squared errors of
+            readers are added, by their anchor's candidate, without a tail and with one.
         blocks: rows of the text.
         patterns: of each full-attention layer.
         candidates: all of them.
@@ -106,9 +106,9 @@ class TextFollowers:
         rows = split_rows(states, head, block.position, self.page)
         for slot, anchor in enumerate(anchors):
             if anchor != NONE:
-                error = rows.errors(chosen[anchor] | anyway).double().sum(dim=(1, 2))
-                at = (states.layer, block.stratum, head, slot)
-                self.error[at][self.tried[anchor]] += error.cpu().numpy()
+                error = rows.errors(chosen[anchor] | anyway)
+                at = (slice(None), states.layer, block.stratum, head, slot)
+                self.error[at][:, self.tried[anchor]] += error.cpu().numpy()
 
     def _choose(
         self, states: LayerStates, head: int, block: Block, anyway: torch.Tensor

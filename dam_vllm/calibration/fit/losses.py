@@ -30,7 +30,8 @@ class Sums:
 
     Attributes:
         strata: names "kind/part/length" of the strata of rows.
-        error: float64 [layers, strata, kv_heads, candidates], squared errors.
+        error: float64 [2, layers, strata, kv_heads, candidates], squared errors without a tail and
+            with one.
         norm: float64 [layers, strata], squared norms of the layer's whole attention output.
         chosen: float64 [layers, kv_heads, candidates], pages chosen in prefill.
         causal: float64 [layers], pages there were to choose from.
@@ -52,7 +53,7 @@ class Sums:
     def empty(cls, strata: list[str], layers: int, kv_heads: int, candidates: int) -> "Sums":
         return cls(
             strata,
-            np.zeros((layers, len(strata), kv_heads, candidates)),
+            np.zeros((2, layers, len(strata), kv_heads, candidates)),
             np.zeros((layers, len(strata))),
             np.zeros((layers, kv_heads, candidates)),
             np.zeros(layers),
@@ -167,8 +168,7 @@ class TextLosses:
         layer, sums = states.layer, self.sums
         rows = split_rows(states, head, block.position, self.page)
         anyway, selected = self._selections(states, head, block)
-        error = rows.errors(selected).double().sum(dim=(1, 2))
-        sums.error[layer, block.stratum, head] += error.cpu().numpy()
+        sums.error[:, layer, block.stratum, head] += rows.errors(selected).cpu().numpy()
         sums.norm[layer, block.stratum] += float(rows.full.double().square().sum())
         return selected[self.reference] & ~anyway, anyway, _shares(rows)
 

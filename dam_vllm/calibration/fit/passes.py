@@ -76,13 +76,13 @@ class Passes:
             tried: bool [layers, kv_heads, candidates], what anchors choose by.
 
         Returns:
-            float64 [layers, strata, kv_heads, slots, candidates].
+            float64 [2, layers, strata, kv_heads, slots, candidates], without a tail and with one.
 
         Raises:
             CalibrationStopped: if the caller stopped it; the store holds the finished texts.
         """
         layers, kv_heads = self.rotations.shape[:2]
-        shape = (layers, len(self.strata), kv_heads, anchors.shape[1], len(self.candidates))
+        shape = (2, layers, len(self.strata), kv_heads, anchors.shape[1], len(self.candidates))
         total, store = np.zeros(shape), self.inputs.store
         for row, text in enumerate(self.texts):
             error = store.readers(row)

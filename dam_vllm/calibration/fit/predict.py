@@ -82,37 +82,38 @@ def read_densities(
 
 
 def risks(sums: Sums, weights: np.ndarray) -> np.ndarray:
-    """KL that each candidate is predicted to cause.
+    """KL that each candidate is predicted to cause, without a tail and with one.
 
     Args:
         sums: of all texts.
         weights: KL per squared error [parts, layers, kinds, kv_heads] (`probes.sensitivities`).
 
     Returns:
-        float64 [layers, kinds, kv_heads, candidates].
+        float64 [2, layers, kinds, kv_heads, candidates].
     """
     by_part = worst_by_part(relative_errors(sums), sums.strata)
-    return np.asarray((by_part * weights[..., None]).sum(axis=0))
+    return np.asarray((by_part * weights[:, None, ..., None]).sum(axis=0))
 
 
 def read_risks(
     sums: Sums, error: np.ndarray, anchors: np.ndarray, tried: np.ndarray, weights: np.ndarray
 ) -> np.ndarray:
-    """KL that reading an anchor's pages is predicted to cause, by the anchor's candidate.
+    """KL that reading an anchor's pages is predicted to cause, see `risks`.
 
     Args:
         sums: of all texts.
-        error: squared errors [layers, strata, kv_heads, slots, candidates].
+        error: squared errors [2, layers, strata, kv_heads, slots, candidates].
         anchors: int [layers, kv_heads, slots].
         tried: bool [layers, kv_heads, candidates], what anchors choose by.
         weights: as for `risks`.
 
     Returns:
-        float64 [layers, kinds, kv_heads, slots, candidates], inf where nothing was measured.
+        float64 [2, layers, kinds, kv_heads, slots, candidates], by the anchor's candidate; inf
+        where nothing was measured.
     """
     relative = error / np.maximum(sums.norm, 1e-30)[:, :, None, None, None]
-    by_part = worst_by_part(relative.reshape(*error.shape[:3], -1), sums.strata)
-    found = (by_part * weights[..., None]).sum(axis=0)
-    found = found.reshape(*found.shape[:3], *error.shape[3:])
+    by_part = worst_by_part(relative.reshape(*error.shape[:4], -1), sums.strata)
+    found = (by_part * weights[:, None, ..., None]).sum(axis=0)
+    found = found.reshape(*found.shape[:4], *error.shape[4:])
     measured = tried.reshape(-1, tried.shape[-1])[anchors] & (anchors != NONE)[..., None]
     return np.where(measured[:, None], found, np.inf)

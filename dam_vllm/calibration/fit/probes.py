@@ -44,11 +44,11 @@ def worst_by_part(errors: np.ndarray, strata: list[str]) -> np.ndarray:
     """Largest squared error over lengths, of each part of a text.
 
     Args:
-        errors: squared relative errors [layers, strata, kv_heads, candidates].
+        errors: squared relative errors [..., layers, strata, kv_heads, candidates].
         strata: names "kind/part/length".
 
     Returns:
-        float64 [parts, layers, kinds, kv_heads, candidates].
+        float64 [parts, ..., layers, kinds, kv_heads, candidates].
     """
     split = [stratum.split("/") for stratum in strata]
     found = []
@@ -57,12 +57,12 @@ def worst_by_part(errors: np.ndarray, strata: list[str]) -> np.ndarray:
             [row for row, (*named, _) in enumerate(split) if named == [kind, part]]
             for kind in kinds_of(strata)
         ]
-        found.append([errors[:, some].max(axis=1, initial=0.0) for some in rows])
-    return np.stack([np.stack(each, axis=1) for each in found])
+        found.append([errors[..., some, :, :].max(axis=-3, initial=0.0) for some in rows])
+    return np.stack([np.stack(each, axis=-3) for each in found])
 
 
 def relative_errors(sums: Sums) -> np.ndarray:
-    """Squared errors over the layer's squared output: [layers, strata, kv_heads, candidates]."""
+    """Squared errors over the layer's squared output, see `Sums.error`."""
     return sums.error / np.maximum(sums.norm, 1e-30)[:, :, None, None]
 
 
@@ -144,7 +144,9 @@ def probe(
     size = (len(shape.layer_types), shape.kv_heads)
     none = np.full(size, NONE)
     masks = [
-        assembler.masks(Point(0.0, 1.0, 1.0, np.full(size, index), none))
+        assembler.masks(
+            Point(0.0, 1.0, 1.0, np.full(size, index), none, np.zeros(size, dtype=bool))
+        )
         for index in probes(assembler.candidates)
     ]
     kls = np.zeros((len(masks), len(PARTS), size[0], len(kinds), shape.kv_heads + 1))

@@ -67,7 +67,7 @@ class Prover:
 
         It is measured once a choice, also over several runs.
         """
-        choice = np.stack([point.chosen, point.anchors]).astype(np.int64)
+        choice = np.stack([point.chosen, point.anchors, point.tails]).astype(np.int64)
         key = hashlib.sha256(choice.tobytes()).hexdigest()[:16]
         found = self._inputs.store.proof(key)
         if found is None:

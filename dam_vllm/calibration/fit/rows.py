@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from dam_vllm.calibration.fit.states import LayerStates
+from dam_vllm.masks.tails import span_pages, unread_spans
 
 TINY = 1e-30  # a row's pages may hold so little mass that it vanishes: its output is then zero
 
@@ -17,20 +18,28 @@ class Rows:
         mass: float32 [query_blocks, pages, rows], unnormalised attention mass; 0 where not causal.
         output: float32 [query_blocks, pages, rows, head_size], mass times values.
         full: float32 [query_blocks, rows, head_size], full attention.
+        tail_mass: float32 [query_blocks, spans, rows], what spans count in a tail.
+        means: float32 [spans, head_size], mean values of spans.
+        own: int64 [query_blocks], pages of their first queries.
+        page: tokens a page.
     """
 
     mass: torch.Tensor
     output: torch.Tensor
     full: torch.Tensor
+    tail_mass: torch.Tensor
+    means: torch.Tensor
+    own: torch.Tensor
+    page: int
 
     def errors(self, selected: torch.Tensor) -> torch.Tensor:
-        """Squared error of each row's output under selections.
+        """Squared errors of rows' outputs under selections, summed over query blocks and rows.
 
         Args:
             selected: bool [candidates, query_blocks, pages]; own pages included.
 
         Returns:
-            float32 [candidates, query_blocks, rows].
+            float64 [2, candidates], without a tail and with one.
         """
         query_blocks, pages, rows, size = self.output.shape
         chosen = selected.transpose(0, 1).to(self.mass.dtype)
@@ -38,8 +47,17 @@ class Rows:
         output = (chosen @ self.output.view(query_blocks, pages, rows * size)).view(
             query_blocks, -1, rows, size
         )
+        alone = self._error(output, mass)
+        unread = unread_spans(selected, self.own, self.page).transpose(0, 1)
+        unread = unread[..., : len(self.means)].to(mass.dtype)
+        tail = unread[..., None] * self.tail_mass[:, None]
+        output += tail.transpose(2, 3) @ self.means
+        return torch.stack([alone, self._error(output, mass + tail.sum(dim=2))])
+
+    def _error(self, output: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
+        """Of unnormalised outputs [query_blocks, candidates, rows, ...]: float64 [candidates]."""
         error = output / mass.clamp_min(TINY)[..., None] - self.full[:, None]
-        return error.square().sum(dim=-1).transpose(0, 1)
+        return error.square().sum(dim=-1).double().sum(dim=(0, 2))
 
 
 def logits(
@@ -62,9 +80,9 @@ def logits(
     basis = rotation[:, :channels]
     query = states.query[states.query_heads(head), position].float() @ basis
     key = states.key[head, :stop].float() @ basis
-    scores = query.permute(1, 2, 0, 3).flatten(1, 2) @ key.t() * states.scale
-    if states.softcap:
-        scores = states.softcap * torch.tanh(scores / states.softcap)
+    scores = capped(
+        query.permute(1, 2, 0, 3).flatten(1, 2) @ key.t() * states.scale, states.softcap
+    )
     future = (
         torch.arange(stop, device=key.device)
         > position.repeat_interleave(heads_per_kv, 1)[..., None]
@@ -93,7 +111,8 @@ def split_rows(states: LayerStates, head: int, position: torch.Tensor, page: int
     size = states.key.shape[-1]
     identity = torch.eye(size, device=states.key.device)
     scores = logits(states, head, position, identity, size)
-    weights = (scores - scores.amax(dim=-1, keepdim=True)).exp_()
+    largest = scores.amax(dim=-1, keepdim=True)
+    weights = (scores - largest).exp_()
     paged = by_page(weights, page, 0.0).transpose(1, 2)  # [query_blocks, pages, rows, page]
     value = states.value[head, : scores.shape[-1]].float()
     short = -len(value) % page
@@ -101,4 +120,26 @@ def split_rows(states: LayerStates, head: int, position: torch.Tensor, page: int
     output = paged @ value
     mass = paged.sum(dim=-1)
     full = output.sum(dim=1) / mass.sum(dim=1)[..., None]
-    return Rows(mass, output, full)
+    own = position[:, 0] // page
+    keys, means = span_means(states, head, int(own.max()) * page, page)
+    query = states.query[states.query_heads(head), position].float().permute(1, 2, 0, 3)
+    tail = capped(query.flatten(1, 2) @ keys.t() * states.scale, states.softcap) - largest
+    tail_mass = (tail.exp_() * (span_pages(page) * page)).transpose(1, 2)
+    return Rows(mass, output, full, tail_mass, means, own, page)
+
+
+def span_means(
+    states: LayerStates, head: int, tokens: int, page: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean keys and values of whole spans among the first tokens: [spans, head_size] each."""
+    span = span_pages(page) * page
+    key, value = (
+        each[head, : tokens // span * span].float().unflatten(0, (-1, span)).mean(dim=1)
+        for each in (states.key, states.value)
+    )
+    return key, value
+
+
+def capped(scores: torch.Tensor, softcap: float) -> torch.Tensor:
+    """Soft-capped scores; as they are where `softcap` is 0."""
+    return softcap * torch.tanh(scores / softcap) if softcap else scores

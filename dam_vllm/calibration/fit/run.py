@@ -16,7 +16,7 @@ from dam_vllm.calibration.fit.candidates import (
     default_channels,
     layer_patterns,
 )
-from dam_vllm.calibration.fit.costs import choosing_costs
+from dam_vllm.calibration.fit.costs import choosing_costs, tail_costs
 from dam_vllm.calibration.fit.curve import Memory, Options, Point, curve
 from dam_vllm.calibration.fit.followers import worth_trying
 from dam_vllm.calibration.fit.inputs import FitInputs, Prompt, proof_rows
@@ -127,6 +127,7 @@ class _Fit:
         every = (passes.candidates, passes.patterns, assembler.shares)
         densities = predict.densities(*every, length, page)
         choosing = self._choosing(passes.candidates, shape[-1])
+        own = densities + choosing * self.config.choosing_cost
         kept = shares(sums, self.config.ranks)
         assignments = proposals(kept, shape[1])
         flat = slots(assignments, kept)
@@ -138,11 +139,12 @@ class _Fit:
             Options(
                 predict.risks(sums, weights),
                 densities,
-                densities + choosing * self.config.choosing_cost,
+                self._with_tails(own, densities, shape[-1]),
                 self.inputs.layers,
                 anchors,
                 predict.read_risks(sums, error, anchors, tried, weights),
                 read_densities,
+                self._with_tails(read_densities, read_densities, shape[-1]),
             )
             for weights in self._weights(passes, assembler, sums)
         ]
@@ -150,7 +152,7 @@ class _Fit:
 
     def _weights(self, passes: Passes, assembler: Assembler, sums: Sums) -> list[np.ndarray]:
         """KL per squared error [parts, layers, kinds, kv_heads], by each trust."""
-        by_part = worst_by_part(relative_errors(sums), sums.strata)
+        by_part = worst_by_part(relative_errors(sums)[0], sums.strata)
         kls = probe(self.inputs, assembler, passes.texts, kinds_of(sums.strata))
         errors = np.stack([by_part[..., index] for index in probes(passes.candidates)])
         return [sensitivities(kls, errors, trust) for trust in TRUSTS]
@@ -196,6 +198,12 @@ class _Fit:
         assert self.config.platform is not None
         return choosing_costs(self.config.platform, head_size, channels)
 
+    def _with_tails(self, costs: np.ndarray, densities: np.ndarray, head_size: int) -> np.ndarray:
+        """Costs without a tail and with one, by densities: [2, ...]."""
+        assert self.config.platform is not None
+        tails = tail_costs(self.config.platform, head_size, densities)
+        return np.stack([costs, costs + tails * self.config.choosing_cost])
+
     def _report(
         self,
         texts: list[FitText],
@@ -221,12 +229,15 @@ class _Fit:
         """Each KV head's mode in words."""
         kv_heads = point.chosen.shape[1]
 
-        def words(index: int, anchor: int) -> str:
+        def words(index: int, anchor: int, tail: bool) -> str:
+            if index == DENSE:
+                return "dense"
+            told = every[index].describe(self.inputs.patterns) if index != REUSE else ""
             if index == REUSE:
-                return f"reuse layer {anchor // kv_heads} head {anchor % kv_heads}"
-            return "dense" if index == DENSE else every[index].describe(self.inputs.patterns)
+                told = f"reuse layer {anchor // kv_heads} head {anchor % kv_heads}"
+            return f"{told}, tail" if tail else told
 
+        arrays = (point.chosen.tolist(), point.anchors.tolist(), point.tails.tolist())
         return [
-            [words(index, anchor) for index, anchor in zip(*row, strict=True)]
-            for row in zip(point.chosen.tolist(), point.anchors.tolist(), strict=True)
+            [words(*head) for head in zip(*row, strict=True)] for row in zip(*arrays, strict=True)
         ]

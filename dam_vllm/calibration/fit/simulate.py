@@ -1,5 +1,7 @@
 """A model under masks, in transformers: the pages that serving would read, at dense speed."""
 
+import math
+
 import numpy as np
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
@@ -8,10 +10,12 @@ from dam_vllm.attention.cpu.cached_keys import CachedKeys
 from dam_vllm.attention.cpu.select import Asking, choose_dynamic
 from dam_vllm.attention.dynamic_heads import DynamicHeads
 from dam_vllm.attention.query_blocks import QueryBlocks, cut_query_blocks
+from dam_vllm.calibration.fit.rows import capped, span_means
 from dam_vllm.calibration.fit.states import LayerStates
 from dam_vllm.masks.mask_set import HeadMode, MaskSet
 from dam_vllm.masks.page_tables import PageSelector, PageTables, page_tables
 from dam_vllm.masks.rounding import ceil_div
+from dam_vllm.masks.tails import span_pages, unread_spans
 
 ROWS = 128  # queries that are looked at together: few enough to share most of their pages
 
@@ -91,22 +95,31 @@ class Simulation:
     def attend(
         self, states: LayerStates, head: int, rows: torch.Tensor, pages: torch.Tensor
     ) -> torch.Tensor:
-        """Attention of some queries over their pages bool [queries, pages]; no other is looked at.
+        """Attention of some queries over their pages bool [queries, pages], and its tail.
+
+        No other page is looked at but for means of spans.
 
         Returns:
             [heads_per_kv, queries, head_size].
         """
-        keys, mask = self.keys_read(rows, pages)
-        return attention(states, head, rows, keys, mask)
-
-    def keys_read(
-        self, rows: torch.Tensor, pages: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys int64 [keys] that some queries read, and which reads which bool [queries, keys]."""
         read = pages.any(dim=0).nonzero().squeeze(1)
         keys = (read[:, None] * self.page + torch.arange(self.page)).flatten()
         keys = keys[keys <= rows[-1]]
-        return keys, pages[:, keys // self.page] & (keys <= rows[:, None])
+        mask = pages[:, keys // self.page] & (keys <= rows[:, None])
+        if not self.has_tail(states.layer, head):
+            return attention(states, head, rows, keys, mask)
+        own = rows // self.page
+        key, value = span_means(states, head, int(own[-1]) * self.page, self.page)
+        unread = unread_spans(pages, own, self.page)[:, : len(key)]
+        tail = masked_scores(states, head, rows, key, unread)
+        tail += math.log(span_pages(self.page) * self.page)
+        scores = masked_scores(states, head, rows, states.key[head, keys], mask)
+        weights = torch.cat([scores, tail], dim=-1).softmax(dim=-1)
+        return weights @ torch.cat([states.value[head, keys], value])
+
+    def has_tail(self, layer: int, head: int) -> bool:
+        """Whether means of spans stand for what a head does not read."""
+        return self.masks.tails is not None and bool(self.masks.tails[layer, head])
 
     def pages(self, states: LayerStates, head: int) -> torch.Tensor:
         """Pages that each of the states' queries reads, bool [queries, pages]."""
@@ -213,7 +226,5 @@ def masked_scores(
 ) -> torch.Tensor:
     """Scores of some queries on [keys, head_size], -inf outside of a mask bool [queries, keys]."""
     query = states.query[states.query_heads(head)][:, rows - states.first]
-    scores = query @ key.t() * states.scale
-    if states.softcap:
-        scores = states.softcap * torch.tanh(scores / states.softcap)
+    scores = capped(query @ key.t() * states.scale, states.softcap)
     return scores.masked_fill(~mask, float("-inf"))

@@ -92,15 +92,19 @@ def head_bounds(masks: MaskSet, page: int, dense_below: int) -> HeadBounds:
         dense_below: query positions below it read everything, in tokens.
 
     Returns:
-        The bounds; static heads of layers that the masks cover are bounded.
+        The bounds; static heads without a tail are bounded in layers that the masks cover.
     """
     query_block = query_block_size(page)
     full = np.array([kind == "full" for kind in masks.header.layer_types])
+    bounded = (masks.modes == HeadMode.STATIC) & full[:, None]
+    if masks.tails is not None:
+        # Means of spans lie where their last page does.
+        bounded &= masks.tails == 0
     return HeadBounds(
         page=page,
         query_block=query_block,
         start=dense_until(max(dense_below, masks.pcl), page),
-        bounded=(masks.modes == HeadMode.STATIC) & full[:, None],
+        bounded=bounded,
         sinks=np.maximum(1, ceil_div(_kept(masks.columns, masks.kv_heads), page)),
         window=ceil_div(np.maximum(0, _kept(masks.diagonals, masks.kv_heads) - 1), page),
     )

@@ -18,6 +18,7 @@ from dam_vllm.options import OptionError
 from tests.unit.calibration.conftest import WORDS, build, save_tokenizer
 
 PAGE, SIZE = 16, 8
+DELTAS = (Estimate.DELTA, Estimate.BOTH)
 
 
 @pytest.fixture
@@ -46,15 +47,24 @@ def naive(states, reads, head, row, span):
     return total / weight
 
 
-@pytest.mark.parametrize(("span", "period"), [(0, 0), (16, 0), (64, 0), (0, 24), (32, 16)])
-def test_estimates_are_their_definition(rng, random_masks, states, span, period):
-    masks = random_masks(layers=1, share=0.02)
-    tokens, prompt = states.query.shape[1], 287
-    found = Estimated(masks, PAGE, prompt, None, span, period)(states)
+@pytest.fixture(autouse=True)
+def short_spans(monkeypatch):
+    monkeypatch.setattr("dam_vllm.masks.tails.SPAN", 32)
+
+
+@pytest.mark.parametrize("estimate", list(Estimate))
+def test_estimates_are_their_definition(rng, random_masks, states, estimate):
+    masks = random_masks(layers=1, share=0.02, tails=True)
+    tokens, prompt, period = states.query.shape[1], 287, 24 if estimate in DELTAS else 0
+    served = estimate.tails(masks)
+    found = Estimated(served, PAGE, prompt, None, period)(states)
+    tails = {"fitted": masks.tails[0].tolist(), "tail": [1, 1], "both": [1, 1]}
+    spans = [32 * has for has in tails.get(estimate, [0, 0]) for _ in range(2)]
     reads = page_mask(masks, 0, 0, tokens, PAGE)
     causal = np.tri(tokens, dtype=bool)
     for head in range(4):
         for row in [0, 15, 160, *rng.choice(tokens, 5), 286, 287, tokens - 1]:
+            span = spans[head]
             expected = naive(states, reads[head, row], head, row, span)
             if period and row < prompt:
                 first = row // period * period
@@ -65,15 +75,15 @@ def test_estimates_are_their_definition(rng, random_masks, states, span, period)
 
 def test_what_is_compared_alone_is_the_same(random_masks, states):
     """Delta rows that are not compared themselves are computed all the same."""
-    masks, rows = random_masks(layers=1, share=0.02), [3, 77, 200, 299]
-    whole = Estimated(masks, PAGE, 290, None, 32, 24)(states)
-    some = Estimated(masks, PAGE, 290, rows, 32, 24)(states)
+    masks, rows = random_masks(layers=1, share=0.02, tails=True), [3, 77, 200, 299]
+    whole = Estimated(masks, PAGE, 290, None, 24)(states)
+    some = Estimated(masks, PAGE, 290, rows, 24)(states)
     torch.testing.assert_close(some[:, rows], whole[:, rows])
 
 
 def test_what_an_estimate_costs_is_counted(random_masks, states):
-    masks = random_masks(layers=1, share=0.02)
-    hook = Estimated(masks, PAGE, 300, None, 32, 24)
+    masks = Estimate.TAIL.tails(random_masks(layers=1, share=0.02))
+    hook = Estimated(masks, PAGE, 300, None, 24)
     hook(states)
     reads = page_mask(masks, 0, 0, 300, PAGE)[::2]
     for head in range(2):
@@ -98,17 +108,18 @@ def text(tmp_path):
 def test_a_model_is_measured_under_every_estimate(tmp_path, random_masks, text):
     model, tokenizer = build("gqa"), save_tokenizer(tmp_path)
     prepare(model)
-    masks = random_masks(layers=3, dynamic=True, reuse=True, head_size=SIZE)
+    masks = random_masks(layers=3, dynamic=True, reuse=True, tails=True, head_size=SIZE)
+    masks.tails[0], masks.tails[1:] = 1, 0
     masks.header.parameters["fit"] = {"page": 32}
-    case = mass.Case(text, 200, 2, 1, list(Estimate), 32, 24)
+    case = mass.Case(text, 200, 2, 1, list(Estimate), 24)
     advanced = []
     rows = list(mass.measure(case, [masks], model, tokenizer, lambda: advanced.append(1)))
-    assert [row["estimate"] for row in rows] == ["none", "tail", "delta", "both"]
-    assert len(advanced) == 4
-    none, tail, delta, both = rows
-    assert none["extra"] == 0 < tail["extra"] < both["extra"]
+    assert [row["estimate"] for row in rows] == ["none", "fitted", "tail", "delta", "both"]
+    assert len(advanced) == 5
+    none, fitted, tail, delta, both = rows
+    assert none["extra"] == 0 < fitted["extra"] < tail["extra"] < both["extra"]
     assert 0 < delta["extra"] < both["extra"]
-    assert len({row["kl"] for row in rows}) == 4
+    assert len({row["kl"] for row in rows}) == 5
     assert all(row["kl"] > 0 and 0 < row["read"] < 1 for row in rows)
 
 
@@ -117,20 +128,15 @@ def test_what_reads_everything_agrees_with_itself(tmp_path, text):
     build("gqa").save_pretrained(folder)
     save_tokenizer(folder)
     file = tmp_path / "dense.safetensors"
-    masks, case = dense(str(folder)), mass.Case(text, 100, 1, 0, [Estimate.BOTH], 32, 24)
+    masks, case = dense(str(folder)), mass.Case(text, 100, 1, 0, [Estimate.BOTH], 24)
     save_mask_set(masks, file)
-    with pytest.raises(OptionError, match=r"--span is 32: must be a multiple of 128"):
-        list(mass.measure_file(case, str(folder), file, [None], lambda: None))
     masks.header.parameters["fit"] = {"page": 32}
     save_mask_set(masks, file)
     (row,) = mass.measure_file(case, str(folder), file, [None], lambda: None)
     assert row["kl"] == pytest.approx(0, abs=1e-9)
     assert (row["top1"], row["read"], row["extra"], row["replies"]) == (1, 1, 0, None)
-    with pytest.raises(OptionError, match=r"--span is 48: must be a multiple of 32"):
-        list(mass.measure_file(mass.Case(text, 100, 1, 0, [], 48, 1), str(folder), file, [None],
-                               lambda: None))  # fmt: skip
     with pytest.raises(OptionError, match=r"must have at least 900 for --windows 9 of 100 tokens"):
-        list(mass.measure_file(mass.Case(text, 100, 9, 0, [], 32, 1), str(folder), file, [None],
+        list(mass.measure_file(mass.Case(text, 100, 9, 0, [], 1), str(folder), file, [None],
                                lambda: None))  # fmt: skip
     text.write_bytes(b"\xff\xfe")
     with pytest.raises(OptionError, match=r"--text is '.*', must be a UTF-8 text file"):

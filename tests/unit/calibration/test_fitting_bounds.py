@@ -26,7 +26,7 @@ def test_readers_are_tried_under_what_nothing_beats(rng):
     sums.error[..., 0], costs[..., 0] = 0.0, 0.0
     tried = worth_trying(sums, costs, CANDIDATES, 99)
     for layer, head in np.ndindex(2, 2):
-        error = sums.error[layer, :, head]
+        error = sums.error[0, layer, :, head]
         measures = [
             (costs[layer, head, index], *error[:, index]) for index in range(len(CANDIDATES))
         ]

@@ -1,6 +1,7 @@
 """Which candidate each head takes, and what decides it."""
 
 import dataclasses
+import itertools
 from functools import partial
 
 import numpy as np
@@ -38,16 +39,19 @@ PAGE, SIZE = 16, 8
 
 
 def options(risks, densities, costs, layers):
-    """What heads may become that read no other's pages."""
-    shape = densities.shape[:2]
+    """What heads may become that read no other's pages; tails cost and do nothing if not given."""
+    if risks.ndim == 4:
+        risks, costs = np.stack([risks, risks]), np.stack([costs, costs + 0.01])
+    shape, count = densities.shape[:2], densities.shape[2]
     return Options(
         risks,
         densities,
         costs,
         layers,
         anchors=np.full((*shape, 1), NONE),
-        read_risks=np.full((shape[0], risks.shape[1], shape[1], 1, densities.shape[2]), np.inf),
-        read_densities=np.ones((*shape, 1, densities.shape[2])),
+        read_risks=np.full((2, shape[0], risks.shape[2], shape[1], 1, count), np.inf),
+        read_densities=np.ones((*shape, 1, count)),
+        read_costs=np.ones((2, *shape, 1, count)),
     )
 
 
@@ -62,6 +66,46 @@ def test_a_local_head_turns_static_a_seeking_one_dynamic_a_diffuse_one_dense():
     assert tight.loss == pytest.approx(1e-6, rel=0.01)
     loose = pick(curve(options(risks, costs, costs, [0])), 2.0, None)
     assert loose.chosen.tolist() == [[0, 0, 0]]
+
+
+def test_a_head_takes_a_tail_where_that_is_cheaper_than_reading_more():
+    """Of two heads that spread, one is helped by a tail, the other needs more pages."""
+    densities = np.array([[[0.1, 0.4]] * 2])
+    alone = np.array([[[0.1, 1e-4], [0.1, 1e-4]]])[:, None]
+    with_tail = np.array([[[2e-4, 1e-6], [0.09, 1e-4]]])[:, None]
+    costs = np.stack([densities, densities + 0.02])
+    found = pick(curve(options(np.stack([alone, with_tail]), densities, costs, [0])), 1e-3, None)
+    assert found.chosen.tolist() == [[0, 1]]
+    assert found.tails.tolist() == [[True, False]]
+    assert found.loss == pytest.approx(3e-4)
+    assert found.density == pytest.approx(0.25)
+    assert found.cost == pytest.approx(0.26)
+
+
+def test_readers_take_tails_too():
+    densities, nothing = np.array([[[0.3], [0.9]]]), np.array([[[[1e-4], [1e-4]]]])
+    read_risks = np.array([[[[[np.inf]], [[0.5]]]], [[[[np.inf]], [[1e-4]]]]])[:, None]
+    read_risks = read_risks.reshape(2, 1, 1, 2, 1, 1)
+    read = np.array([[[[1.0]], [[0.3]]]])
+    found = Options(
+        np.stack([nothing] * 2), densities, np.stack([densities, densities + 0.02]), [0],
+        np.array([[[NONE], [0]]]), read_risks, read, np.stack([read, read + 0.02]),
+    )  # fmt: skip
+    taken = pick(curve(found), 1e-3, None)
+    assert taken.chosen.tolist() == [[0, REUSE]]
+    assert taken.tails.tolist() == [[False, True]]
+    assert taken.loss == pytest.approx(2e-4)
+    assert taken.cost == pytest.approx(0.31)
+
+
+def test_what_has_a_tail_keeps_all_its_pages():
+    densities = np.full((1, 2, 1), 0.1)
+    risks = np.array([np.full((1, 1, 2, 1), 0.1), np.full((1, 1, 2, 1), 0.001)])
+    costs = np.stack([densities, densities + 0.02])
+    every = options(risks, densities, costs, [0])
+    assert pick(curve(every), 0.01, None).tails.all()
+    for point in curve(every, Memory(np.array([False]), 0.0)):
+        assert not point.tails.any()
 
 
 def test_loosening_never_costs_more(rng):
@@ -204,19 +248,19 @@ def test_losses_are_those_of_the_masks_that_are_served(rng, patterns):
     assert set(rows[strata.index("kv/reply/256")]) == set(range(prompt, tokens))
     for index, candidate in enumerate(each):
         nobody = np.full((1, 2), NONE)
-        masks = assembler.masks(Point(0.0, 1.0, 1.0, np.full((1, 2), index), nobody))
-        for head in range(2):
-            error = naive(states, served(masks, states, head, prompt)) - whole
+        masks = assembler.masks(Point(0.0, 1.0, 1.0, np.full((1, 2), index), nobody, nobody == 0))
+        for tail, head in itertools.product(range(2), range(2)):
+            error = naive(states, served(masks, states, head, prompt), [head] * tail) - whole
             error = error[:, 2 * head : 2 * head + 2].square().sum(dim=(1, 2))
             for stratum, positions in rows.items():
                 expected = float(error[positions].sum())
-                found = sums.error[0, stratum, head, index]
+                found = sums.error[tail, 0, stratum, head, index]
                 assert found == pytest.approx(expected, rel=1e-3, abs=1e-4), (candidate, strata)
     norms = whole.square().sum(dim=(1, 2))
     for stratum, positions in rows.items():
         assert sums.norm[0, stratum] == pytest.approx(float(norms[positions].sum()), rel=1e-4)
     np.testing.assert_allclose(
-        relative_errors(sums)[0, 1], sums.error[0, 1] / sums.norm[0, 1], rtol=1e-9
+        relative_errors(sums)[1, 0, 1], sums.error[1, 0, 1] / sums.norm[0, 1], rtol=1e-9
     )
 
 
@@ -238,7 +282,7 @@ def test_readers_lose_what_masks_that_reuse_pages_lose(rng, patterns):
     tried = np.zeros((1, 2, len(each)), dtype=bool)
     tried[:, :, dynamic] = True
     tried[:, 0, dynamic[0]] = False
-    error = np.zeros((1, len(strata), 2, 2, len(each)))
+    error = np.zeros((2, 1, len(strata), 2, 2, len(each)))
     anchors = np.array([[1, NONE], [0, NONE]])
     TextFollowers(
         error, [part for block in blocks for part in block.split(3)], pages, each, anchors, tried,
@@ -249,34 +293,35 @@ def test_readers_lose_what_masks_that_reuse_pages_lose(rng, patterns):
     )
     whole = naive(states, torch.ones(4, tokens, tokens, dtype=torch.bool).tril())
     assert not error[..., 1, :].any()
-    assert not error[0, :, 1, 0, dynamic[0]].any()
+    assert not error[:, 0, :, 1, 0, dynamic[0]].any()
     for head in range(2):
         for index in dynamic[1:]:
             chosen = np.full((1, 2), index)
             chosen[0, head] = REUSE
             flat = np.full((1, 2), NONE)
             flat[0, head] = 1 - head
-            masks = assembler.masks(Point(0.0, 1.0, 1.0, chosen, flat))
+            masks = assembler.masks(Point(0.0, 1.0, 1.0, chosen, flat, flat == 1 - head))
+            assert masks.tails[0].tolist() == [head == 0, head == 1]
             assert masks.anchors[0, head].tolist() == [0, 1 - head]
             static = torch.from_numpy(page_mask(masks, 0, 0, tokens, PAGE, query_block=PAGE))
             kept = served(masks, states, 1 - head, prompt)
             kept = kept[2 * (1 - head) : 2 * (1 - head) + 2]
             mask = torch.ones(4, tokens, tokens, dtype=torch.bool).tril()
             mask[2 * head : 2 * head + 2] = static[2 * head : 2 * head + 2] | kept
-            lost = naive(states, mask) - whole
-            lost = lost[:, 2 * head : 2 * head + 2].square().sum(dim=(1, 2))
-            for stratum in range(len(strata)):
+            for tail, stratum in itertools.product(range(2), range(len(strata))):
+                lost = naive(states, mask, [head] * tail) - whole
+                lost = lost[:, 2 * head : 2 * head + 2].square().sum(dim=(1, 2))
                 rows = [
                     row for block in blocks if block.stratum == stratum
                     for row in block.position.flatten().tolist()
                 ]  # fmt: skip
-                found = error[0, stratum, head, 0, index]
+                found = error[tail, 0, stratum, head, 0, index]
                 assert found == pytest.approx(float(lost[rows].sum()), rel=1e-3, abs=1e-4)
 
 
-def naive(states, mask):
+def naive(states, mask, tails=()):
     query, key, value = (part.transpose(0, 1) for part in (states.query, states.key, states.value))
-    return masked_attention(query, key, value, mask, states.scale)
+    return masked_attention(query, key, value, mask, states.scale, tails=tails, page=PAGE)
 
 
 def served(masks, states, head, prompt):

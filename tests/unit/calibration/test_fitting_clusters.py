@@ -95,11 +95,14 @@ def test_a_curve_counts_readers_without_choosing():
     risks = np.array([[[[0.2, 1e-4]] * 2]])
     densities = np.array([[[0.05, 0.2]] * 2])
     costs = densities + np.array([0.0, 0.4])
+    read = np.array([[[[1.0, 1.0]], [[1.0, 0.22]]]])
+    read_risks = np.array([[[[[np.inf, np.inf]], [[np.inf, 2e-4]]]]])
     options = Options(
-        risks, densities, costs, [0],
+        np.stack([risks, risks]), densities, np.stack([costs, costs + 0.01]), [0],
         anchors=np.array([[[NONE], [0]]]),
-        read_risks=np.array([[[[[np.inf, np.inf]], [[np.inf, 2e-4]]]]]),
-        read_densities=np.array([[[[1.0, 1.0]], [[1.0, 0.22]]]]),
+        read_risks=np.stack([read_risks, read_risks]),
+        read_densities=read,
+        read_costs=np.stack([read, read + 0.01]),
     )  # fmt: skip
     found = [each for each in curve(options) if (each.chosen == REUSE).any()]
     assert [each.chosen.tolist() for each in found] == [[[1, REUSE]]]
@@ -107,6 +110,7 @@ def test_a_curve_counts_readers_without_choosing():
     assert found[0].loss == pytest.approx(3e-4)
     assert found[0].density == pytest.approx(0.21)
     assert found[0].cost == pytest.approx((0.6 + 0.22) / 2)
+    assert not found[0].tails.any()
     for each in curve(options.allowing(None)):
         assert (each.chosen != REUSE).all()
     allowed = curve(options.allowing(np.array([[NONE, 0]])))

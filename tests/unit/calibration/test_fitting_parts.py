@@ -32,36 +32,38 @@ def random_states(rng, tokens, heads=4, kv_heads=2, size=24, softcap=0.0, layer=
     )
 
 
-def expected_output(states, mask):
+def expected_output(states, mask, tails=()):
     """Naive attention under bool [heads, queries, keys]: [heads, tokens, size]."""
     each = (part.transpose(0, 1) for part in (states.query, states.key, states.value))
-    return masked_attention(*each, mask, states.scale, states.softcap).transpose(0, 1)
+    found = masked_attention(*each, mask, states.scale, states.softcap, tails, PAGE)
+    return found.transpose(0, 1)
 
 
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
 def test_pages_add_up_to_attention_under_any_selection(rng, softcap):
-    states = random_states(rng, 75, softcap=softcap)
-    position = torch.tensor([[17, 18, 19], [68, 69, 70]])
+    tokens = 395
+    states = random_states(rng, tokens, softcap=softcap)
+    position = torch.tensor([[17, 18, 19], [388, 389, 390]])
     head, heads_per_kv = 1, states.heads_per_kv
     rows = split_rows(states, head, position, PAGE)
     pages = rows.mass.shape[1]
     selected = torch.from_numpy(rng.random((6, len(position), pages)) < 0.4)
     selected[:, torch.arange(2), position[:, 0] // PAGE] = True
     selected[0] = True
-    found = rows.errors(selected)
     heads = slice(head * heads_per_kv, (head + 1) * heads_per_kv)
-    causal = torch.ones(75, 75, dtype=torch.bool).tril()
+    causal = torch.ones(tokens, tokens, dtype=torch.bool).tril()
     full = expected_output(states, causal.expand(4, -1, -1))
     for each, query_blocks in enumerate(selected):
-        for query_block, chosen in enumerate(query_blocks):
-            keys = chosen.repeat_interleave(PAGE)[:75]
-            keys = torch.nn.functional.pad(keys, (0, 75 - len(keys)))
-            other = expected_output(states, (causal & keys).expand(4, -1, -1))
-            error = (other - full)[heads, position[query_block]].square().sum(dim=-1)
-            # Rows run query by query, the heads of the KV head inside.
-            torch.testing.assert_close(
-                found[each, query_block], error.t().flatten(), rtol=1e-3, atol=1e-6
-            )
+        for tail in range(2):
+            error = 0.0
+            for query_block, chosen in enumerate(query_blocks):
+                keys = chosen.repeat_interleave(PAGE)[:tokens]
+                keys = torch.nn.functional.pad(keys, (0, tokens - len(keys)))
+                mask = (causal & keys).expand(4, -1, -1)
+                other = expected_output(states, mask, [head] * tail)
+                lost = (other - full)[heads, position[query_block]]
+                error += float(lost.double().square().sum())
+            assert float(rows.errors(selected)[tail, each]) == pytest.approx(error, 1e-3, 1e-6)
 
 
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
@@ -75,13 +77,13 @@ def test_simulation_of_the_last_queries_is_that_of_all(rng, random_masks, softca
         torch.testing.assert_close(end(last), whole(states)[:, first:], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("tokens", "prompt"), [(150, 131), (96, 96), (161, 128)])
+@pytest.mark.parametrize(("tokens", "prompt"), [(350, 331), (96, 96), (361, 328)])
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
 def test_simulation_is_attention_over_the_served_pages(
     rng, random_masks, monkeypatch, tokens, prompt, softcap
 ):
     monkeypatch.setattr("dam_vllm.calibration.fit.simulate.ROWS", 50)
-    masks = random_masks(dynamic=True, dense=True, layers=2)
+    masks = random_masks(dynamic=True, dense=True, tails=True, layers=2)
     heads_per_kv = masks.heads // masks.kv_heads
     for layer in range(masks.layers):
         states = random_states(rng, tokens, softcap=softcap, layer=layer)
@@ -91,7 +93,8 @@ def test_simulation_is_attention_over_the_served_pages(
             mask[head * heads_per_kv : (head + 1) * heads_per_kv] = served(
                 masks, states, head, prompt
             )
-        expected = expected_output(states, torch.from_numpy(mask))
+        tails = masks.tails[layer].nonzero()[0]
+        expected = expected_output(states, torch.from_numpy(mask), tails)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
         full = expected_output(states, torch.ones_like(torch.from_numpy(mask)).tril())
         some = Simulation(masks, PAGE, prompt, (17, tokens - 3))(states)

@@ -13,7 +13,7 @@ from dam_vllm.calibration.fit.proof import Curve, frontier, propose, ranked, sea
 def point(loss, density, cost=None):
     cost = density + 0.1 if cost is None else cost
     number = np.full((1, 1), round(density * 100))
-    return Point(loss, density, cost, number, number)
+    return Point(loss, density, cost, number, number, number == 0)
 
 
 HOPEFUL = [point(0.0, 1.0), point(0.1, 0.4), point(0.2, 0.2), point(0.9, 0.05)]
