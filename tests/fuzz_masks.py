@@ -82,7 +82,7 @@ def check_meaning(masks):
         assert full[layer] or not masks.columns[layer].any()
         assert full[layer] or not np.unpackbits(masks.true_bits[layer]).any()
         for head in range(masks.kv_heads):
-            check_mode(masks.modes, masks.anchors, full, layer, head)
+            check_mode(masks.modes, masks.anchors, masks.tails, full, layer, head)
             if masks.dynamic is not None:
                 check_dynamic(masks.dynamic, layer, head)
     for name in ("coverage", "coverage_extended", "density_heads", "density_kv"):
@@ -96,9 +96,13 @@ def check_meaning(masks):
         check_frontier(masks, full)
 
 
-def check_mode(modes, anchors, full, layer, head):
-    """The same of one KV head's mode and anchor."""
+def check_mode(modes, anchors, tails, full, layer, head):
+    """The same of one KV head's mode, anchor and tail."""
     assert modes[layer, head] in (0, 1, 2, 3)
+    if tails is not None and tails[layer, head] != 0:
+        assert tails[layer, head] == 1
+        assert modes[layer, head] != 2
+        assert full[layer]
     if modes[layer, head] == 3:
         above, anchor = anchors[layer, head].tolist()
         assert 0 <= above <= layer
@@ -116,8 +120,9 @@ def check_frontier(masks, full):
         own = {name: getattr(frontier, name)[point] for name in DYNAMIC_FIELDS}
         dynamic = None if masks.dynamic is None else replace(masks.dynamic, **own)
         modes, anchors = frontier.modes[point], frontier.anchors[point]
+        tails = frontier.tails[point]
         for layer, head in np.ndindex(modes.shape):
-            check_mode(modes, anchors, full, layer, head)
+            check_mode(modes, anchors, tails, full, layer, head)
             assert dynamic is not None or modes[layer, head] != 1
             if dynamic is not None:
                 check_dynamic(dynamic, layer, head)

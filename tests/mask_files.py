@@ -66,7 +66,7 @@ class Parts:
 
 
 def full_mask_set(rng, reach=None):
-    """Random masks with all arrays: a reusing head, a layer left to vLLM, coverage, density."""
+    """Random masks with all arrays: a reusing head, tails, a layer left to vLLM, coverage, density."""
     masks = random_mask_set(rng, layers=3, pcl=77, dynamic=True)
     columns, diagonals = rng.random((2, 3, 4, reach or 77)) < 0.03
     masks.header.layer_types[1] = "sliding"
@@ -75,12 +75,14 @@ def full_mask_set(rng, reach=None):
         array[1] = 0
     modes, anchors = masks.modes.copy(), np.full((3, 2, 2), -1, np.int32)
     modes[2, 0], anchors[2, 0] = HeadMode.REUSE, (0, 1)
+    tails = np.array([[1, 0], [0, 0], [0, 1]], np.uint8)
     return replace(
         masks,
         columns=columns,
         diagonals=diagonals,
         modes=modes,
         anchors=anchors,
+        tails=tails,
         coverage=rng.random((3, 4), np.float32),
         coverage_extended=np.full((3, 4), np.nan, np.float32),
         density_lengths=np.array([77, 4096], np.int32),

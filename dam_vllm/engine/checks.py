@@ -157,7 +157,10 @@ def _refuse_connector(config: VllmConfig, serving: Serving) -> None:
     # Keys of dynamic heads are stored rotated: pages mean nothing to a process with other masks.
     # Tails are kept beside the cache, and do not come along with its pages.
     masks = serving.masks
-    kinds = {"dynamic heads": (masks.modes == HeadMode.DYNAMIC).any(), "tails": masks.tails is not None}
+    kinds = {
+        "dynamic heads": (masks.modes == HeadMode.DYNAMIC).any(),
+        "tails": masks.tails is not None,
+    }
     if config.kv_transfer_config is None:
         return
     for kind in (kind for kind, present in kinds.items() if present):

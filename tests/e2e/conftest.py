@@ -110,7 +110,7 @@ def told_seed(seed):
 
 @pytest.fixture(scope="session")
 def mask_files(tmp_path_factory, seed):
-    """Random masks, others with dynamic heads and with reusing ones, and dense ones."""
+    """Random masks, others with dynamic heads, with reusing ones and tails, and dense ones."""
     folder = tmp_path_factory.mktemp("masks")
     model = str(model_dir())
     rng = np.random.default_rng(seed)
@@ -119,7 +119,7 @@ def mask_files(tmp_path_factory, seed):
     for name in kinds:
         masks = random_mask_set(
             rng, 4, 8, 4, pcl=333, share=0.006, dense=True, dynamic=name != "random",
-            reuse=name == "reuse", head_size=32, fingerprint=fingerprint(model),
+            reuse=name == "reuse", tails=name == "reuse", head_size=32, fingerprint=fingerprint(model),
         )  # fmt: skip
         save_mask_set(masks, files[name])
     save_mask_set(dense(model), files["dense"])

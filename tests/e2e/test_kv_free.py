@@ -32,7 +32,7 @@ ASKED = {"new", "poison", "cancel", "sliding_window"}
 
 @pytest.fixture(scope="module")
 def masks(tmp_path_factory, seed):
-    """Mask files: heads of all modes, static, dense in every other layer; the demo model's own."""
+    """Mask files: heads of all modes, some with tails, static, dense in every other layer; the demo model's own."""
     print(f"seed {seed}")
     folder = tmp_path_factory.mktemp("bounded")
     rng = np.random.default_rng(seed)
@@ -46,8 +46,10 @@ def masks(tmp_path_factory, seed):
     mixed = random_mask_set(
         rng, 4, 8, 4, pcl=333, share=0.006, dynamic=True, head_size=32, fingerprint=identity
     )
+    tails = np.zeros((4, 4), np.uint8)
+    tails[0, 0] = tails[1, 2] = tails[2, 3] = 1
     save_mask_set(static, folder / "static")
-    save_mask_set(replace(mixed, modes=modes, anchors=anchors), folder / "mixed")
+    save_mask_set(replace(mixed, modes=modes, anchors=anchors, tails=tails), folder / "mixed")
     static.modes[::2] = HeadMode.DENSE
     save_mask_set(static, folder / "halves")
     made = {name: str(folder / name) for name in ("static", "mixed", "halves")}

@@ -6,6 +6,7 @@ by plain ones. Where pages of single heads are freed, or none to compare with, m
 than the prompt, and pages that nobody holds are filled with NaN.
 """
 
+import dataclasses
 import gc
 import json
 import os
@@ -71,6 +72,9 @@ def short_masks() -> str:
     made.modes[:] = HeadMode.STATIC
     # No layer can be freed whole.
     made.modes[range(4), [3, 0, 2, 1]] = [HeadMode.DENSE, *[HeadMode.DYNAMIC] * 3]
+    tails = np.zeros((4, 4), np.uint8)
+    tails[1, 0] = tails[2, 1] = 1  # a dynamic head and a static one
+    made = dataclasses.replace(made, tails=tails)
     file = tempfile.mkdtemp() + "/masks.safetensors"
     save_mask_set(made, file)
     return file

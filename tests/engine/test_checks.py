@@ -163,8 +163,29 @@ def test_rotated_pages_stay_in_the_process(tmp_path, rng):
     file = tmp_path / "masks.safetensors"
     save_mask_set(demo_masks(rng), file)
     assert admit(config(file)).masks.dynamic is not None
-    with pytest.raises(OptionError, match="--kv-transfer-config names Some"):
+    with pytest.raises(OptionError, match="--kv-transfer-config names Some.* has dynamic heads"):
         admit(config(file, kv_transfer_config={"kv_connector": "Some"}))
+
+
+def test_tails_stay_in_the_process_and_stand_for_whole_pages(tmp_path, rng):
+    from dam_vllm.engine.checks import admit
+    from dam_vllm.engine.report import describe
+
+    file = tmp_path / "masks.safetensors"
+    made = streaming(MODEL, 4, 64)
+    made = dataclasses.replace(made, tails=(rng.random(made.modes.shape) < 0.5).astype(np.uint8))
+    made.tails[0, 0] = 1
+    save_mask_set(made, file)
+    told = describe(admit(config(file)), 32, 4096)
+    layers = made.tails.any(axis=1).sum()
+    (line,) = [line for line in told if "have a tail" in line]
+    assert line.startswith(f"{made.tails.sum()} KV heads have a tail")
+    assert f"{layers} layers means of 128 tokens take 1/32" in line
+    with pytest.raises(OptionError, match="--kv-transfer-config names Some.* has tails"):
+        admit(config(file, kv_transfer_config={"kv_connector": "Some"}))
+    exact = {"dam": {"masks": str(file), "granularity": "token", "kernel": "naive"}}
+    with pytest.raises(OptionError, match=r"dam\.granularity is 'token': mask file .* has tails"):
+        admit(config(file, additional_config=exact))
 
 
 def test_a_target_chooses_from_the_frontier(tmp_path, rng):

@@ -28,7 +28,7 @@ from dam_vllm.calibration.settings import CalibrationConfig, FitConfig
 from dam_vllm.masks.baselines import dense, streaming
 from dam_vllm.masks.file import load_mask_set, save_mask_set
 from dam_vllm.masks.mask_set import HeadMode
-from tests.conftest import fresh_seed, random_dynamic
+from tests.conftest import fresh_seed, random_dynamic, random_tails
 from tests.e2e.engine_run import RESULT
 from tests.engine.families import HEAD_SIZE, REFUSED, SERVED, windowed, write
 from tests.unit.calibration.conftest import texts_file  # noqa: F401 - a fixture
@@ -126,7 +126,8 @@ def some_dynamic(masks):
     chosen = [(layer, head) for layer in full for head in range(masks.kv_heads)][1::2]
     modes[tuple(np.transpose(chosen))] = HeadMode.DYNAMIC
     dynamic = random_dynamic(rng, *modes.shape, HEAD_SIZE)
-    return replace(masks, modes=modes, dynamic=dynamic)
+    tails = random_tails(rng, modes) * np.isin(np.arange(len(modes)), full)[:, None]
+    return replace(masks, modes=modes, dynamic=dynamic, tails=tails.astype(np.uint8))
 
 
 def window(folder, tokens):

@@ -53,3 +53,35 @@ def test_exact_mask_is_the_rule_below_dense_ones(random_masks):
     assert mask[:2, 319].all()
     assert mask[:, 143, :144].all()
     assert not mask[:, 143, 144:].any()
+
+
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+def test_a_tail_is_spans_means_as_often_as_they_have_tokens(rng, softcap):
+    """Written as attention over copies: each key and value of an unread span is its mean."""
+    torch.manual_seed(int(rng.integers(2**31)))
+    page, tokens, new = 48, 500, 90  # spans of 144 tokens
+    query, key = torch.randn(new, 4, 8) * 2, torch.randn(tokens, 2, 8)
+    value = torch.randn(tokens, 2, 8)
+    read = torch.rand(4, 11) < 0.2
+    read[:, [0, 8, 9, 10]] = True
+    read[:, 1:3] = False
+    read[2:, 3:6] = False
+    causal = torch.arange(tokens) <= torch.arange(tokens - new, tokens)[:, None]
+    mask = read.repeat_interleave(page, dim=1)[:, None, :tokens] & causal
+    found = masked_attention(query, key, value, mask, 0.3, softcap, [1], page)
+    expected = masked_attention(query, key, value, mask, 0.3, softcap)
+    for head in (2, 3):
+        for row in range(new):
+            own, seen = (tokens - new + row) // page * page, mask[head, row].clone()
+            keys, values = key[:, 1:].clone(), value[:, 1:].clone()
+            for start in range(0, own - 143, 144):
+                span = slice(start, start + 144)
+                if not seen[span].any():
+                    keys[span], values[span] = keys[span].mean(0), values[span].mean(0)
+                    seen[span] = True
+            expected[row, head] = masked_attention(
+                query[row : row + 1, head : head + 1], keys, values, seen[None, None], 0.3, softcap
+            )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    plain = masked_attention(query, key, value, mask, 0.3, softcap)
+    assert (found[:, 2:] - plain[:, 2:]).abs().max() > 0.01

@@ -79,3 +79,12 @@ def test_a_larger_window_frees_less():
     first, last = bounds.unread(4000)
     assert dataclasses.replace(bounds, window=5).unread(4000) == (first, last - 3)
     assert dataclasses.replace(bounds, sinks=200).unread(4000) == (200, 200)
+
+
+def test_a_head_with_a_tail_keeps_its_pages(random_masks):
+    """Means of spans lie where their last page does."""
+    masks = random_masks(layers=2, heads=8, kv_heads=4, dense=True, dynamic=True, tails=True)
+    expected = (masks.modes == HeadMode.STATIC) & (masks.tails == 0)
+    masks.tails[0, 2] = 1
+    expected[0, 2] = False
+    np.testing.assert_array_equal(head_bounds(masks, 32, 0).bounded, expected)

@@ -48,7 +48,9 @@ def test_round_trip(full_masks, tmp_path):
 def test_what_is_absent_stays_absent(random_masks, path):
     save_mask_set(random_masks(dense=True), path)
     back = load_mask_set(path)
-    assert back.dynamic is back.anchors is back.coverage is back.density_lengths is None
+    assert (
+        back.dynamic is back.anchors is back.tails is back.coverage is back.density_lengths is None
+    )
 
 
 def test_the_same_masks_give_the_same_bytes(full_masks, path, tmp_path):
@@ -207,6 +209,9 @@ MEANINGLESS = [
     (put("modes", (0, 0), 4), r"modes\[0, 0\] is 4, must be from 0 to 3"),
     (put("anchors", (2, 0), (1, 1)), "layer 1, which is left to vLLM"),
     (put("anchors", (2, 0), (0, 0)), "is not dynamic"),
+    (every("tails", lambda a: a["tails"][:, :1]), "tails has shape"),
+    (put("tails", (0, 1), 2), r"tails\[0, 1\] is 2, must be from 0 to 1"),
+    (put("tails", (1, 0), 1), "layer 1, KV head 0 has a tail, but reads every page"),
     (put("coverage", (2, 1), np.inf), r"coverage\[2, 1\] is inf, must be from 0 to 1.01 or NaN"),
     (put("coverage_extended", (0, 0), -0.5), r"coverage_extended\[0, 0\] is -0.5"),
     (put("density_lengths", 0, 0), r"density_lengths\[0\] is 0, must be from 1"),
