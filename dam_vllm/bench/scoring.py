@@ -1,4 +1,4 @@
-"""What it costs to choose pages, step by step: against the dense attention that it replaces."""
+"""What choosing pages and tails cost, step by step: against the dense attention they replace."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +19,7 @@ CHOSEN = 256
 # Random keys spread the mass evenly, so that top-p adds up pages until its cap, the fit's.
 TOP_P, CAP_PAGES = 0.9, 64
 KV_HEADS = 2
-STEPS = ("rotate", "gather", "product", "select", "whole")
+STEPS = ("rotate", "gather", "product", "select", "whole", "tailed")
 TIMES = {"dense": "dense", "dam": "whole"}
 
 
@@ -48,8 +48,8 @@ def measure(
         (medians), which other work on the machine does not add to, and shares of the dense
         attention's. "rotate" turns queries and keys, "gather" takes the keys' leading channels from
         the cache, "product" is the largest score of each page, "choose" the rest of the selection
-        (own pages, mass and budget), "all" their sum. "speedup" is that of everything, attention
-        over the pages included.
+        (own pages, mass and budget), "all" their sum, "tail" is what tails take beside all that.
+        "speedup" is that of everything but tails, attention over the pages included.
     """
     rows = []
     cases = [
@@ -106,7 +106,7 @@ def shares(seconds: Mapping[str, Sequence[float]]) -> Row:
     """A row's figures.
 
     Args:
-        seconds: of each round, for "dense", "rotate", "gather", "product", "select", "whole".
+        seconds: of each round, for "dense" and all of STEPS.
 
     Returns:
         Medians in milliseconds, and ratios.
@@ -114,7 +114,8 @@ def shares(seconds: Mapping[str, Sequence[float]]) -> Row:
     each = {name: np.array(values) for name, values in seconds.items()}
     each["choose"] = each["select"] - each["gather"] - each["product"]
     each["all"] = each["select"] + each["rotate"]
-    parts = ("rotate", "gather", "product", "choose", "all")
+    each["tail"] = each["tailed"] - each["whole"]
+    parts = ("rotate", "gather", "product", "choose", "all", "tail")
     return (
         {f"{name}_ms": 1e3 * float(np.median(each[of])) for name, of in TIMES.items()}
         | {f"{name}_over_dense": float(np.median(each[name] / each["dense"])) for name in parts}

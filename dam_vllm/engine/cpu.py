@@ -4,7 +4,9 @@ Follows vllm/v1/attention/backends/cpu_attn.py (vLLM 0.32): cache layout, kernel
 sets and KV dtypes are its own; what differs is which pages the kernel is told to read.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,9 +66,12 @@ class DamCPUMetadata(CPUAttentionMetadata):
 
     Attributes:
         planned: serves the layers that it covers; None where vLLM's own path reads every page.
+        write_means: there writes a layer's means of spans that end in this step, of its name, cache
+            and dtype; else None.
     """
 
     planned: Planned | None = None
+    write_means: Callable[[str, torch.Tensor, torch.dtype], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -175,7 +180,8 @@ class DamCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         self.serving, self.names = admit(vllm_config), layer_names
         self.guessed = guessed_tokens(vllm_config, self.serving)
         self.naive = self.serving.options.kernel == "naive"
-        if (self.serving.masks.modes == HeadMode.DYNAMIC).any() or self.naive:
+        masks = self.serving.masks
+        if (masks.modes == HeadMode.DYNAMIC).any() or masks.tails is not None or self.naive:
             # Keys in the plain layout, which we read ourselves, also where AMX is.
             set_isa(self, "vec", layer_names)
         attention = vllm_config.compilation_config.static_forward_context
@@ -213,8 +219,9 @@ class DamCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             chosen = [head for heads in (dynamic, reusing) if heads for head in heads.ids]
             fixed = [head for head in range(local.heads) if head not in chosen]
             served[name] = CPULayer(
-                impl.scale, softcap, fixed, dynamic, key_scale, value_scale, reusing, index
-            )
+                impl.scale, softcap, fixed, dynamic, key_scale, value_scale, reusing, index,
+                local.tails(masks, index),
+            )  # fmt: skip
         return CPUAttention(
             served=served,
             selector=PageSelector(tables, self.serving.dense_below),
@@ -248,6 +255,9 @@ class DamCPUMetadataBuilder(CPUAttentionMetadataBuilder):
                 metadata.planned = Planned(self.oracle, self.oracle.plan(step))
             if self.sparse is not None:
                 self.sparse.count_dense(step)
+                ended = self.sparse.plan_means(step)
+                if ended is not None:
+                    metadata.write_means = partial(self.sparse.write_means, ended)
             return metadata
         if self.all_masked:
             metadata = self._geometry(common)
@@ -282,3 +292,21 @@ class DamCPUImpl(DamImpl, CPUAttentionBackendImpl):
     """Runs a step's plan, or vLLM's kernel as it stands where every page is read."""
 
     rotations = CPURotation
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        output: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        if attn_metadata is not None and attn_metadata.write_means is not None:
+            attn_metadata.write_means(layer.layer_name, kv_cache, query.dtype)
+        return super().forward(
+            layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs
+        )

@@ -65,6 +65,14 @@ def test_dynamic_steps_are_what_they_are_called(prompt):
     selected = steps.select()
     assert selected.shape == (KV_HEADS, pages + 1, pages + 1)
     assert torch.equal(selected, selected.tril())
+    read = selected.repeat_interleave(page, 1).repeat_interleave(page, 2)[:, :777, :777].tril()
+    for tails, output in (((), steps.whole()), (range(KV_HEADS), steps.tailed())):
+        query, key, value = prompt.query.float(), prompt.key.float(), prompt.value.float()
+        expected = masked_attention(
+            query, key, value, read.repeat_interleave(GROUP, 0), prompt.shape.scale,
+            tails=tails, page=page,
+        )  # fmt: skip
+        torch.testing.assert_close(output.float(), expected, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("page", [32, 128])

@@ -13,8 +13,10 @@ from dam_vllm.attention.chosen_pages import ChosenPages
 from dam_vllm.attention.cpu.cached_keys import CachedKeys
 from dam_vllm.attention.cpu.choosing import Choosing, ChoosingHeads
 from dam_vllm.attention.cpu.kernel import CPULayer, PagedKernel, VirtualBatch
+from dam_vllm.attention.cpu.layer_tails import LayerTails
 from dam_vllm.attention.cpu.plan import Plan, VirtualPages, build_plan, plan_pages
 from dam_vllm.attention.cpu.select import choose_dynamic
+from dam_vllm.attention.cpu.span_means import EndedSpans
 from dam_vllm.attention.cpu.workspace import WORKSPACE
 from dam_vllm.attention.interface import Step
 from dam_vllm.attention.layout import KVLayout
@@ -34,12 +36,14 @@ class CPUPlan:
         choosing: for dynamic and reusing heads; None without any, and where they read everything.
         where: virtual pages of all layers and heads.
         tokens: query rows of the step, without padding.
+        ended: spans whose means the step writes; None without any, and without tails.
     """
 
     fixed: Mapping[str, VirtualBatch | None]
     choosing: Choosing | None
     where: VirtualPages
     tokens: int
+    ended: EndedSpans | None
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ class CPUAttention:
     _rows: Mapping[str, int] = field(init=False)
     _fixed_heads: tuple[torch.Tensor, torch.Tensor] = field(init=False)
     _choosing: ChoosingHeads | None = field(init=False)
+    _tails: LayerTails = field(init=False)
 
     def __post_init__(self) -> None:
         rows = {name: row for row, name in enumerate(self.served)}
@@ -72,6 +77,8 @@ class CPUAttention:
         row, head = torch.tensor(fixed, dtype=torch.int64).view(-1, 2).unbind(1)
         object.__setattr__(self, "_fixed_heads", (row, head))
         object.__setattr__(self, "_choosing", ChoosingHeads.of(self.served))
+        tails = LayerTails.of(self.served, self.selector, self.layout)
+        object.__setattr__(self, "_tails", tails)
 
     @property
     def layers(self) -> Mapping[str, CPULayer]:
@@ -84,15 +91,17 @@ class CPUAttention:
 
     def plan(self, step: Step) -> CPUPlan:
         """The step's plan, over block tables that the layers share."""
+        return self.plan_over(step, self._where(step))
+
+    def _where(self, step: Step) -> VirtualPages:
         pages = ceil_div(int(step.seq_lens.max()), self.selector.page)
         table = step.block_table[:, :pages]
-        where = VirtualPages.of_layers(table, self.selector.layers, self.selector.heads)
-        return self.plan_over(step, where)
+        return VirtualPages.of_layers(table, self.selector.layers, self.selector.heads)
 
     def plan_over(self, step: Step, where: VirtualPages) -> CPUPlan:
         """The step's plan over virtual pages of all layers and heads, wherever they lie."""
         blocks = cut_query_blocks(step.query_start_loc, step.seq_lens, self.selector.query_block)
-        plan = build_plan(self.selector, blocks, where)
+        plan = build_plan(self.selector, blocks, where, self._tails.fixed)
         self._count_fixed(plan, self._weights(blocks, step))
         fixed = {
             name: self._fixed(plan, row, layer.fixed)
@@ -102,7 +111,7 @@ class CPUAttention:
         if self._choosing is not None:
             asked = cut_query_blocks(step.query_start_loc, step.seq_lens, self.selector.page)
             choosing = self._choosing.plan(asked, self._weights(asked, step))
-        return CPUPlan(fixed, choosing, where, step.tokens)
+        return CPUPlan(fixed, choosing, where, step.tokens, self._tails.ended(step))
 
     def _weights(self, blocks: QueryBlocks, step: Step) -> QueryWeights | None:
         if self.counts is None:
@@ -121,7 +130,28 @@ class CPUAttention:
             name: VirtualBatch(None, tables[row], lens, starts, schedule)
             for row, name in enumerate(self.served)
         }
-        return CPUPlan(fixed, None, where, step.tokens)
+        return CPUPlan(fixed, None, where, step.tokens, self._tails.ended(step))
+
+    def plan_means(self, step: Step) -> CPUPlan | None:
+        """For `write_means` alone, where vLLM's own path reads everything; None without spans."""
+        ended = self._tails.ended(step)
+        return None if ended is None else CPUPlan({}, None, self._where(step), step.tokens, ended)
+
+    def write_means(
+        self, plan: CPUPlan, layer: str, cache: torch.Tensor, dtype: torch.dtype
+    ) -> None:
+        """Writes the means of a layer's spans that end in a step.
+
+        Args:
+            plan: the step's.
+            layer: its name; others than ours have none.
+            cache: [blocks, kv_heads, page, 2 * head_size], new keys and values in it.
+            dtype: of queries.
+        """
+        heads = self._tails.heads.get(layer)
+        if heads is not None and plan.ended is not None:
+            where = plan.where.take(self._rows[layer], heads)
+            self._tails.write(plan.ended, where, cache, dtype)
 
     def count_dense(self, step: Step) -> None:
         """Counts what a step reads all of whose queries read everything."""
@@ -145,6 +175,7 @@ class CPUAttention:
         shape = (tokens, self.selector.heads, heads // self.selector.heads, size)
         asked, result = query[:tokens].view(shape), output[:tokens].view(shape)
         batches, served = [plan.fixed[layer]], self.served[layer]
+        self.write_means(plan, layer, cache, query.dtype)
         if served.choosing and plan.choosing is not None:
             selected = self.select(plan, layer, asked, cache)
             batches.append(self._chosen(plan, layer, selected))
@@ -193,13 +224,15 @@ class CPUAttention:
         heads, weights = self._choosing.heads[layer], plan.choosing.weights
         where = plan.where.take(self._rows[layer], heads)
         blocks = plan.choosing.asking.blocks
-        made = plan_pages(selected[None], where, blocks, self.selector.page)
+        tails = self._tails.among(layer, heads)
+        made = plan_pages(selected[None], where, blocks, self.selector.page, tails)
         table, lens, starts = made.block_table[0], made.seq_lens[0], made.query_start_loc
         if self.counts is not None and weights is not None:
             pages = ceil_div(lens, self.selector.page).view(len(heads), -1)
             row = torch.full_like(heads, self.counts.row(self.served[layer].index))
             self.counts.add((row, heads), pages, weights)
-        return VirtualBatch(heads, table, lens, starts, self.kernel.schedule(starts, lens))
+        schedule = self.kernel.schedule(starts, lens)
+        return VirtualBatch(heads, table, lens, starts, schedule, made.unread[0])
 
     def _count_fixed(self, plan: Plan, weights: QueryWeights | None) -> None:
         """Counts a new step's heads whose pages are known; the worker's first layer begins it."""
@@ -217,9 +250,10 @@ class CPUAttention:
     def _fixed(self, plan: Plan, row: int, heads: Sequence[int]) -> VirtualBatch | None:
         """A layer's part of a plan that covers all KV heads, cut to some of them."""
         table, lens, starts = plan.block_table[row], plan.seq_lens[row], plan.query_start_loc
-        kv_heads = self.selector.heads
+        kv_heads, unread = self.selector.heads, plan.unread[row]
         if len(heads) == kv_heads:
-            return VirtualBatch(None, table, lens, starts, self.kernel.schedule(starts, lens))
+            schedule = self.kernel.schedule(starts, lens)
+            return VirtualBatch(None, table, lens, starts, schedule, unread)
         if not heads:
             return None
         each, which = len(lens) // kv_heads, torch.tensor(heads)
@@ -227,7 +261,8 @@ class CPUAttention:
         table = table.view(kv_heads, each, -1)[which].flatten(0, 1)
         # Queries lie head by head and as long for every head: the first heads' starts hold.
         starts = starts[: len(lens) + 1].contiguous()
-        return VirtualBatch(which, table, lens, starts, self.kernel.schedule(starts, lens))
+        unread = None if unread is None else unread.among(heads, each)
+        return VirtualBatch(which, table, lens, starts, self.kernel.schedule(starts, lens), unread)
 
     def _attend(
         self,
@@ -246,8 +281,9 @@ class CPUAttention:
         else:
             torch.index_select(query.transpose(0, 1), 0, batch.heads, out=by_head)
         keys, values = self.layout.keys_and_values(cache)
-        flat = by_head.flatten(0, 1), keys, values, result.flatten(0, 1)
-        self.kernel.attend(*flat, batch, layer)
+        asked, found = by_head.flatten(0, 1), result.flatten(0, 1)
+        self.kernel.attend(asked, keys, values, found, batch, layer)
+        self._tails.add(layer, batch, asked, cache, found)
         if batch.heads is None:
             output.copy_(result.transpose(0, 1))
         else:

@@ -11,7 +11,8 @@ import torch
 
 from dam_vllm.attention.cpu import llvm
 from dam_vllm.attention.cpu.cached_keys import CachedKeys
-from dam_vllm.attention.cpu.last_max import LOADED, LastScores
+from dam_vllm.attention.cpu.last_max import LastScores
+from dam_vllm.attention.cpu.llvm_text import LOADED
 from dam_vllm.attention.cpu.page_mass import compiled_masses
 from dam_vllm.attention.cpu.span import Span
 from dam_vllm.attention.dynamic_heads import DynamicHeads

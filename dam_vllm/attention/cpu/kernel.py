@@ -1,12 +1,46 @@
 """What a paged kernel is handed to compute attention on CPU: layers, and virtual sequences."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from dam_vllm.attention.dynamic_heads import DynamicHeads, ReusingHeads
+
+
+@dataclass(frozen=True)
+class UnreadSpans:
+    """Spans that stand for what virtual sequences do not read (`dam_vllm.masks.tails`).
+
+    Attributes:
+        sequences: int64 [n], those with such spans.
+        table: int32 [n, width], virtual ids of the spans' last pages; after a sequence's, 0.
+        counts: int64 [n], such spans of each.
+    """
+
+    sequences: torch.Tensor
+    table: torch.Tensor
+    counts: torch.Tensor
+
+    def split(self, most: int) -> Iterator["UnreadSpans"]:
+        """The same, so many sequences at a time."""
+        arrays = (self.sequences, self.table, self.counts)
+        for parts in zip(*(each.split(most) for each in arrays), strict=True):
+            yield UnreadSpans(*parts)
+
+    def among(self, heads: Sequence[int], each: int) -> "UnreadSpans":
+        """The same, numbered among sequences of some heads.
+
+        Args:
+            heads: ascending, those of these sequences and others.
+            each: sequences of a head.
+        """
+        head, block = np.divmod(self.sequences.numpy(), each)
+        return replace(
+            self, sequences=torch.from_numpy(np.searchsorted(heads, head) * each + block)
+        )
 
 
 @dataclass(frozen=True)
@@ -19,6 +53,7 @@ class VirtualBatch:
         seq_lens: int32 [n].
         query_start_loc: int32 [n + 1].
         schedule: how the kernel splits the work.
+        unread: what the kernel does not compute, the tails of some of these heads; None without.
     """
 
     heads: torch.Tensor | None
@@ -26,6 +61,7 @@ class VirtualBatch:
     seq_lens: torch.Tensor
     query_start_loc: torch.Tensor
     schedule: torch.Tensor
+    unread: UnreadSpans | None = None
 
 
 @dataclass(frozen=True)
@@ -41,6 +77,7 @@ class CPULayer:
         value_scale: factor of the stored values.
         reusing: what reusing heads follow, or None without any.
         index: global layer index, by which followers name it.
+        tails: KV heads that have one.
     """
 
     scale: float
@@ -51,6 +88,7 @@ class CPULayer:
     value_scale: float = 1.0
     reusing: ReusingHeads | None = None
     index: int = 0
+    tails: Sequence[int] = ()
 
     @property
     def choosing(self) -> list[int]:

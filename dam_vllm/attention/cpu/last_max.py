@@ -12,15 +12,13 @@ import torch
 from torch.nn.functional import pad
 
 from dam_vllm.attention.cpu import llvm
-from dam_vllm.attention.cpu.llvm_text import loop, splat
+from dam_vllm.attention.cpu.llvm_text import LOADED, loop, splat, widened
 from dam_vllm.masks.rounding import ceil_div
 
 ARGUMENTS = {
     "query": "ptr", "channels": "ptr", "positions": "ptr", "cache": "ptr", "table": "ptr",
     "result": "ptr", "own": "ptr", "pages": "i64", "units": "i64", "width": "i64", "stride": "i64",
 }  # fmt: skip
-# How LLVM loads keys of a cache; of bfloat16, which are the upper halves of float32, the bits.
-LOADED = {torch.float32: "float", torch.bfloat16: "i16", torch.float16: "half"}
 
 
 @dataclass(frozen=True)
@@ -168,24 +166,12 @@ def _tokens(rows: int, page: int, dtype: torch.dtype) -> str:
 def _products(rows: int, page: int, dtype: torch.dtype) -> str:
     """One channel's products: %sum.R.next."""
     lanes = llvm.lanes()
-    vector, kind = f"<{lanes} x float>", LOADED[dtype]
-    loaded, whole = f"<{lanes} x {kind}>", f"<{lanes} x i32>"
-    shift = f"<{', '.join(['i32 16'] * lanes)}>"
-    made = {
-        torch.float32: [f"%key = bitcast {vector} %key.words to {vector}"],
-        torch.float16: [f"%key = fpext {loaded} %key.words to {vector}"],
-        torch.bfloat16: [
-            f"%key.wide = zext {loaded} %key.words to {whole}",
-            f"%key.bits = shl {whole} %key.wide, {shift}",
-            f"%key = bitcast {whole} %key.bits to {vector}",
-        ],
-    }[dtype]
+    vector, whole = f"<{lanes} x float>", f"<{lanes} x i32>"
     lines = [
         f"%channel.line = mul i64 %depth.at, {page}",
         "%channel.at = add i64 %channel.line, %token",
-        f"%key.place = getelementptr {kind}, ptr %keys, i64 %channel.at",
-        f"%key.words = load {loaded}, ptr %key.place, align 2",
-        *made,
+        f"%key.place = getelementptr {LOADED[dtype]}, ptr %keys, i64 %channel.at",
+        widened("key", "%key.place", dtype, lanes),
     ]
     for row in range(rows):
         lines += [

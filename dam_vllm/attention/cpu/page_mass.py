@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from dam_vllm.attention.cpu import llvm
-from dam_vllm.attention.cpu.llvm_text import exponential, loop, splat
+from dam_vllm.attention.cpu.llvm_text import every, exponential, logits, loop, splat, spread
 from dam_vllm.attention.cpu.span import Span
 from dam_vllm.masks.budget import PageMasses
 
@@ -100,7 +100,7 @@ def _mass_body(lanes: int, capped: bool) -> str:
     scaled = f"""
   %score.place = {place} %scaling.at
   %score = load {vector}, ptr %score.place, align 4
-{_logits("far", "%score", lanes, capped)}
+{logits("far", "%score", lanes, capped)}
   store {vector} %far.logit, ptr %score.place, align 4
   %top.next = call {vector} {largest}({vector} %top, {vector} %far.logit)"""
     weighed = f"""
@@ -138,7 +138,7 @@ def _mass_body(lanes: int, capped: bool) -> str:
 {loop("scaling", "each.begin", "0", "%last", scaled, [("top", vector, lowest)])}
   %own.place = getelementptr {vector}, ptr %own, i64 %each.at
   %own.score = load {vector}, ptr %own.place, align 4
-{_logits("near", "%own.score", lanes, capped)}
+{logits("near", "%own.score", lanes, capped)}
   %last.place = {place} %last
   store {vector} %near.logit, ptr %last.place, align 4
   %most = call {vector} {largest}({vector} %top, {vector} %near.logit)
@@ -150,59 +150,17 @@ def _mass_body(lanes: int, capped: bool) -> str:
 {loop("sharing", "weighing.done", "0", "%causal", shared)}
 {loop("hiding", "sharing.done", "%causal", "%pages", hidden)}
 """
-    return _every_vector(
+    return every(
+        "%vectors",
         f"""
   %scale.one = load float, ptr %numbers, align 4
   %cap.place = getelementptr float, ptr %numbers, i64 1
   %cap.one = load float, ptr %cap.place, align 4
-{_spread("scale", lanes)}
-{_spread("cap", lanes)}""",
+{spread("scale", lanes)}
+{spread("cap", lanes)}""",
         body,
         "hiding.done",
     )
-
-
-def _spread(name: str, lanes: int) -> str:
-    """A vector %NAME of %NAME.one."""
-    vector, zeros = f"<{lanes} x float>", f"<{lanes} x i32> zeroinitializer"
-    return f"""
-  %{name}.first = insertelement {vector} poison, float %{name}.one, i32 0
-  %{name} = shufflevector {vector} %{name}.first, {vector} poison, {zeros}"""
-
-
-def _logits(name: str, score: str, lanes: int, capped: bool) -> str:
-    """Scaled scores, capped by tanh: %NAME.logit of a vector."""
-    vector = f"<{lanes} x float>"
-    if not capped:
-        return f"  %{name}.logit = fmul {vector} {score}, %scale"
-    # tanh(x) = (exp(2x) - 1) / (exp(2x) + 1), which is 1 in float32 from 10 on.
-    one, most, least = (splat(value, lanes) for value in (1.0, 20.0, -20.0))
-    return f"""
-  %{name}.scaled = fmul {vector} {score}, %scale
-  %{name}.ratio = fdiv {vector} %{name}.scaled, %cap
-  %{name}.twice = fadd {vector} %{name}.ratio, %{name}.ratio
-  %{name}.low = call {vector} @llvm.maxnum.v{lanes}f32({vector} %{name}.twice, {vector} {least})
-  %{name}.x = call {vector} @llvm.minnum.v{lanes}f32({vector} %{name}.low, {vector} {most})
-{exponential(f"{name}.power", f"%{name}.x", lanes)}
-  %{name}.over = fsub {vector} %{name}.power, {one}
-  %{name}.under = fadd {vector} %{name}.power, {one}
-  %{name}.tanh = fdiv {vector} %{name}.over, %{name}.under
-  %{name}.logit = fmul {vector} %{name}.tanh, %cap"""
-
-
-def _every_vector(before: str, body: str, end: str) -> str:
-    """Every thread's vectors of rows: the block `each.begin` begins with %each.at, `end` ends."""
-    return f"""{before}
-  br label %each.head
-each.head:
-  %each.at = phi i64 [%thread, %entry], [%each.next, %{end}]
-  %each.more = icmp ult i64 %each.at, %vectors
-  br i1 %each.more, label %each.begin, label %done
-each.begin:
-{body}
-  %each.next = add i64 %each.at, %threads
-  br label %each.head
-"""
 
 
 @functools.cache
@@ -213,13 +171,14 @@ def _until(lanes: int) -> llvm.Compiled:
 def _until_body(lanes: int) -> str:
     """LLVM's text of `page_until`: pages in order until all rows of a vector have enough."""
     vector, far = f"<{lanes} x float>", splat(float("inf"), lanes)
-    return _every_vector(
+    return every(
+        "%vectors",
         "",
         f"""
   %block = udiv i64 %each.at, %each
   %enough.place = getelementptr float, ptr %enough, i64 %block
   %enough.one = load float, ptr %enough.place, align 4
-{_spread("wanted", lanes).replace("%wanted.one", "%enough.one")}
+{spread("wanted", lanes).replace("%wanted.one", "%enough.one")}
   %line = mul i64 %each.at, %pages
   %mine = getelementptr {vector}, ptr %mass, i64 %line
   %order.line = mul i64 %block, %limit

@@ -19,7 +19,6 @@ from dam_vllm.attention.cpu.page_max_text import Types, body, own_body
 from dam_vllm.attention.cpu.span import Span
 from dam_vllm.attention.dynamic_heads import DynamicHeads
 from dam_vllm.masks.budget import PageMasses
-from dam_vllm.masks.rounding import ceil_div
 
 ARGUMENTS = {"query": "ptr", "keys": "ptr", "result": "ptr", "pages": "i64", "rows": "i64"}
 OWN_ARGUMENTS = {
@@ -57,7 +56,7 @@ class CompiledScores:
         """
         pairs = dtype is torch.bfloat16 and llvm.has("avx512bf16")
         types = Types(llvm.lanes(), pairs)
-        depth = ceil_div(channels, 2) if pairs else channels
+        depth = types.depth(channels)
         text = types.declaration
         return cls(
             llvm.compiled("page_max", ARGUMENTS, text, body(depth, page, types)),

@@ -8,13 +8,17 @@ them. Virtual sequences run head by head: queries must lie as [kv_heads, tokens,
 head_size].
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from dam_vllm.attention.cpu.kernel import UnreadSpans
 from dam_vllm.attention.query_blocks import QueryBlocks
+from dam_vllm.masks.mask_set import BoolArray
 from dam_vllm.masks.page_tables import PageSelector
+from dam_vllm.masks.tails import span_pages, unread_spans
 
 
 @dataclass(frozen=True)
@@ -25,11 +29,13 @@ class Plan:
         block_table: int32 [layers, n, width], virtual page ids; after a sequence's end, 0.
         seq_lens: int32 [layers, n], virtual lengths in tokens.
         query_start_loc: int32 [n + 1], rows of the head-by-head queries.
+        unread: by layer, what tails stand for; None without.
     """
 
     block_table: torch.Tensor
     seq_lens: torch.Tensor
     query_start_loc: torch.Tensor
+    unread: Sequence[UnreadSpans | None]
 
 
 @dataclass(frozen=True)
@@ -74,25 +80,31 @@ class VirtualPages:
         return ids.int()
 
 
-def build_plan(selector: PageSelector, query_blocks: QueryBlocks, where: VirtualPages) -> Plan:
+def build_plan(
+    selector: PageSelector, query_blocks: QueryBlocks, where: VirtualPages, tails: BoolArray
+) -> Plan:
     """Turns the selections of all layers and heads into virtual sequences.
 
     Args:
         selector: the worker's page tables.
         query_blocks: the batch's query blocks.
         where: virtual pages of the same layers and heads.
+        tails: [layers, heads], which have tails.
 
     Returns:
         The plan.
     """
     pages = int((query_blocks.stop.max() - 1) // selector.page) + 1
-    return plan_pages(
-        selector.select(query_blocks.index, pages), where, query_blocks, selector.page
-    )
+    selected = selector.select(query_blocks.index, pages)
+    return plan_pages(selected, where, query_blocks, selector.page, tails)
 
 
 def plan_pages(
-    selected: torch.Tensor, where: VirtualPages, query_blocks: QueryBlocks, page: int
+    selected: torch.Tensor,
+    where: VirtualPages,
+    query_blocks: QueryBlocks,
+    page: int,
+    tails: BoolArray,
 ) -> Plan:
     """Turns selected pages into virtual sequences.
 
@@ -101,6 +113,7 @@ def plan_pages(
         where: virtual pages of the same layers and heads.
         query_blocks: the batch's query blocks.
         page: tokens a page.
+        tails: [layers, heads], which have tails.
 
     Returns:
         The plan; its queries hold these heads alone, in that order.
@@ -122,7 +135,35 @@ def plan_pages(
         block_table=torch.from_numpy(table),
         seq_lens=torch.from_numpy(lens.reshape(shape).astype(np.int32)),
         query_start_loc=torch.from_numpy(starts),
+        unread=_unread(causal, where, query_blocks, page, tails),
     )
+
+
+def _unread(
+    read: BoolArray, where: VirtualPages, query_blocks: QueryBlocks, page: int, tails: BoolArray
+) -> list[UnreadSpans | None]:
+    """What tails stand for, by layer; see `plan_pages`."""
+    result: list[UnreadSpans | None] = [None] * len(read)
+    if not tails.any():
+        return result
+    unread = unread_spans(read[tails], query_blocks.start.numpy() // page, page)
+    heads, blocks, spans = unread.shape
+    last_pages = np.zeros((1, heads * blocks, read.shape[-1]), dtype=bool)
+    each = span_pages(page)
+    last_pages[0, :, each - 1 : spans * each : each] = unread.reshape(-1, spans)
+    counts = last_pages.sum(-1)
+    theirs = VirtualPages(
+        where.blocks, where.group[tails][None], where.offset[tails][None], where.scale
+    )
+    table = _compact(last_pages, counts, theirs, query_blocks.request)
+    layer, head = tails.nonzero()
+    sequences = head[:, None] * blocks + np.arange(blocks)
+    for row in np.unique(layer):
+        which = np.flatnonzero(np.repeat(layer == row, blocks) & (counts[0] > 0))
+        if len(which):
+            parts = sequences.ravel()[which], table[0, which], counts[0, which]
+            result[row] = UnreadSpans(*map(torch.from_numpy, parts))
+    return result
 
 
 def _compact(

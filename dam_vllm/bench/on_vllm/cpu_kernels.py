@@ -52,16 +52,18 @@ class Shape:
         return attention_isa(self.dtype, self.page, self.head_size)
 
     def attention(
-        self, selector: PageSelector, dynamic: DynamicHeads | None = None
+        self, selector: PageSelector, dynamic: DynamicHeads | None = None, tails: bool = False
     ) -> CPUAttention:
         """Our attention of layers of this shape: "0", "1", ...
 
         Args:
             selector: their page tables.
             dynamic: how every head chooses pages, or None for static ones.
+            tails: whether all heads have tails.
         """
-        fixed = [] if dynamic else range(self.kv_heads)
-        layer = CPULayer(self.scale, 0.0, fixed, dynamic)
+        heads = range(self.kv_heads)
+        fixed, tailed = ([] if dynamic else heads), (heads if tails else ())
+        layer = CPULayer(self.scale, 0.0, fixed, dynamic, tails=tailed)
         kernel = CPUKernel(
             self.heads // self.kv_heads, self.head_size, self.dtype, self.isa, "auto"
         )
@@ -227,6 +229,7 @@ class DynamicSteps:
         product: the largest score of each page, for a span of queries after the other; of the last.
         select: scores and chooses pages, bool [kv_heads, query_blocks, pages].
         whole: all of it and attention over the pages, [tokens, heads, head_size].
+        tailed: the same where all heads have tails.
     """
 
     rotate: Call
@@ -234,6 +237,7 @@ class DynamicSteps:
     product: Call
     select: Call
     whole: Call
+    tailed: Call
 
 
 def dynamic_steps(prompt: Prompt, masks: MaskSet) -> DynamicSteps:
@@ -253,7 +257,7 @@ def dynamic_steps(prompt: Prompt, masks: MaskSet) -> DynamicSteps:
     assert rotation is not None
     selector = PageSelector([every.tables(masks, 0, shape.page)])
     attention = shape.attention(selector, dynamic)
-    plan, output = attention.plan(prompt.step), torch.empty_like(prompt.query)
+    plan = attention.plan(prompt.step)
     grouped = prompt.query.view(len(prompt.query), shape.kv_heads, -1, shape.head_size)
 
     def rotate() -> torch.Tensor:
@@ -282,9 +286,15 @@ def dynamic_steps(prompt: Prompt, masks: MaskSet) -> DynamicSteps:
     def select() -> torch.Tensor:
         return attention.select(plan, "0", grouped, prompt.cache)
 
-    def whole() -> torch.Tensor:
-        rotate()
-        attention.run(plan, "0", prompt.query, prompt.cache, output)
-        return output
+    def everything(tails: bool) -> Call:
+        made = shape.attention(selector, dynamic, tails)
+        plan, output = made.plan(prompt.step), torch.empty_like(prompt.query)
 
-    return DynamicSteps(rotate, gather, product, select, whole)
+        def step() -> torch.Tensor:
+            rotate()
+            made.run(plan, "0", prompt.query, prompt.cache, output)
+            return output
+
+        return step
+
+    return DynamicSteps(rotate, gather, product, select, everything(False), everything(True))

@@ -13,6 +13,7 @@ def test_shares_are_medians_over_rounds_and_add_up():
         "product": [2.0, 4.0, 8.0],
         "select": [4.0, 7.0, 16.0],
         "whole": [5.0, 5.0, 40.0],
+        "tailed": [6.0, 8.0, 42.0],
     }
     row = shares(seconds)
     assert row["dense_ms"] == 20e3
@@ -20,6 +21,7 @@ def test_shares_are_medians_over_rounds_and_add_up():
     assert row["choose_over_dense"] == pytest.approx(0.15)
     assert row["all_over_dense"] == pytest.approx(0.5)
     assert row["rotate_over_dense"] == pytest.approx(0.1)
+    assert row["tail_over_dense"] == pytest.approx(0.1)
     assert row["speedup"] == 2.0
 
 

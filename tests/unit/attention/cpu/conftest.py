@@ -3,12 +3,13 @@
 import pytest
 
 from dam_vllm.attention.cpu import llvm
+from dam_vllm.attention.cpu.compiled_tail import CompiledTail
 from dam_vllm.attention.cpu.last_max import LastScores
 from dam_vllm.attention.cpu.page_max import CompiledScores
 
 
 def forget():
-    for compiled in (CompiledScores, LastScores):
+    for compiled in (CompiledScores, CompiledTail, LastScores):
         compiled.of.cache_clear()
 
 

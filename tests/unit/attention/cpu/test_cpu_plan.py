@@ -6,6 +6,7 @@ from dam_vllm.attention.cpu.plan import VirtualPages, build_plan
 from dam_vllm.attention.oracle import masked_attention, page_mask
 from dam_vllm.attention.query_blocks import cut_query_blocks
 from dam_vllm.masks.page_tables import PageSelector, page_tables
+from dam_vllm.masks.tails import span_pages
 
 
 def selector_of(masks, page, dense_below=0):
@@ -99,7 +100,8 @@ def test_plan_computes_masked_attention(rng, random_masks, page, dense_below):
     batch = Batch(rng, masks, page, [(777, 411), (300, 1), (129, 129), (5, 5), (640, 2), (1, 1)])
     query_blocks = cut_query_blocks(batch.starts, batch.lens, selector_of(masks, page).query_block)
     where = VirtualPages.of_layers(batch.block_table, masks.layers, masks.kv_heads)
-    plan = build_plan(selector_of(masks, page, dense_below), query_blocks, where)
+    tails = np.zeros((masks.layers, masks.kv_heads), bool)
+    plan = build_plan(selector_of(masks, page, dense_below), query_blocks, where, tails)
     assert plan.block_table.dtype == plan.seq_lens.dtype == torch.int32
     for layer in range(masks.layers):
         result = run(plan, layer, batch, masks.kv_heads)
@@ -114,24 +116,71 @@ def test_plan_computes_masked_attention(rng, random_masks, page, dense_below):
 
 def test_heads_may_lie_in_several_block_tables(rng, random_masks):
     """Every id is its head's: the page of its group's table, its place in the block."""
-    masks, page, pages = random_masks(pcl=150, share=0.01), 32, 12
+    masks, page, pages = random_masks(pcl=150, share=0.001, tails=True), 32, 12
     query_blocks = cut_query_blocks(torch.tensor([0, 300, 301]), torch.tensor([300, 380]), 128)
-    shape = (masks.layers, masks.kv_heads)
+    shape, tails = (masks.layers, masks.kv_heads), masks.tails.astype(bool)
     logical = torch.arange(2 * pages, dtype=torch.int32).view(1, 2, pages)
     zeros = torch.zeros(shape, dtype=torch.int64)
     selector = selector_of(masks, page)
-    plain = build_plan(selector, query_blocks, VirtualPages(logical, zeros, zeros, 1))
+    plain = build_plan(selector, query_blocks, VirtualPages(logical, zeros, zeros, 1), tails)
     blocks = torch.from_numpy(rng.integers(0, 99, (3, 2, pages))).int()
     group = torch.from_numpy(rng.integers(0, 3, shape))
     offset = torch.from_numpy(rng.integers(0, 500, shape))
     where = VirtualPages(blocks, group, offset, 5)
-    found = build_plan(selector, query_blocks, where)
+    found = build_plan(selector, query_blocks, where, tails)
+
+    def ids(layer, row, index):
+        head = row // len(query_blocks.index)
+        each = blocks[group[layer, head]].flatten()[index.long()] * 5 + offset[layer, head]
+        return each.tolist()
+
     for layer, row in np.ndindex(*found.seq_lens.shape):
-        head, count = row // len(query_blocks.index), -(-int(found.seq_lens[layer, row]) // page)
-        index = plain.block_table[layer, row, :count].long()
-        ids = blocks[group[layer, head]].flatten()[index] * 5 + offset[layer, head]
-        assert found.block_table[layer, row, :count].tolist() == ids.tolist()
+        count = -(-int(found.seq_lens[layer, row]) // page)
+        index = plain.block_table[layer, row, :count]
+        assert found.block_table[layer, row, :count].tolist() == ids(layer, row, index)
+    for layer, (mine, logical) in enumerate(zip(found.unread, plain.unread, strict=True)):
+        assert (mine is None) == (logical is None)
+        if mine is not None:
+            assert torch.equal(mine.sequences, logical.sequences)
+            for at, count in enumerate(logical.counts.tolist()):
+                expected = ids(layer, int(mine.sequences[at]), logical.table[at, :count])
+                assert mine.table[at, : mine.counts[at]].tolist() == expected
     heads = torch.tensor([1])
     tables = where.take(1, heads).tables()
     assert tables.dtype == torch.int32
     assert torch.equal(tables[0, 0], blocks[group[1, 1]] * 5 + offset[1, 1])
+
+
+@pytest.mark.parametrize("page", [16, 48, 160])
+@pytest.mark.parametrize("dense_below", [0, 300])
+def test_unread_spans_are_the_definition(rng, random_masks, page, dense_below):
+    masks = random_masks(layers=3, heads=6, kv_heads=3, share=0.001, dense=True, tails=True)
+    selector = selector_of(masks, page, dense_below)
+    starts, stops = torch.tensor([0, 1, 700, 960]), torch.tensor([811, 1203, 260])
+    query_blocks = cut_query_blocks(starts, stops, selector.query_block)
+    pages = -(-1203 // page)
+    logical = torch.arange(3 * pages, dtype=torch.int32).view(1, 3, pages)
+    zeros = torch.zeros(masks.layers, masks.kv_heads, dtype=torch.int64)
+    where = VirtualPages(logical, zeros, zeros, 1)
+    plan = build_plan(selector, query_blocks, where, masks.tails.astype(bool))
+    each, count, some = span_pages(page), len(query_blocks.index), 0
+    for layer in range(masks.layers):
+        told, unread = {}, plan.unread[layer]
+        if unread is not None:
+            for at, sequence in enumerate(unread.sequences.tolist()):
+                told[sequence] = unread.table[at, : unread.counts[at]].tolist()
+        for head, block in np.ndindex(masks.kv_heads, count):
+            row = head * count + block
+            length = int(plan.seq_lens[layer, row])
+            request = int(query_blocks.request[block])
+            read = plan.block_table[layer, row, : -(-length // page)] - request * pages
+            first = int(query_blocks.index[block]) * selector.own
+            expected = [
+                request * pages + (span + 1) * each - 1
+                for span in range(first // each)
+                if not set(read.tolist()) & set(range(span * each, (span + 1) * each))
+            ]
+            assert told.pop(row, []) == (expected if masks.tails[layer, head] else [])
+            some += len(expected)
+        assert not told
+    assert some

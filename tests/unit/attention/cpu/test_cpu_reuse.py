@@ -1,162 +1,19 @@
 """Heads that reuse chosen pages, through all layers of a step, against the plain definition."""
 
 import dataclasses
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from dam_vllm.attention.chosen_pages import ChosenPages
-from dam_vllm.attention.cpu.attention import CPUAttention
-from dam_vllm.attention.cpu.kernel import CPULayer
-from dam_vllm.attention.dynamic_heads import DynamicHeads, ReusingHeads
-from dam_vllm.attention.interface import Step
 from dam_vllm.attention.layout import KVLayout
-from dam_vllm.attention.oracle import chosen_mask, masked_attention, page_mask
+from dam_vllm.attention.oracle import page_mask
 from dam_vllm.attention.oracle_attention import OracleAttention, OracleLayer
 from dam_vllm.attention.page_counts import PageCounts
 from dam_vllm.masks.mask_set import HeadMode
-from dam_vllm.masks.page_tables import PageSelector
 from dam_vllm.masks.sharding import Shard
-
-SCALE, SIZE, LAYOUT = 0.4, 24, KVLayout(True)
-
-
-class PlainKernel:
-    """Runs virtual sequences one by one, as a paged kernel would."""
-
-    def schedule(self, query_start_loc, seq_lens):
-        return torch.empty(0)
-
-    def attend(self, query, keys, values, output, batch, layer):
-        page = keys.shape[1]
-        by_channel = keys.view(-1, SIZE, page)
-        for row, length in enumerate(batch.seq_lens.tolist()):
-            first, last = batch.query_start_loc[row : row + 2].tolist()
-            table = batch.block_table[row, : -(-length // page)].long()
-            key = by_channel[table].transpose(1, 2).reshape(-1, SIZE)[:length]
-            value = values[table].reshape(-1, SIZE)[:length]
-            mask = torch.ones(last - first, length, dtype=torch.bool).tril(length - last + first)
-            # Products of single precision would round by how many rows they have.
-            asked, key, value = (each.double() for each in (query[first:last], key, value))
-            scores = torch.einsum("qhd,kd->hqk", asked, key) * layer.scale
-            weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
-            output[first:last] = torch.einsum("hqk,kd->qhd", weights, value)
-
-
-class Model:
-    """Layers' random queries, keys and values of some requests; as stored, rotated or not."""
-
-    def __init__(self, rng, masks, page, lengths):
-        torch.manual_seed(int(rng.integers(2**31)))
-        self.rng, self.masks, self.page = rng, masks, page
-
-        def draw(heads, factor):
-            return [
-                [factor * torch.randn(length, heads, SIZE) for length in lengths]
-                for _ in range(masks.layers)
-            ]
-
-        self.queries, self.keys = draw(masks.heads, 3), draw(masks.kv_heads, 1)
-        self.values = draw(masks.kv_heads, 1)
-
-    def cache(self, layer, table, requests, shard):
-        """Permuted pages that hold requests (row, new, stop); what is nobody's is poisoned."""
-        cache = torch.full((int(table.max()) + 1, shard.heads, self.page, 2 * SIZE), 9e9)
-        local = slice(shard.start, shard.stop)
-        shape = (len(cache), shard.heads)
-        keys = cache.view(*shape, 2, SIZE, self.page)[:, :, 0]
-        values = cache.view(*shape, 2, self.page, SIZE)[:, :, 1]
-        for at, (row, _, stop) in enumerate(requests):
-            token = torch.arange(stop)
-            block = table[at, token // self.page].long()
-            keys[block, :, :, token % self.page] = self.keys[layer][row][:stop, local]
-            values[block, :, token % self.page] = self.values[layer][row][:stop, local]
-        return cache
-
-    def step(self, requests):
-        """A step of requests (row, new queries, tokens so far)."""
-        counts = [-(-stop // self.page) for _, _, stop in requests]
-        order = torch.from_numpy(self.rng.permutation(sum(counts) + 3)).int()
-        table = torch.full((len(requests), max(counts) + 1), int(order[-1]), dtype=torch.int32)
-        for row, count in enumerate(counts):
-            table[row, :count], order = order[:count], order[count:]
-        starts = torch.tensor([0, *np.cumsum([new for _, new, _ in requests])]).int()
-        lens = torch.tensor([stop for _, _, stop in requests]).int()
-        new = max(new for _, new, _ in requests)
-        return Step(starts, starts, lens, table, int(starts[-1]), new, int(lens.max()))
-
-    def run(self, attention, requests, shard=None):
-        """Outputs of all layers: [layers, tokens, the rank's heads, size], by request."""
-        shard = shard or Shard(0, self.masks.kv_heads)
-        step, found = self.step(requests), []
-        plan, local = attention.plan(step), shard.query_heads(self.masks)
-        for layer in range(self.masks.layers):
-            asked = [self.queries[layer][row][stop - new : stop] for row, new, stop in requests]
-            query = torch.cat(asked)[:, local].contiguous()
-            output = torch.full_like(query, torch.nan)
-            cache = self.cache(layer, step.block_table, requests, shard)
-            attention.run(plan, str(layer), query, cache, output)
-            found.append(output)
-        return torch.stack(found).split([new for _, new, _ in requests], dim=1)
-
-    def expected(self, requests, dense_below=0):
-        """The same by the definition, one request and layer after the other."""
-        masks, page, found = self.masks, self.page, []
-        heads_per_kv = masks.heads // masks.kv_heads
-        for row, new, stop in requests:
-            chosen, layers = {}, []
-            for layer in range(masks.layers):
-                query = self.queries[layer][row][stop - new : stop]
-                key, value = self.keys[layer][row][:stop], self.values[layer][row][:stop]
-                whole = page_mask(masks, layer, stop - new, stop, page, dense_below)
-                static = page_mask(masks, layer, stop - new, stop, page, dense_below, page)
-                for head in np.flatnonzero(masks.modes[layer] == HeadMode.DYNAMIC):
-                    own = slice(head * heads_per_kv, (head + 1) * heads_per_kv)
-                    chosen[layer, head] = chosen_mask(
-                        masks, layer, head, query[:, own], key[:, head], static[own][0], page,
-                        SCALE,
-                    )  # fmt: skip
-                    whole[own] = static[own] | chosen[layer, head]
-                for head in np.flatnonzero(masks.modes[layer] == HeadMode.REUSE):
-                    own = slice(head * heads_per_kv, (head + 1) * heads_per_kv)
-                    whole[own] = static[own] | chosen[tuple(masks.anchors[layer, head])]
-                mask = torch.from_numpy(whole)
-                layers.append(masked_attention(query, key, value, mask, SCALE))
-            found.append(torch.stack(layers))
-        return found
-
-
-def attention_of(masks, page, dense_below=0, groups=1, shard=None, counts=None):
-    """Attention of all layers, by several objects with plans of their own if `groups` says so."""
-    shard = shard or Shard(0, masks.kv_heads)
-    chosen, parts = ChosenPages.of_masks(masks, shard), []
-    for group in range(groups):
-        served, tables = {}, []
-        for layer in range(group, masks.layers, groups):
-            dynamic = DynamicHeads.of_layer(masks, layer, shard, page, dense_below, SCALE, 0.0)
-            reusing = ReusingHeads.of_layer(masks, layer, shard, page, dense_below)
-            made = CPULayer(SCALE, 0.0, [], dynamic, reusing=reusing, index=layer)
-            fixed = [head for head in range(shard.heads) if head not in made.choosing]
-            served[str(layer)] = dataclasses.replace(made, fixed=fixed)
-            tables.append(shard.tables(masks, layer, page))
-        selector = PageSelector(tables, dense_below)
-        parts.append(CPUAttention(served, selector, PlainKernel(), LAYOUT, chosen, counts))
-    return SimpleNamespace(
-        plan=lambda step: [part.plan(step) for part in parts],
-        run=lambda plans, layer, *rest: parts[int(layer) % groups].run(
-            plans[int(layer) % groups], layer, *rest
-        ),
-        chosen=chosen,
-    )
-
-
-def share_close(found, expected):
-    """Share of rows and heads that are equal: rounding may decide for one page or another."""
-    close = torch.isclose(found, expected, rtol=1e-3, atol=1e-4).all(dim=-1)
-    return float(close.float().mean())
-
+from tests.unit.attention.cpu.layer_steps import SCALE, SIZE, Model, attention_of, share_close
 
 REQUESTS = [(0, 303, 303), (1, 1, 417), (2, 77, 390), (3, 1, 1), (4, 2, 97)]
 
@@ -291,7 +148,7 @@ def naive_attention_of(masks, page, dense_below=0, shard=None):
     shard = shard or Shard(0, masks.kv_heads)
     layers = {str(layer): OracleLayer(layer, SCALE, 0.0) for layer in range(masks.layers)}
     chosen = ChosenPages.of_masks(masks, shard)
-    return OracleAttention(layers, masks, shard, LAYOUT, False, dense_below, chosen)
+    return OracleAttention(layers, masks, shard, KVLayout(True), False, dense_below, chosen)
 
 
 def test_naive_kernel_is_the_definition(rng, random_masks):
