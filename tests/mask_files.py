@@ -66,7 +66,7 @@ class Parts:
 
 
 def full_mask_set(rng, reach=None):
-    """Random masks with all arrays: a reusing head, tails, a layer left to vLLM, coverage, density."""
+    """Random masks with all arrays: reuse, tails, a layer left to vLLM, coverage, density."""
     masks = random_mask_set(rng, layers=3, pcl=77, dynamic=True)
     columns, diagonals = rng.random((2, 3, 4, reach or 77)) < 0.03
     masks.header.layer_types[1] = "sliding"

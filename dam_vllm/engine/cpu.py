@@ -4,9 +4,7 @@ Follows vllm/v1/attention/backends/cpu_attn.py (vLLM 0.32): cache layout, kernel
 sets and KV dtypes are its own; what differs is which pages the kernel is told to read.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -66,12 +64,9 @@ class DamCPUMetadata(CPUAttentionMetadata):
 
     Attributes:
         planned: serves the layers that it covers; None where vLLM's own path reads every page.
-        write_means: there writes a layer's means of spans that end in this step, of its name, cache
-            and dtype; else None.
     """
 
     planned: Planned | None = None
-    write_means: Callable[[str, torch.Tensor, torch.dtype], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -255,9 +250,9 @@ class DamCPUMetadataBuilder(CPUAttentionMetadataBuilder):
                 metadata.planned = Planned(self.oracle, self.oracle.plan(step))
             if self.sparse is not None:
                 self.sparse.count_dense(step)
-                ended = self.sparse.plan_means(step)
-                if ended is not None:
-                    metadata.write_means = partial(self.sparse.write_means, ended)
+                if self.sparse.ends_spans(step):
+                    # vLLM's own path writes no means.
+                    metadata.planned = Planned(self.sparse, self.sparse.plan_dense(step))
             return metadata
         if self.all_masked:
             metadata = self._geometry(common)
@@ -292,21 +287,3 @@ class DamCPUImpl(DamImpl, CPUAttentionBackendImpl):
     """Runs a step's plan, or vLLM's kernel as it stands where every page is read."""
 
     rotations = CPURotation
-
-    def forward(
-        self,
-        layer: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        attn_metadata: Any,
-        output: torch.Tensor,
-        *args: Any,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        if attn_metadata is not None and attn_metadata.write_means is not None:
-            attn_metadata.write_means(layer.layer_name, kv_cache, query.dtype)
-        return super().forward(
-            layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs
-        )

@@ -119,7 +119,8 @@ def mask_files(tmp_path_factory, seed):
     for name in kinds:
         masks = random_mask_set(
             rng, 4, 8, 4, pcl=333, share=0.006, dense=True, dynamic=name != "random",
-            reuse=name == "reuse", tails=name == "reuse", head_size=32, fingerprint=fingerprint(model),
+            reuse=name == "reuse", tails=name == "reuse", head_size=32,
+            fingerprint=fingerprint(model),
         )  # fmt: skip
         save_mask_set(masks, files[name])
     save_mask_set(dense(model), files["dense"])

@@ -32,7 +32,7 @@ ASKED = {"new", "poison", "cancel", "sliding_window"}
 
 @pytest.fixture(scope="module")
 def masks(tmp_path_factory, seed):
-    """Mask files: heads of all modes, some with tails, static, dense in every other layer; the demo model's own."""
+    """Mask files: of all modes, with tails; static; dense in every other layer; the demo's own."""
     print(f"seed {seed}")
     folder = tmp_path_factory.mktemp("bounded")
     rng = np.random.default_rng(seed)

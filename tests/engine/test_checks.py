@@ -163,7 +163,7 @@ def test_rotated_pages_stay_in_the_process(tmp_path, rng):
     file = tmp_path / "masks.safetensors"
     save_mask_set(demo_masks(rng), file)
     assert admit(config(file)).masks.dynamic is not None
-    with pytest.raises(OptionError, match="--kv-transfer-config names Some.* has dynamic heads"):
+    with pytest.raises(OptionError, match=r"--kv-transfer-config names Some.* has dynamic heads"):
         admit(config(file, kv_transfer_config={"kv_connector": "Some"}))
 
 
@@ -181,7 +181,7 @@ def test_tails_stay_in_the_process_and_stand_for_whole_pages(tmp_path, rng):
     (line,) = [line for line in told if "have a tail" in line]
     assert line.startswith(f"{made.tails.sum()} KV heads have a tail")
     assert f"{layers} layers means of 128 tokens take 1/32" in line
-    with pytest.raises(OptionError, match="--kv-transfer-config names Some.* has tails"):
+    with pytest.raises(OptionError, match=r"--kv-transfer-config names Some.* has tails"):
         admit(config(file, kv_transfer_config={"kv_connector": "Some"}))
     exact = {"dam": {"masks": str(file), "granularity": "token", "kernel": "naive"}}
     with pytest.raises(OptionError, match=r"dam\.granularity is 'token': mask file .* has tails"):

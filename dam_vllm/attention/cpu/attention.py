@@ -118,8 +118,12 @@ class CPUAttention:
             return None
         return QueryWeights.of(blocks, step.query_start_loc.diff(), self.selector.page)
 
-    def plan_dense(self, step: Step, where: VirtualPages) -> CPUPlan:
-        """The plan of a step all of whose queries read everything; one sequence a request."""
+    def plan_dense(self, step: Step) -> CPUPlan:
+        """The plan of a step all of whose queries read everything."""
+        return self.plan_dense_over(step, self._where(step))
+
+    def plan_dense_over(self, step: Step, where: VirtualPages) -> CPUPlan:
+        """The same over virtual pages wherever they lie; one sequence a request."""
         heads = self.selector.heads
         tables = where.tables().flatten(1, 2)
         rows = torch.arange(heads)[:, None] * step.tokens + step.query_start_loc[:-1]
@@ -132,22 +136,14 @@ class CPUAttention:
         }
         return CPUPlan(fixed, None, where, step.tokens, self._tails.ended(step))
 
-    def plan_means(self, step: Step) -> CPUPlan | None:
-        """For `write_means` alone, where vLLM's own path reads everything; None without spans."""
-        ended = self._tails.ended(step)
-        return None if ended is None else CPUPlan({}, None, self._where(step), step.tokens, ended)
+    def ends_spans(self, step: Step) -> bool:
+        """Whether means of spans are to be written in a step."""
+        return self._tails.ended(step) is not None
 
-    def write_means(
+    def _write_means(
         self, plan: CPUPlan, layer: str, cache: torch.Tensor, dtype: torch.dtype
     ) -> None:
-        """Writes the means of a layer's spans that end in a step.
-
-        Args:
-            plan: the step's.
-            layer: its name; others than ours have none.
-            cache: [blocks, kv_heads, page, 2 * head_size], new keys and values in it.
-            dtype: of queries.
-        """
+        """Writes the means of a layer's spans that end in a step."""
         heads = self._tails.heads.get(layer)
         if heads is not None and plan.ended is not None:
             where = plan.where.take(self._rows[layer], heads)
@@ -175,7 +171,7 @@ class CPUAttention:
         shape = (tokens, self.selector.heads, heads // self.selector.heads, size)
         asked, result = query[:tokens].view(shape), output[:tokens].view(shape)
         batches, served = [plan.fixed[layer]], self.served[layer]
-        self.write_means(plan, layer, cache, query.dtype)
+        self._write_means(plan, layer, cache, query.dtype)
         if served.choosing and plan.choosing is not None:
             selected = self.select(plan, layer, asked, cache)
             batches.append(self._chosen(plan, layer, selected))

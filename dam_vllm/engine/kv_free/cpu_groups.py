@@ -50,7 +50,7 @@ class CPUGroups:
         where = VirtualPages(blocks, pool.group, pool.offset, pool.heads)
         if longest <= self.attention.dense_until:
             self.attention.count_dense(step)
-            plan = self.attention.plan_dense(step, where)
+            plan = self.attention.plan_dense_over(step, where)
         else:
             plan = self.attention.plan_over(step, where)
         each = torch.stack(slots)

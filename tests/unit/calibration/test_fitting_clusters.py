@@ -10,7 +10,7 @@ import torch
 from dam_vllm.calibration.fit.anchors import NONE, SLOTS, proposals, shares, slots
 from dam_vllm.calibration.fit.candidates import DENSE, REUSE, Candidate
 from dam_vllm.calibration.fit.clusters import Pairs, settle
-from dam_vllm.calibration.fit.costs import MEASURED, choosing_costs
+from dam_vllm.calibration.fit.costs import MEASURED, TAILS, choosing_costs, tail_costs
 from dam_vllm.calibration.fit.curve import Options, curve
 from dam_vllm.calibration.fit.losses import Sums
 from dam_vllm.calibration.fit.run import _Fit
@@ -210,3 +210,18 @@ def test_choosing_costs_are_those_of_the_table_and_between():
     largest = MEASURED["cpu"][128]
     beyond = choosing_costs("cpu", 256, np.array([2 * largest.channels]))[0]
     assert beyond == pytest.approx(largest.choosing + largest.rotation)
+
+
+def test_a_tail_costs_more_where_more_is_read():
+    for size, each in TAILS["cpu"].items():
+        found = tail_costs("cpu", size, np.array([0.0, 0.5]))
+        np.testing.assert_allclose(found, [each.means, each.means + each.sums / 2])
+    between = tail_costs("cpu", 96, np.array([0.5]))[0]
+    low, high = (tail_costs("cpu", size, np.array([0.5]))[0] for size in (64, 128))
+    assert min(low, high) < between < max(low, high)
+    config = FitConfig(target_density=0.5, platform="cpu", choosing_cost=2.0)
+    fit = _Fit(SimpleNamespace(config=config, model=torch.nn.Linear(1, 1)), [])
+    costs, densities = np.array([[0.3, 0.2]]), np.array([[0.1, 0.2]])
+    alone, with_tail = fit._with_tails(costs, densities, 64)
+    np.testing.assert_array_equal(alone, costs)
+    np.testing.assert_allclose(with_tail, costs + 2 * tail_costs("cpu", 64, densities))

@@ -171,26 +171,20 @@ def test_a_request_that_begins_on_cached_pages(rng, tailed):
     assert torch.equal(found, alone[:, hit:])
 
 
-@pytest.mark.parametrize("stock", [True, False])
-def test_means_of_steps_that_read_everything(rng, tailed, stock):
-    """By vLLM's own path, which writes them alone, and by a plan that reads everything."""
+def test_means_of_steps_that_read_everything(rng, tailed):
     masks = tailed()
     model = Model(rng, masks, 16, LENGTHS, FLAT)
     attention = attention_of(masks, 16, 384, form=FLAT)
     part, step = attention.part(0), model.step([(0, 303, 303), (1, 200, 200)])
-    where = part._where(step)
-    plan = part.plan_means(step) if stock else part.plan_dense(step, where)
+    assert part.ends_spans(step)
+    plan = part.plan_dense(step)
     for layer in range(masks.layers):
         cache = model.cache(attention, layer, Shard(0, 4))
         model.fill(cache, layer, [(0, 303, 303), (1, 200, 200)], Shard(0, 4))
-        if stock:
-            part.write_means(plan, str(layer), cache, FLAT.dtype)
-        else:
-            query = torch.zeros(503, masks.heads, FLAT.size)
-            part.run(plan, str(layer), query, cache, torch.empty_like(query))
-    part.write_means(plan, "another layer", cache, FLAT.dtype)
+        query = torch.zeros(503, masks.heads, FLAT.size)
+        part.run(plan, str(layer), query, cache, torch.empty_like(query))
     check(model, attention, [[(0, 608, 911), (1, 217, 417)]], dense_below=384)
-    assert part.plan_means(model.step([(0, 80, 383), (1, 1, 1)])) is None
+    assert not part.ends_spans(model.step([(0, 80, 383), (1, 1, 1)]))
 
 
 def test_what_has_no_tail_pays_nothing(rng, tailed):
@@ -198,17 +192,19 @@ def test_what_has_no_tail_pays_nothing(rng, tailed):
     masks.tails[2] = 0
     model = Model(rng, masks, 16, LENGTHS, FLAT)
     attention = attention_of(masks, 16, form=FLAT)
-    (plan,) = attention.plan(model.step(STEPS[2]))
+    step = model.step(STEPS[2])
+    (plan,) = attention.plan(step)
     assert plan.fixed["2"].unread is None
     assert plan.ended is not None
-    part = attention.part(0)
-    part.write_means(plan, "2", model.empty_cache(Shard(0, 4)), FLAT.dtype)
+    part, query = attention.part(0), torch.zeros(step.tokens, masks.heads, FLAT.size)
+    cache = model.empty_cache(Shard(0, 4))
+    part.run(part.plan_dense(step), "2", query, cache, torch.empty_like(query))
     assert not part._tails.means._held
     part = attention_of(without_tails(masks), 16, form=FLAT).part(0)
-    plan = part.plan(model.step(STEPS[2]))
+    plan = part.plan(step)
     assert plan.ended is None
     assert not any(batch.unread for batch in plan.fixed.values() if batch)
-    assert part.plan_means(model.step(STEPS[2])) is None
+    assert not part.ends_spans(step)
 
 
 @pytest.mark.parametrize("page", [16, 48, 160])
