@@ -26,8 +26,9 @@ TARGETS = (
     "bandwidth and operations / bf16 rate\n"
     "each KV head reads page 0, its query block's own, and pages at random distances of its own; "
     "heads: even, mixed as in fitted masks, dynamic: a quarter chooses, reuse: it does so in one "
-    "layer of four (those two are not compared with an oracle here; where heads choose, queries "
-    "are rotated and new keys and values stored too, which no other time holds)"
+    "layer of four, tail: as even, with means of what is unread (those three are not compared with "
+    "an oracle here; where heads choose, queries are rotated and new keys and values stored too, "
+    "which no other time holds)"
 )
 SECONDS, LEAST_ROUNDS = 5.0, 5
 DENSE, SPARSE = ("fa3", "contiguous", "sdpa"), ("flex", "triton", "flash")
@@ -131,7 +132,7 @@ class _Bench:
             made["triton", index] = partial(dam, None)
             if flash is not None:
                 made["flash", index] = partial(dam, flash.varlen)
-            if with_flex and not selection.choosing:
+            if with_flex and selection.exact:
                 made["flex", index] = partial(peers.flex_calls, case, inputs, selection)
         return made
 
@@ -139,7 +140,7 @@ class _Bench:
         """Compiles a peer, checks what it computes, and records its calls."""
         output = calls[0]()
         name, index = key
-        if name != "plan" and not (index is not None and self._selections[index].choosing):
+        if name != "plan" and (index is None or self._selections[index].exact):
             if index not in self._wanted:
                 pages = None if index is None else self._selections[index].pages
                 self._wanted[index] = expected(self._case, first, pages, self._sampled)
@@ -211,7 +212,7 @@ def _distinct(selections: Sequence[Selection]) -> list[Selection]:
     """Those that read other pages than all before them."""
     found: dict[tuple[Spread | None, bytes], Selection] = {}
     for each in selections:
-        kind = each.spread if each.choosing else None
+        kind = None if each.exact else each.spread
         found.setdefault((kind, each.pages.numpy().tobytes()), each)
     return list(found.values())
 

@@ -27,6 +27,8 @@ class Spread(StrEnum):
     """All alike, a quarter of them by pages that they choose."""
     REUSE = "reuse"
     """The same, but only one layer in four chooses; the others reuse its pages."""
+    TAIL = "tail"
+    """All heads alike, and all with a tail."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,11 @@ class Selection:
     pages: torch.Tensor
     density: float
     work: Work
+
+    @property
+    def exact(self) -> bool:
+        """Whether heads read `pages` themselves, and nothing stands for the others."""
+        return not self.choosing and self.spread != Spread.TAIL
 
     def selector(self, device: torch.device) -> PageSelector:
         """The tables on a device."""

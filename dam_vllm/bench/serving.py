@@ -15,6 +15,7 @@ from dam_vllm.attention.cuda.places import Homes
 from dam_vllm.attention.cuda.rotation import DeviceRotation
 from dam_vllm.attention.cuda.scratch import Scratch
 from dam_vllm.attention.cuda.store import HeadStore
+from dam_vllm.attention.cuda.tail import TailHeads
 from dam_vllm.attention.dynamic_heads import DynamicHeads, ReusingHeads
 from dam_vllm.attention.interface import Step
 from dam_vllm.attention.layout import KVLayout
@@ -154,6 +155,9 @@ def _layers(
         follows = DeviceChoosing.of_layer(1, None, reusing, choices)
     if selection.spread != Spread.REUSE:
         follows = chooses
+    tails = None
+    if selection.spread == Spread.TAIL:
+        tails = TailHeads(range(case.kv_heads), Softmax(case.scale))
     return [
         DeviceLayer(
             static=[static],
@@ -162,6 +166,7 @@ def _layers(
             softmax=Softmax(case.scale),
             flash=None if flash is None else Flash(flash, SPLITS),  # type: ignore[arg-type]
             rotation=rotation if each is not None and each.dynamic is not None else None,
+            tails=tails,
         )
         for each in (follows if number % ANCHORED else chooses for number in range(count))
     ]

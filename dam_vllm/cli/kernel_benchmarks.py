@@ -38,7 +38,7 @@ class Defaults:
 
 CPU = Defaults("4096,8192,16384", "32,128", "0.05,0.1,0.2", "8", 64, 8192, 5)
 GPU = Defaults("8192,32768,131072", "128", "0.05,0.1,0.2,0.5,1.0", "8,4", 128, 2**20, 50)
-BATCHES, CHUNKS, SPREADS = "1,8,32", "4096,8192", "even,mixed,dynamic,reuse"
+BATCHES, CHUNKS, SPREADS = "1,8,32", "4096,8192", "even,mixed,dynamic,reuse,tail"
 
 
 @dataclass(frozen=True)

@@ -90,9 +90,11 @@ class DamCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
         self.all_masked = len(self.masked) == len(layer_names)
         cache_dtype = vllm_config.cache_config.cache_dtype
         # Queries that come unquantised FlashAttention does not take beside a quantised cache.
-        self.always = any(attention[name].impl.unquantised for name in layer_names)
-        if self.always and self.groups is None:
+        unquantised = any(attention[name].impl.unquantised for name in layer_names)
+        if unquantised and self.groups is None:
             _refuse_whole_layers(layer_names, self.masked, attention)
+        # Plans alone write the means of spans, for the tails of later queries.
+        self.always = unquantised or self.serving.masks.tails is not None
         self.dense_until = dense_until(self.serving.dense_below, self.block_size)
         layout = KVLayout(False, FP8_DTYPES.get(cache_dtype))
         self.oracle: SparseAttention | None = None

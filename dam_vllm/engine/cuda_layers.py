@@ -17,6 +17,7 @@ from dam_vllm.attention.cuda.flash import Descales, Flash
 from dam_vllm.attention.cuda.layer import DeviceLayer
 from dam_vllm.attention.cuda.paged import Softmax
 from dam_vllm.attention.cuda.scratch import Scratch
+from dam_vllm.attention.cuda.tail import TailHeads
 from dam_vllm.attention.dynamic_heads import DynamicHeads, ReusingHeads
 from dam_vllm.engine.backend import guessed_tokens
 from dam_vllm.engine.checks import admit
@@ -90,11 +91,11 @@ def device_layer(
         flash = Flash(varlen, decode_splits)
         if impl.quantised:
             flash = Flash(varlen, decode_splits, Descales(*scale_tensors(attention)))
-            # FlashAttention multiplies by the factors itself; a choice of pages does not.
+            # FlashAttention multiplies by the factors itself; choices of pages and tails do not.
             softmax, scale = Softmax(impl.scale, softcap), scale * query_scale(attention)
     dynamic = DynamicHeads.of_layer(masks, index, local, page, below, scale, softcap, device)
     reusing = ReusingHeads.of_layer(masks, index, local, page, below, device)
-    choosing = None
+    choosing, tails = None, local.tails(masks, index)
     if scratch.choices is not None:
         choosing = DeviceChoosing.of_layer(index, dynamic, reusing, scratch.choices)
     return DeviceLayer(
@@ -105,6 +106,7 @@ def device_layer(
         flash=flash,
         index=index,
         rotation=impl.rotation if impl.rotates_later else None,
+        tails=TailHeads(tails, Softmax(scale, softcap, value_scale)) if tails else None,
     )
 
 

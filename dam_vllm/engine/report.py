@@ -70,10 +70,10 @@ def _tails(masks: MaskSet, page: int) -> list[str]:
     """How many heads have tails, and what they keep beside the cache."""
     if masks.tails is None:
         return []
-    layers = int(masks.tails.any(axis=1).sum())
+    layers, span = int(masks.tails.any(axis=1).sum()), span_pages(page) * page
     return [
-        f"{int(masks.tails.sum())} KV heads have a tail: beside the KV cache of {layers} layers "
-        f"means of {span_pages(page) * page} tokens take 1/{page} of it"
+        f"{int(masks.tails.sum())} KV heads have a tail, spans of {span} tokens: beside the cache "
+        f"of {layers} layers there is room for a mean key and value a page and head"
     ]
 
 

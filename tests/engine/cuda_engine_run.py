@@ -66,14 +66,16 @@ def short_masks() -> str:
     from dam_vllm.masks.mask_set import HeadMode
 
     made = random_mask_set(
-        np.random.default_rng(11), 4, 8, 4, pcl=64, share=0.03, dynamic=True, head_size=32,
+        np.random.default_rng(11), 4, 8, 4, pcl=64, share=0.002, dynamic=True, head_size=32,
         fingerprint=fingerprint(str(model_dir())),
     )  # fmt: skip
     made.modes[:] = HeadMode.STATIC
     # No layer can be freed whole.
     made.modes[range(4), [3, 0, 2, 1]] = [HeadMode.DENSE, *[HeadMode.DYNAMIC] * 3]
     tails = np.zeros((4, 4), np.uint8)
-    tails[1, 0] = tails[2, 1] = 1  # a dynamic head and a static one
+    tails[0, :2] = tails[1, 0] = tails[3, 1] = 1  # of two dynamic heads and of static ones
+    # So little that spans stay unread.
+    made.dynamic.floors[:], made.dynamic.caps[:] = 32, 32
     made = dataclasses.replace(made, tails=tails)
     file = tempfile.mkdtemp() + "/masks.safetensors"
     save_mask_set(made, file)

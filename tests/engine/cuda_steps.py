@@ -19,10 +19,14 @@ DECODE = ((391, 1), (1, 1), (640, 1), (64, 1))
 
 
 class Steps:
-    """A paged cache with poison where nothing is stored, and steps over it."""
+    """A paged cache with poison where nothing is stored, and steps over it.
 
-    def __init__(self, rng, device, dtype, stored, page=PAGE):
+    Where there is a drift, 64 tokens after each other are alike.
+    """
+
+    def __init__(self, rng, device, dtype, stored, page=PAGE, drift=0.0):
         self.rng, self.device, self.dtype, self.stored = rng, device, dtype, stored
+        self.drift = drift
         self.blocks, self.page = 64, page
         shape = (self.blocks, KV_HEADS, self.page, 2 * SIZE)
         self.cache = torch.full(shape, torch.nan).to(stored or dtype).to(device)
@@ -38,7 +42,9 @@ class Steps:
         for row, (stop, _) in enumerate(requests):
             pages, order = torch.from_numpy(order[: counts[row]].copy()), order[counts[row] :]
             table[row, : counts[row]] = pages
-            key, value = (torch.randn(stop, KV_HEADS, SIZE).to(self.dtype) for _ in range(2))
+            alike = self.drift * torch.randn(2, -(-stop // 64), KV_HEADS, SIZE)
+            each = torch.randn(2, stop, KV_HEADS, SIZE) + alike[:, torch.arange(stop) // 64]
+            key, value = each.to(self.dtype)
             rotation = served.impl.rotation
             if rotation is not None:
                 key = rotation.keys(key.to(self.device)).cpu()
@@ -81,6 +87,7 @@ class Steps:
             query = (query / QUERY_SCALE).to(FP8).float() * QUERY_SCALE
         query = query.cpu()
         scales = (KEY_SCALE, VALUE_SCALE) if self.stored else (1.0, 1.0)
+        tails = [] if served.masks.tails is None else served.masks.tails[0].nonzero()[0].tolist()
         for (stop, count), key, value in zip(self.requests, self.keys, self.values, strict=True):
             asked = query[first : first + count]
             key, value = key * scales[0], value * scales[1]
@@ -97,6 +104,7 @@ class Steps:
                         served.masks, 0, head, asked.unflatten(1, (KV_HEADS, GROUP))[:, head],
                         key[:, head], static[head * GROUP], self.page, 0.17, softcap,
                     )  # fmt: skip
-            rows.append(masked_attention(asked, key, value, torch.from_numpy(mask), 0.17, softcap))
+            mask = torch.from_numpy(mask)
+            rows.append(masked_attention(asked, key, value, mask, 0.17, softcap, tails, self.page))
             first += count
         return torch.cat(rows)

@@ -180,7 +180,7 @@ def test_tails_stay_in_the_process_and_stand_for_whole_pages(tmp_path, rng):
     layers = made.tails.any(axis=1).sum()
     (line,) = [line for line in told if "have a tail" in line]
     assert line.startswith(f"{made.tails.sum()} KV heads have a tail")
-    assert f"{layers} layers means of 128 tokens take 1/32" in line
+    assert f"spans of 128 tokens: beside the cache of {layers} layers" in line
     with pytest.raises(OptionError, match=r"--kv-transfer-config names Some.* has tails"):
         admit(config(file, kv_transfer_config={"kv_connector": "Some"}))
     exact = {"dam": {"masks": str(file), "granularity": "token", "kernel": "naive"}}

@@ -144,7 +144,7 @@ def _unread(
 ) -> list[UnreadSpans | None]:
     """What tails stand for, by layer; see `plan_pages`."""
     result: list[UnreadSpans | None] = [None] * len(read)
-    if not tails.any():
+    if not tails.any() or read.shape[-1] < span_pages(page):
         return result
     unread = unread_spans(read[tails], query_blocks.start.numpy() // page, page)
     heads, blocks, spans = unread.shape

@@ -13,6 +13,7 @@ import torch
 from dam_vllm.attention.cuda.bundle import Bundle, Part, PlanMemory
 from dam_vllm.attention.cuda.counts import DeviceCounts
 from dam_vllm.attention.cuda.layer import DeviceLayer, HeadSet, LayerRun, Paged, layer_runs
+from dam_vllm.attention.cuda.means import SpanMeans
 from dam_vllm.attention.cuda.query_blocks import DeviceQueryBlocks, query_block_slots
 from dam_vllm.attention.cuda.scratch import Scratch
 from dam_vllm.attention.cuda.token_bits import TokenBits
@@ -70,6 +71,7 @@ class CUDAAttention:
     _first: torch.Tensor = field(init=False)
     _each: torch.Tensor = field(init=False)
     _runs: Mapping[str, LayerRun] = field(init=False)
+    _means: SpanMeans = field(init=False, default_factory=SpanMeans)
 
     def __post_init__(self) -> None:
         sizes = {query_block_size(self.page)}
@@ -133,6 +135,9 @@ class CUDAAttention:
             if run.homes is not None and run.layer.choosing is not None:
                 heads = run.layer.choosing.heads.long().cpu()
                 run.homes.tell(offset[row, heads], group[row, heads])
+            if run.tails is not None:
+                ids = list(run.tails.ids)
+                run.tails.homes.tell(offset[row, ids], group[row, ids])
         for bundle, static in bundles.values():
             if static:
                 rows, heads = torch.tensor(static).unbind(1)
@@ -147,9 +152,13 @@ class CUDAAttention:
         output: torch.Tensor,
     ) -> None:
         """See `Runner.run`; layers run in their order, since the first of a bundle plans it."""
-        key, value = self.layout.keys_and_values(cache)
+        run, (key, value) = self._runs[layer], self.layout.keys_and_values(cache)
+        if run.tails is not None:
+            # A part may read spans that another one ends, by pages that requests share.
+            for part in plan:
+                run.tails.write(key, value, output.dtype, part)
         for part in plan:
-            self._runs[layer].attend(Paged(query[part.rows], key, value, output[part.rows]), part)
+            run.attend(Paged(query[part.rows], key, value, output[part.rows]), part)
 
     def warm_up(self, heads: int, size: int, dtypes: Sequence[torch.dtype]) -> None:
         """Runs steps of every kind, so that all kernels are compiled that serving launches.
@@ -185,6 +194,7 @@ class CUDAAttention:
             for name in self.served:
                 output = torch.empty_like(query, dtype=dtypes[2])
                 self.run(planned, name, query, cache, output)
+        self._means.clear()
         if self.counts is not None:
             self.counts.clear()
 
@@ -221,7 +231,9 @@ class CUDAAttention:
             bundle = Bundle.of(
                 tables, most, query_block, self.dense_below, memory, self.unit, tally
             )
-            made = layer_runs(layers, bundle, self.scratch, self._each, self.counts, self.unit)
+            made = layer_runs(
+                layers, bundle, self.scratch, self._each, self.counts, self._means, self.unit
+            )
             runs |= dict(zip(own, made, strict=True))
         return runs
 

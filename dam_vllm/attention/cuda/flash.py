@@ -71,7 +71,8 @@ def prefill(
     plan: DevicePlan,
     query_blocks: DeviceQueryBlocks,
     softmax: Softmax,
-) -> None:
+    lse: bool = False,
+) -> torch.Tensor | None:
     """Computes attention of a part's queries in some KV heads.
 
     Args:
@@ -83,10 +84,15 @@ def prefill(
         plan: of these heads, with starts.
         query_blocks: the queries.
         softmax: scale and soft-capping.
+        lse: whether the log-sum-exp of the scores is wanted.
+
+    Returns:
+        It, natural, float32 [n, tokens, heads_per_kv]; or None.
     """
     # Splits fill a GPU that has few sequences; here there is one for each query block.
-    _call(flash, asked.flatten(0, 1), key, value, found.flatten(0, 1), plan, query_blocks,
-          plan.starts, softmax, num_splits=1)  # fmt: skip
+    sums = _call(flash, asked.flatten(0, 1), key, value, found.flatten(0, 1), plan, query_blocks,
+                 plan.starts, softmax, 1, lse)  # fmt: skip
+    return None if sums is None else sums.unflatten(1, asked.shape[:2]).permute(1, 2, 0)
 
 
 def decode(
@@ -99,7 +105,8 @@ def decode(
     plan: DevicePlan,
     query_blocks: DeviceQueryBlocks,
     softmax: Softmax,
-) -> None:
+    lse: bool = False,
+) -> torch.Tensor | None:
     """Computes attention of one query a slot in all KV heads of a layer.
 
     Args:
@@ -112,11 +119,16 @@ def decode(
         plan: of the layer, each slot's heads together.
         query_blocks: the queries.
         softmax: scale and soft-capping.
+        lse: whether the log-sum-exp of the scores is wanted.
+
+    Returns:
+        It, natural, float32 [slots, kv_heads, heads_per_kv]; or None.
     """
     slots, size, sequences = len(query_blocks), query.shape[2], len(plan.seq_lens)
     asked = query[:slots].reshape(sequences, -1, size)
-    _call(flash, asked, key, value, output[:slots].view_as(asked), plan, query_blocks,
-          each[: sequences + 1], softmax, num_splits=flash.decode_splits)  # fmt: skip
+    sums = _call(flash, asked, key, value, output[:slots].view_as(asked), plan, query_blocks,
+                 each[: sequences + 1], softmax, flash.decode_splits, lse)  # fmt: skip
+    return None if sums is None else sums.unflatten(1, (slots, -1)).permute(1, 2, 0)
 
 
 def _call(
@@ -130,10 +142,13 @@ def _call(
     starts: torch.Tensor | None,
     softmax: Softmax,
     num_splits: int,
-) -> None:
+    lse: bool,
+) -> torch.Tensor | None:
+    """Gives the log-sum-exp [heads, rows] where it is wanted."""
     descales = flash.descales.arguments(len(plan.seq_lens)) if flash.descales else {}
-    flash.varlen(
+    given = flash.varlen(
         **descales,
+        **({"return_softmax_lse": True} if lse else {}),
         q=query,
         k=key.unsqueeze(2),
         v=value.unsqueeze(2),
@@ -148,6 +163,7 @@ def _call(
         causal=True,
         num_splits=num_splits,
     )
+    return given[1] if lse else None
 
 
 def gather_heads(query: torch.Tensor, heads: torch.Tensor, target: torch.Tensor) -> None:

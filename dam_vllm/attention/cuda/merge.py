@@ -9,6 +9,8 @@ import triton.language as tl
 from dam_vllm.attention.cuda.plan import MOVING
 from dam_vllm.attention.cuda.query_blocks import DeviceQueryBlocks, query_block_at
 
+LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
+
 
 @dataclass(frozen=True)
 class Partial:
@@ -39,6 +41,7 @@ class Partial:
         query_blocks: DeviceQueryBlocks,
         heads: torch.Tensor,
         heads_per_kv: int,
+        lse: torch.Tensor | None = None,
     ) -> None:
         """Weighs what the splits found.
 
@@ -47,10 +50,12 @@ class Partial:
             query_blocks: the queries.
             heads: int32 [n], KV heads.
             heads_per_kv: query heads a KV head.
+            lse: float32 [tokens, heads], contiguous, written likewise: natural log-sum-exp of the
+                scores; or None.
         """
         splits, tokens, all_heads, size = self.values.shape
         _merge_kernel[(len(query_blocks), query_blocks.most_queries, len(heads))](
-            self.values, self.sums, output, heads, *query_blocks.arguments,
+            self.values, self.sums, output, lse, heads, *query_blocks.arguments,
             output.stride(0), output.stride(1),
             tokens, all_heads, splits, QUERY_BLOCK=query_blocks.query_block,
             HEADS_PER_KV=heads_per_kv, SIZE=size, HEADS_PADDED=triton.next_power_of_2(heads_per_kv),
@@ -60,7 +65,7 @@ class Partial:
 
 @triton.jit(do_not_specialize=["tokens", "splits"], do_not_specialize_on_alignment=MOVING)
 def _merge_kernel(
-    part_ptr, sum_ptr, output_ptr, head_ptr,
+    part_ptr, sum_ptr, output_ptr, lse_ptr, head_ptr,
     request_ptr, offset_ptr, query_start_ptr, request_len_ptr,
     o_row, o_head, tokens, heads, splits,
     QUERY_BLOCK: tl.constexpr, HEADS_PER_KV: tl.constexpr, SIZE: tl.constexpr,
@@ -94,6 +99,10 @@ def _merge_kernel(
         total = total * fade + weight
         found = found * fade[:, None] + part * weight[:, None]
         top = higher
-    found = found / tl.where(total > 0, total, 1.0)[:, None]
+    total = tl.where(total > 0, total, 1.0)
+    found = found / total[:, None]
     ptrs = output_ptr + (token * o_row + head * o_head)[:, None] + channel[None, :]
     tl.store(ptrs, found.to(output_ptr.dtype.element_ty), mask=held)
+    if lse_ptr is not None:
+        lse = (top + tl.log2(total)) * LN2
+        tl.store(lse_ptr + token * heads + head, lse, mask=member < HEADS_PER_KV)

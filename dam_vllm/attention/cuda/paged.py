@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dam_vllm.attention.cuda.merge import Partial
+from dam_vllm.attention.cuda.merge import LN2, LOG2E, Partial
 from dam_vllm.attention.cuda.plan import MOVING, DevicePlan, sequence_at
 from dam_vllm.attention.cuda.query_blocks import DeviceQueryBlocks, query_block_at
 from dam_vllm.attention.cuda.token_bits import TokenBits, token_visible
@@ -50,6 +50,7 @@ def attend_paged(
     softmax: Softmax,
     exact: TokenBits | None = None,
     tuned: Tuning | None = None,
+    lse: torch.Tensor | None = None,
 ) -> None:
     """Computes attention of a part's queries in some KV heads.
 
@@ -65,6 +66,8 @@ def attend_paged(
         softmax: scales and soft-capping.
         exact: token masks inside the pages, or None.
         tuned: block sizes, or None for those of the table.
+        lse: float32 [tokens, heads], contiguous, written likewise: natural log-sum-exp of the
+            scores; or None.
     """
     heads_per_kv, size, page = query.shape[1] // kv_heads, query.shape[2], key.shape[1]
     rows = query_blocks.most_queries * heads_per_kv
@@ -79,7 +82,7 @@ def attend_paged(
     splits = split_count(query.device, programs, blocks) if query_blocks.most_queries == 1 else 1
     parts = Partial.of(output, splits) if splits > 1 else None
     _attend_kernel[(len(query_blocks) * row_blocks, len(heads), splits)](
-        query, key, value, output, *(parts.tensors if parts else (None, None)),
+        query, key, value, output, *(parts.tensors if parts else (None, lse)),
         plan.table, plan.pages if exact else None, plan.seq_lens, heads, plan.places.numbers,
         *query_blocks.arguments,
         **_bits(exact),
@@ -96,7 +99,7 @@ def attend_paged(
         num_stages=tuned.stages,
     )  # fmt: skip
     if parts is not None:
-        parts.merge(output, query_blocks, heads, heads_per_kv)
+        parts.merge(output, query_blocks, heads, heads_per_kv, lse)
 
 
 def _bits(exact: TokenBits | None) -> dict[str, Any]:
@@ -211,18 +214,24 @@ def _store(
     output_ptr, part_ptr, sum_ptr, o_row, o_head, tokens, heads,
     SIZE: tl.constexpr, SIZE_PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Stores a block of rows: the output, or where keys are split what this split found."""
+    """Stores a block of rows: the output, or where keys are split what this split found.
+
+    With an output goes its log-sum-exp, where it is wanted, with a split's part log2 of the sum.
+    """
     total = tl.where(total > 0, total, 1.0)
     found = found / total[:, None]
     channel = tl.arange(0, SIZE_PADDED)
     held = present[:, None] & (channel < SIZE)[None, :]
+    cell = (split * tokens + place) * heads + member
+    sums = top + tl.log2(total)
     if part_ptr is None:
         ptrs = output_ptr + (place * o_row + member * o_head)[:, None] + channel[None, :]
         tl.store(ptrs, found.to(output_ptr.dtype.element_ty), mask=held)
+        sums *= LN2
     else:
-        cell = (split * tokens + place) * heads + member
         tl.store(part_ptr + cell[:, None] * SIZE + channel[None, :], found, mask=held)
-        tl.store(sum_ptr + cell, top + tl.log2(total), mask=present)
+    if sum_ptr is not None:
+        tl.store(sum_ptr + cell, sums, mask=present)
 
 
 @triton.jit
@@ -251,10 +260,10 @@ def _step(
     else:
         key = tl.load(key_at_ptr)
         value = tl.load(value_at_ptr)
-    scores = _dot(query, tl.trans(key.to(query.dtype)), UPCAST) * scale
+    scores = product(query, tl.trans(key.to(query.dtype)), UPCAST) * scale
     if CAPPED:
-        scores = softcap * (1 - 2 / (tl.exp(scores * 2 / softcap) + 1))
-    scores *= 1.4426950408889634  # log2(e)
+        scores = capped(scores, softcap)
+    scores *= LOG2E
     if MASKED:
         seen = key_at[None, :] <= last_key[:, None]
         if page_ptr is not None:
@@ -271,12 +280,18 @@ def _step(
     weights = tl.exp2(scores - shift[:, None])
     fade = tl.exp2(top - shift)
     total = total * fade + tl.sum(weights, 1)
-    found = found * fade[:, None] + _dot(weights.to(query.dtype), value.to(query.dtype), UPCAST)
+    found = found * fade[:, None] + product(weights.to(query.dtype), value.to(query.dtype), UPCAST)
     return higher, total, found
 
 
 @triton.jit
-def _dot(left, right, UPCAST: tl.constexpr):
+def capped(scores, softcap):
+    """Soft-capping by tanh, which 1 - 2 / (e^2x + 1) gives without overflow."""
+    return softcap * (1 - 2 / (tl.exp(scores * 2 / softcap) + 1))
+
+
+@triton.jit
+def product(left, right, UPCAST: tl.constexpr):
     """A product in float32; the interpreter gets bfloat16 wrong."""
     if UPCAST:
         left, right = left.to(tl.float32), right.to(tl.float32)

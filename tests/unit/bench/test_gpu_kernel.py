@@ -99,14 +99,19 @@ def test_dynamic_heads_launch_what_serving_does(case):
 def test_spreads():
     """Heads that choose read as many pages; those of fitted masks differ, but not on average."""
     case = Case("decode", 4, 4, 16, 32, 768, 2)
-    even, mixed, chosen, reused = run([case], [0.4], ORACLE, spreads=list(Spread))
-    rows = (even, mixed, chosen, reused)
-    assert [row["heads"] for row in rows] == ["even", "mixed", "dynamic", "reuse"]
-    for row in (mixed, chosen, reused):
+    even, mixed, chosen, reused, tailed = run([case], [0.4], ORACLE, spreads=list(Spread))
+    rows = (even, mixed, chosen, reused, tailed)
+    assert [row["heads"] for row in rows] == ["even", "mixed", "dynamic", "reuse", "tail"]
+    for row in (mixed, chosen, reused, tailed):
         assert "failed" not in row
         assert row["density"] == pytest.approx(even["density"], abs=0.05)
     assert mixed["flash_error"] < 1e-2
-    assert chosen["flash_error"] is None
+    assert chosen["flash_error"] is tailed["flash_error"] is None
+    assert tailed["density"] == even["density"]
+    nothing = DeviceRotation(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 16, 16))
+    for spread, ids in ((Spread.EVEN, []), (Spread.TAIL, [0, 1, 2, 3])):
+        (layer,) = serving._layers(case, scattered(case, 0.4, spread), None, 1, nothing)
+        assert (list(layer.tails.ids) if layer.tails else []) == ids
     counts = scattered(case, 0.4, Spread.MIXED).pages.float().mean((1, 2))
     assert counts.max() > 3 * counts.min()
     for spread, dynamic in ((Spread.DYNAMIC, 5), (Spread.REUSE, 2)):

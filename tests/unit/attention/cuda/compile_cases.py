@@ -11,8 +11,11 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from dam_vllm.attention.cuda import paged, tuning
+from dam_vllm.attention.cuda import paged, tail, tuning
+from dam_vllm.attention.cuda.bundle import Part
+from dam_vllm.attention.cuda.choices import Choices
 from dam_vllm.attention.cuda.counts import DeviceCounts
+from dam_vllm.attention.cuda.means import SpanMeans, write_means
 from dam_vllm.attention.cuda.places import Homes, Places
 from dam_vllm.attention.cuda.plan import DevicePlan, plan_heads
 from dam_vllm.attention.cuda.query_blocks import DeviceQueryBlocks, query_block_slots
@@ -33,25 +36,43 @@ CASES = (
     (64, 32, None, 1, True),
     (96, 32, torch.float8_e4m3fn, 999, False),
 )
+# Head size, page, queries' dtype, cache, queries a request, whether pages are chosen.
+TAILS = (
+    (128, 128, torch.bfloat16, torch.bfloat16, 999, False),
+    (128, 16, torch.bfloat16, torch.bfloat16, 1, True),
+    (128, 128, torch.bfloat16, torch.bfloat16, 999, True),
+    (256, 16, torch.bfloat16, torch.bfloat16, 999, True),
+    (96, 48, FP8, FP8, 999, False),
+    (256, 64, torch.bfloat16, FP8, 1, False),
+)
+
+
+def page_selector(page, query_block):
+    """Page tables of all heads."""
+    flags = np.zeros((KV_HEADS, 4, 4), dtype=bool)
+    tables = PageTables(page, query_block, flags, flags[:, 0], flags[:, 0], flags[:, 0, 0])
+    return PageSelector([tables])
+
+
+def blocks_of(queries, query_block):
+    """Two requests' queries."""
+    request, offset = torch.from_numpy(query_block_slots(np.full(2, queries), query_block))
+    ints = torch.zeros(3, dtype=torch.int32)
+    most = min(queries, query_block)
+    return DeviceQueryBlocks(request, offset, ints, ints[:2], query_block, most)
 
 
 def serve(size, page, stored, queries, exact, capability):
     """Plans and attends on empty tensors, as a GPU of a capability would."""
-    flags = np.zeros((KV_HEADS, 4, 4), dtype=bool)
     query_block = query_block_size(page)
-    tables = PageTables(page, query_block, flags, flags[:, 0], flags[:, 0], flags[:, 0, 0])
-    request, offset = torch.from_numpy(query_block_slots(np.full(2, queries), query_block))
-    ints = torch.zeros(3, dtype=torch.int32)
-    query_blocks = DeviceQueryBlocks(
-        request, offset, ints, ints[:2], query_block, min(queries, query_block)
-    )
+    query_blocks, ints = blocks_of(queries, query_block), torch.zeros(3, dtype=torch.int32)
     plan = DevicePlan.empty(query_blocks, Places.by_head([KV_HEADS], ints.device), WIDTH, exact)
     heads = torch.arange(KV_HEADS, dtype=torch.int32)
     blocks = torch.zeros(2, WIDTH, dtype=torch.int32)
     counts = DeviceCounts([0], KV_HEADS, 0, ints.device)
     counts.close_step()
     plan_heads(
-        plan, heads, PageSelector([tables]), query_blocks, blocks, 2 * queries, KV_HEADS,
+        plan, heads, page_selector(page, query_block), query_blocks, blocks, 2 * queries, KV_HEADS,
         tally=counts.tally([(0, head) for head in range(KV_HEADS)]),
     )  # fmt: skip
     query = torch.empty(2 * queries, KV_HEADS * HEADS_PER_KV, size, dtype=torch.bfloat16)
@@ -62,11 +83,32 @@ def serve(size, page, stored, queries, exact, capability):
         tuned = tuning.tuning(
             torch.device("cuda"), size, query_blocks.most_queries * HEADS_PER_KV, exact
         )
+    lse = query.new_empty(query.shape[:2], dtype=torch.float32)
     paged.attend_paged(
         query, *cache.split(size, dim=-1), torch.empty_like(query), plan, query_blocks, heads,
         KV_HEADS, paged.Softmax(0.1), TokenBits(bits, bits, bits, 40, 1024, 0) if exact else None,
-        tuned,
+        tuned, lse,
     )  # fmt: skip
+
+
+def add_tail(size, page, asked, stored, queries, chooses):
+    """Writes means and adds a tail, of heads that choose pages or not."""
+    static, query_block = query_block_size(page), page if chooses else query_block_size(page)
+    every, heads = blocks_of(queries, static), torch.arange(KV_HEADS, dtype=torch.int32)
+    table = torch.zeros(3, 2, WIDTH, dtype=torch.int32)
+    cache, homes = torch.empty(9, page, 2 * size, dtype=stored), Homes.unknown(2, 1, heads.device)
+    (key, value), means = cache.split(size, dim=-1), SpanMeans()
+    write_means(means.of(key, torch.bfloat16), key, value, homes, every, table)
+    choices = Choices.of({(0, 0): 0}, 2 * queries, WIDTH, heads.device) if chooses else None
+    made = tail.Tail(
+        heads, heads, heads, page_selector(page, query_block), homes, paged.Softmax(0.1, 5.0),
+        means, (choices, heads) if chooses else None,
+    )  # fmt: skip
+    query = torch.empty(KV_HEADS, 2 * queries, HEADS_PER_KV, size, dtype=asked)
+    read = tail.Read(query, query.bfloat16(), query.new_empty(query.shape[:3]).float())
+    blocks = {query_block: blocks_of(queries, query_block)}
+    part = Part(blocks, table, slice(0, 2 * queries), WIDTH)
+    made.add(read, key, part, gathered=True)
 
 
 def launches(capability):
@@ -74,6 +116,9 @@ def launches(capability):
     for case in CASES:
         if case[2] is None or capability >= 89:
             yield str(case), functools.partial(serve, *case, capability)
+    for case in TAILS:
+        if FP8 not in case or capability >= 89:
+            yield f"tail of {case}", functools.partial(add_tail, *case)
     dtypes = [torch.bfloat16] if capability < 89 else [torch.bfloat16, FP8]
     for dtype in dtypes:
         for queries in (1, 32):

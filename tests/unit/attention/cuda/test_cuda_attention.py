@@ -1,166 +1,55 @@
 """A step of several layers: planned together, served by either kernel, few launches a layer."""
 
-from contextlib import nullcontext
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from dam_vllm.attention.chosen_pages import ChosenPages
-from dam_vllm.attention.cuda import attention as cuda
 from dam_vllm.attention.cuda import counts as counting
-from dam_vllm.attention.cuda import flash, merge, paged, plan, rotation, score, select, shares
-from dam_vllm.attention.cuda.choices import Choices, rows_of
-from dam_vllm.attention.cuda.dynamic import DeviceChoosing
-from dam_vllm.attention.cuda.flash import Flash
-from dam_vllm.attention.cuda.layer import DeviceLayer
-from dam_vllm.attention.cuda.paged import Softmax
-from dam_vllm.attention.cuda.rotation import DeviceRotation
-from dam_vllm.attention.cuda.scratch import Scratch
-from dam_vllm.attention.dynamic_heads import DynamicHeads, ReusingHeads
-from dam_vllm.attention.interface import Step
-from dam_vllm.attention.layout import KVLayout
-from dam_vllm.attention.oracle import chosen_mask, masked_attention, page_mask
-from dam_vllm.masks.mask_set import HeadMode
-from dam_vllm.masks.sharding import Shard
+from dam_vllm.attention.cuda import (
+    flash,
+    means,
+    merge,
+    paged,
+    plan,
+    rotation,
+    score,
+    select,
+    shares,
+    tail,
+)
+from dam_vllm.attention.cuda.choices import rows_of
+from dam_vllm.attention.oracle import page_mask
 from tests.unit.attention.cuda.launches import Launches, compiled, new, signature
-from tests.unit.attention.cuda.varlen_oracle import varlen
+from tests.unit.attention.cuda.layer_steps import (
+    ANCHORS,
+    BLOCKS,
+    DENSE,
+    DYNAMIC,
+    HEADS,
+    KV_HEADS,
+    MIXED,
+    MODES,
+    PAGE,
+    SIZE,
+    STATIC,
+    STEPS,
+    attention,
+    chosen,
+    expected,
+    layer_masks,
+    make_step,
+    rotate_queries,
+    run,
+)
 
 pytestmark = pytest.mark.slow
-
-HEADS, KV_HEADS, SIZE, PAGE, SCALE, BLOCKS = 6, 3, 32, 32, 0.2, 80
-STATIC, DYNAMIC, DENSE, REUSE = list(HeadMode)
-MODES = [
-    [STATIC, DYNAMIC, DENSE], [DYNAMIC] * 3, [STATIC] * 3, [DENSE, REUSE, DYNAMIC],
-    [REUSE, STATIC, REUSE],
-]  # fmt: skip
-ANCHORS = {(3, 1): (1, 2), (4, 0): (0, 1), (4, 2): (3, 2)}
-LIMITS = cuda.Limits(requests=7, tokens=600, length=1024)
-# Tokens up to the last query, and queries.
-MIXED = ((300, 1), (65, 1), (411, 250), (129, 129), (5, 5), (271, 2))
-STEPS = {"mixed": MIXED, "decode": ((391, 1), (1, 1), (640, 1)), "prefill": ((129, 129), (140, 30))}
-
-
-def attention(masks, device, flash, plans=None, unit=None, counts=None, rotates=False):
-    """All layers of the masks; `plans` is how many numbers the plans' memory holds."""
-    shard = Shard(0, KV_HEADS)
-    served = {}
-    choosing = {layer: shard.dynamic_heads(masks, layer) for layer in range(masks.layers)}
-    rows = rows_of(choosing, ChosenPages.of_masks(masks, shard).last)
-    slots = LIMITS.tokens // PAGE + 2 * LIMITS.requests
-    choices = Choices.of(rows, slots, LIMITS.length // PAGE, device)
-    choices.memory.fill_(1)  # what is not written must not be read
-    for index in range(masks.layers):
-        dynamic = DynamicHeads.of_layer(masks, index, shard, PAGE, 0, SCALE, 0.0, device)
-        reusing = ReusingHeads.of_layer(masks, index, shard, PAGE, 0, device)
-        served[f"layer {index}"] = DeviceLayer(
-            static=cuda.static_sets(masks, index, shard, PAGE, 0, False, device),
-            choosing=DeviceChoosing.of_layer(index, dynamic, reusing, choices),
-            kv_heads=KV_HEADS, softmax=Softmax(SCALE), flash=Flash(varlen) if flash else None,
-            index=index,
-            rotation=DeviceRotation.of_layer(masks, index, shard, device) if rotates else None,
-        )  # fmt: skip
-    scratch = Scratch(LIMITS.tokens, HEADS * SIZE, torch.float32, device)
-    if plans is not None:
-        scratch._taken = len(scratch._plans) - plans
-    return cuda.CUDAAttention(
-        served, PAGE, KVLayout(keys_by_channel=False), LIMITS, scratch, 0, counts, device, unit
-    )
-
-
-def make_step(rng, device, requests, padding=0):
-    """A step over random caches, one for each layer, with poison in what nobody holds.
-
-    Rows of padding follow the queries, as before a CUDA graph of a fixed size.
-    """
-    counts = [-(-stop // PAGE) for stop, _ in requests]
-    order, used = rng.permutation(BLOCKS), 0
-    table = torch.full((len(requests), LIMITS.length // PAGE), 2**30, dtype=torch.int32)
-    caches = torch.full((len(MODES), BLOCKS, KV_HEADS, PAGE, 2 * SIZE), torch.nan)
-    keys = []
-    for row, (stop, _) in enumerate(requests):
-        pages = torch.from_numpy(order[used : used + counts[row]].copy())
-        used += counts[row]
-        table[row, : counts[row]] = pages
-        stored = torch.randn(len(MODES), stop, KV_HEADS, 2 * SIZE)
-        token = torch.arange(stop)
-        caches[:, pages[token // PAGE], :, token % PAGE] = stored.transpose(0, 1)
-        keys.append(stored)
-    new = np.array([count for _, count in requests])
-    starts = torch.from_numpy(np.concatenate([[0], new.cumsum()])).int()
-    lens = torch.tensor([stop for stop, _ in requests], dtype=torch.int32)
-    step = Step(
-        starts.to(device), starts, lens.to(device), table.to(device),
-        int(new.sum()) + padding,
-        int(new.max()), int(lens.max()),
-    )  # fmt: skip
-    query = torch.randn(len(MODES), step.tokens, HEADS, SIZE).to(device)
-    return SimpleNamespace(
-        step=step, requests=requests, caches=caches.to(device), keys=keys, query=query
-    )
-
-
-def run(served, made, launches=None):
-    planned = served.plan(made.step)
-    outputs = torch.full_like(made.query, torch.nan)
-    tensors = zip(served.layers, made.query, made.caches, outputs, strict=True)
-    with launches or nullcontext():
-        for name, query, cache, output in [*tensors]:
-            served.run(planned, name, query, cache, output)
-    return outputs.cpu()
-
-
-def rotate_queries(masks, made):
-    """By plain products, so that the oracle sees what the cache's keys were rotated for."""
-    group = HEADS // KV_HEADS
-    for layer, head in np.argwhere(masks.modes == DYNAMIC):
-        basis = torch.from_numpy(masks.dynamic.rotations[layer, head]).to(made.query)
-        own = made.query[layer, :, head * group : (head + 1) * group]
-        own.copy_(own @ basis)
-
-
-def expected(masks, made, layer):
-    """The oracle's output of a layer."""
-    outputs, first, group = [], 0, HEADS // KV_HEADS
-    for (stop, count), stored in zip(made.requests, made.keys, strict=True):
-        asked = made.query[layer, first : first + count].cpu()
-        key, value = stored[layer].split(SIZE, dim=-1)
-        mask = page_mask(masks, layer, stop - count, stop, PAGE)
-        static = page_mask(masks, layer, stop - count, stop, PAGE, 0, PAGE)
-        for head in np.flatnonzero(np.isin(masks.modes[layer], (DYNAMIC, REUSE))):
-            own = slice(head * group, (head + 1) * group)
-            anchor = (layer, head) if masks.modes[layer, head] == DYNAMIC else ANCHORS[layer, head]
-            rows = slice(first, first + count)
-            mask[own] = static[own] | chosen(masks, made, anchor, rows, stored)
-        outputs.append(masked_attention(asked, key, value, torch.from_numpy(mask), SCALE))
-        first += count
-    return torch.cat(outputs)
-
-
-def chosen(masks, made, anchor, rows, stored):
-    """What the oracle lets an anchor choose for some rows of one request: bool [rows, keys]."""
-    layer, head = anchor
-    group = HEADS // KV_HEADS
-    own = slice(head * group, (head + 1) * group)
-    stop = stored.shape[1]
-    static = page_mask(masks, layer, stop - rows.stop + rows.start, stop, PAGE, 0, PAGE)
-    query, key = made.query[layer, rows, own].cpu(), stored[layer, :, head, :SIZE]
-    return chosen_mask(masks, layer, head, query, key, static[own][0], PAGE, SCALE)
 
 
 @pytest.fixture
 def masks(random_masks):
-    made = random_masks(
-        layers=len(MODES), heads=HEADS, kv_heads=KV_HEADS, pcl=150, share=0.01, dynamic=True,
-        head_size=SIZE,
-    )  # fmt: skip
-    made.modes[:] = MODES
-    anchors = np.full((*made.modes.shape, 2), -1, np.int32)
-    for head, anchor in ANCHORS.items():
-        anchors[head] = anchor
-    return replace(made, anchors=anchors)
+    return layer_masks(random_masks)
 
 
 @pytest.mark.parametrize("requests", STEPS.values(), ids=STEPS)
@@ -294,16 +183,29 @@ def test_rotation_takes_the_place_of_a_copy(rng, masks, device, requests, kernel
 LATER = (((65, 1), (200, 50), (7, 7)), ((300, 1),), ((40, 1),) * 5, ((7, 7), (9, 3), (60, 31)))
 KERNELS = {
     (module, name): kernel
-    for module in (counting, flash, merge, paged, plan, rotation, score, select, shares)
+    for module in (
+        counting,
+        flash,
+        means,
+        merge,
+        paged,
+        plan,
+        rotation,
+        score,
+        select,
+        shares,
+        tail,
+    )
     for name, kernel in vars(module).items()
     if hasattr(kernel, "arg_names")
 }
 
 
 @pytest.mark.parametrize("flash", [True, False])
-def test_serving_launches_nothing_new(rng, masks, device, monkeypatch, flash):
+def test_serving_launches_nothing_new(rng, random_masks, device, monkeypatch, flash):
     """Whatever a step holds, Triton finds each kernel compiled by the warm-up."""
-    seen = set()
+    seen, masks = set(), layer_masks(random_masks, tails=True)
+    masks.tails[1] = 0
     if device.type == "cpu":
         for (module, name), kernel in KERNELS.items():
             monkeypatch.setattr(module, name, signature(kernel, seen))
@@ -311,6 +213,7 @@ def test_serving_launches_nothing_new(rng, masks, device, monkeypatch, flash):
     served = attention(masks, device, flash, counts=counts, rotates=True)
     served.warm_up(HEADS, SIZE, (torch.float32,) * 3)
     assert not counts.pages.any()
+    assert not served._means._beside
     if device.type == "cuda":
         before = compiled(KERNELS.values())
         for requests in LATER:

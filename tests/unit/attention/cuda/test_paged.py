@@ -13,6 +13,7 @@ from dam_vllm.attention.cuda.query_blocks import DeviceQueryBlocks, query_block_
 from dam_vllm.attention.cuda.token_bits import TokenBits
 from dam_vllm.attention.oracle import exact_mask, masked_attention, page_mask
 from dam_vllm.masks.page_tables import PageSelector, dense_until, page_tables, query_block_size
+from tests.unit.attention.cuda.varlen_oracle import log_sum_exp
 
 pytestmark = pytest.mark.slow
 
@@ -74,7 +75,7 @@ def make_batch(rng, device, requests, heads, kv_heads, size, page, dtype, stored
     )
 
 
-def check(batch, output, mask_of, dtype, softcap, scales):
+def check(batch, output, lse, mask_of, dtype, softcap, scales):
     """Holds each request's rows against the oracle; other rows must be untouched."""
     heads, heads_per_kv = batch.query.shape[1], batch.query.shape[1] // batch.keys[0].shape[1]
     row = 0
@@ -88,8 +89,11 @@ def check(batch, output, mask_of, dtype, softcap, scales):
         wanted = masked_attention(query, key * scales[0], value * scales[1], mask, SCALE, softcap)
         found = output[row : row + count].float().cpu()
         torch.testing.assert_close(found, wanted, rtol=ERROR[dtype], atol=ERROR[dtype])
+        sums = log_sum_exp(query, key * scales[0], mask, SCALE, softcap)
+        torch.testing.assert_close(lse[row : row + count].cpu(), sums.T, rtol=1e-4, atol=1e-4)
         row += count
     assert output[row:].isnan().all()
+    assert lse[row:].isnan().all()
 
 
 @pytest.mark.parametrize("requests", [REQUESTS, DECODE], ids=["mixed", "decode"])
@@ -127,11 +131,12 @@ def test_attention_equals_oracle(
     scales = (KEY_SCALE, VALUE_SCALE) if stored else (1.0, 1.0)
     softmax = Softmax(SCALE * scales[0], softcap, scales[1])
     output = torch.full_like(batch.query, torch.nan)
+    lse = torch.full(output.shape[:2], torch.nan, device=device)
 
     def attend(heads, *exact):
         attend_paged(
             batch.query, batch.key, batch.value, output, plan.take(heads), batch.query_blocks,
-            every[heads], kv_heads, softmax, *exact,
+            every[heads], kv_heads, softmax, *exact, lse=lse,
         )  # fmt: skip
 
     heads_per_kv = heads // kv_heads
@@ -150,4 +155,4 @@ def test_attention_equals_oracle(
         return page_mask(masks, 0, start, stop, page, dense_below)
 
     assert heads_per_kv * kv_heads == heads
-    check(batch, output, mask_of, dtype, softcap, scales)
+    check(batch, output, lse, mask_of, dtype, softcap, scales)

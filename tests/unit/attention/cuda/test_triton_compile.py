@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[4]
 SHARED = {80: 163 * 1024, 90: 227 * 1024}
 SPILLED = 64
 KERNELS = {
-    "_attend_kernel", "_choose_pages", "_close_step", "_merge_kernel", "_plan_kernel", "_rotate",
-    "_share_pages", "_score_pages", "_store_kernel", "_sum_chunks",
+    "_add_tail", "_attend_kernel", "_choose_pages", "_close_step", "_merge_kernel", "_plan_kernel",
+    "_rotate", "_share_pages", "_score_pages", "_store_kernel", "_sum_chunks", "_write_means",
 }  # fmt: skip
 
 

@@ -8,12 +8,13 @@ from dam_vllm.attention.oracle import masked_attention
 def varlen(
     *, q, k, v, out, cu_seqlens_q, max_seqlen_q, max_seqlen_k, softmax_scale, causal,
     softcap=0.0, num_splits=0, cu_seqlens_k=None, seqused_k=None, block_table=None,
-    q_descale=None, k_descale=None, v_descale=None, **unused,
+    q_descale=None, k_descale=None, v_descale=None, return_softmax_lse=False, **unused,
 ):  # fmt: skip
     """Attention of packed sequences; the causal mask is aligned to the end.
 
     Keys lie in a paged cache where there is a block table, else one sequence after the other.
-    FlashAttention refuses what is asserted here.
+    FlashAttention refuses what is asserted here. With `return_softmax_lse` it gives the natural
+    log-sum-exp too, float32 [heads, rows], not set in rows of no sequence.
     """
     assert not unused.keys() - {"fa_version", "scheduler_metadata"}
     assert causal
@@ -47,6 +48,7 @@ def varlen(
         assert len(block_table) == len(seqused_k)
         sequences = paged(k, v, seqused_k, block_table)
     assert len(sequences) == len(cu_seqlens_q) - 1
+    lse = torch.full((q.shape[1], len(q)), torch.nan, device=q.device)
     for row, (keys, values) in enumerate(sequences):
         first, last = cu_seqlens_q[row : row + 2].tolist()
         stop = len(keys)
@@ -55,12 +57,23 @@ def varlen(
         if last == first:
             continue
         if stop == 0:
-            out[first:last] = 0
+            out[first:last], lse[:, first:last] = 0, torch.inf
             continue
         query = torch.arange(first, last, device=q.device)[:, None] - last + stop
         mask = (torch.arange(stop, device=q.device) <= query).expand(q.shape[1], -1, -1)
         found = masked_attention(q[first:last], keys, values, mask, softmax_scale, softcap)
         out[first:last] = found.to(out.dtype)
+        lse[:, first:last] = log_sum_exp(q[first:last], keys, mask, softmax_scale, softcap)
+    return (out, lse) if return_softmax_lse else out
+
+
+def log_sum_exp(query, key, mask, scale, softcap=0.0):
+    """Of the scores that `masked_attention` weighs by: float32 [heads, queries]."""
+    keys = key.float().repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    scores = torch.einsum("qhd,khd->hqk", query.float(), keys) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    return scores.masked_fill(~mask, float("-inf")).logsumexp(dim=-1)
 
 
 def packed(k, v, starts):
