@@ -10,10 +10,11 @@ import torch
 from dam_vllm.attention.cpu.cached_keys import CachedKeys
 from dam_vllm.attention.cpu.kernel import CPULayer, VirtualBatch
 from dam_vllm.attention.cpu.plan import VirtualPages
-from dam_vllm.attention.cpu.span_means import EndedSpans, SpanMeans
+from dam_vllm.attention.cpu.span_means import EndedSpans, write_means
 from dam_vllm.attention.cpu.tail import add_tail
 from dam_vllm.attention.interface import Step
 from dam_vllm.attention.layout import KVLayout
+from dam_vllm.attention.span_means import SpanMeans
 from dam_vllm.masks.mask_set import BoolArray
 from dam_vllm.masks.page_tables import PageSelector
 
@@ -43,7 +44,7 @@ class LayerTails:
         fixed = np.zeros((selector.layers, selector.heads), dtype=bool)
         for row, layer in enumerate(layers.values()):
             fixed[row, [head for head in layer.tails if head in layer.fixed]] = True
-        return cls(heads, fixed, selector.page, layout, SpanMeans(layout))
+        return cls(heads, fixed, selector.page, layout, SpanMeans())
 
     def ended(self, step: Step) -> EndedSpans | None:
         """Spans whose means a step writes."""
@@ -58,7 +59,11 @@ class LayerTails:
     ) -> None:
         """Writes means of a layer's spans, those of the pages of `heads`."""
         spans = where.tables()[0][:, ended.request, ended.pages]
-        self.means.write(cache, spans.flatten(0, 1), dtype)
+        write_means(self._means(cache, dtype), cache, spans.flatten(0, 1), self.layout)
+
+    def _means(self, cache: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Means beside a cache, [virtual pages, 2, head_size]."""
+        return self.means.of(self.layout.keys_and_values(cache)[0], dtype)
 
     def add(
         self,
@@ -71,5 +76,5 @@ class LayerTails:
         """Adds what a batch's sequences do not read to their output, as `PagedKernel` has it."""
         if batch.unread is not None:
             keys = CachedKeys(self.layout.channels(cache), self.layout.stored)
-            means = self.means.of(cache, query.dtype)
+            means = self._means(cache, query.dtype)
             add_tail(layer, batch, batch.unread, query, keys, means, output)

@@ -1,10 +1,6 @@
-"""Means of spans: written in the step that holds a span's last token, beside the cache.
+"""Means of spans, written in the step that holds a span's last token."""
 
-A mean lies at the virtual page of its span's last page. Pages that prefix caching finds bring it
-along: whatever comes before them is the same.
-"""
-
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
@@ -42,52 +38,28 @@ class EndedSpans:
         return cls(torch.from_numpy(request)[:, None], torch.from_numpy(pages))
 
 
-@dataclass(frozen=True)
-class SpanMeans:
-    """Means of the spans in caches of some layers.
+def write_means(
+    means: torch.Tensor, cache: torch.Tensor, spans: torch.Tensor, layout: KVLayout
+) -> None:
+    """Writes means of spans, whose tokens are in the cache; not scaled if that is fp8.
 
-    Attributes:
-        layout: of the caches.
+    Args:
+        means: [virtual pages, 2, head_size], of `SpanMeans`, written at the spans' last pages.
+        cache: [blocks, kv_heads, page, 2 * head_size], keys by channel.
+        spans: int [n, pages a span], virtual pages.
+        layout: of the cache.
     """
-
-    layout: KVLayout
-    _held: dict[int, torch.Tensor] = field(default_factory=dict)
-
-    def of(self, cache: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Means beside a cache: mean keys and then mean values, in a dtype, not scaled if fp8.
-
-        Args:
-            cache: [blocks, kv_heads, page, 2 * head_size].
-            dtype: the model's.
-
-        Returns:
-            [virtual pages, 2 * head_size]; what was not written is undefined.
-        """
-        shape = (cache.shape[0] * cache.shape[1], cache.shape[3])
-        held = self._held.get(cache.data_ptr())
-        if held is None or held.shape != shape or held.dtype != dtype:
-            held = self._held[cache.data_ptr()] = torch.empty(shape, dtype=dtype)
-        return held
-
-    def write(self, cache: torch.Tensor, spans: torch.Tensor, dtype: torch.dtype) -> None:
-        """Writes means of spans, whose tokens are in the cache.
-
-        Args:
-            cache: as for `of`.
-            spans: int [n, pages a span], virtual pages.
-            dtype: as for `of`.
-        """
-        page, width = cache.shape[2:]
-        pages = cache.view(-1, page * width).index_select(0, spans.flatten())
-        if self.layout.stored is not None:
-            pages = pages.view(self.layout.stored)
-        keys, values = pages.float().view(*spans.shape, 2, -1).unbind(2)
-        sums = (
-            _added(keys.unflatten(2, (width // 2, page)), 3),
-            _added(values.unflatten(2, (page, width // 2)), 2),
-        )
-        means = torch.cat([_added(each, 1) for each in sums], dim=1) / (spans.shape[1] * page)
-        self.of(cache, dtype).index_copy_(0, spans[:, -1].long(), means.to(dtype))
+    page, width = cache.shape[2:]
+    pages = cache.view(-1, page * width).index_select(0, spans.flatten())
+    if layout.stored is not None:
+        pages = pages.view(layout.stored)
+    keys, values = pages.float().view(*spans.shape, 2, -1).unbind(2)
+    sums = (
+        _added(keys.unflatten(2, (width // 2, page)), 3),
+        _added(values.unflatten(2, (page, width // 2)), 2),
+    )
+    found = torch.stack([_added(each, 1) for each in sums], dim=1) / (spans.shape[1] * page)
+    means.index_copy_(0, spans[:, -1].long(), found.to(means.dtype))
 
 
 def _added(parts: torch.Tensor, dim: int) -> torch.Tensor:

@@ -37,7 +37,7 @@ def add_tail(
         unread: of the batch.
         query: [rows, heads_per_kv, head_size], as the kernel took it.
         keys: the cache's.
-        means: [virtual pages, 2 * head_size], of `SpanMeans`.
+        means: [virtual pages, 2, head_size], of `SpanMeans`.
         output: like the query, changed.
     """
     heads_per_kv, size = query.shape[1:]
@@ -71,7 +71,7 @@ def torch_shares(
         query: [rows, head_size].
         rows: where they lie, and what they read.
         keys: the cache's.
-        means: [virtual pages, 2 * head_size], of `SpanMeans`.
+        means: [virtual pages, 2, head_size], of `SpanMeans`.
         numbers: factor of the scores, their cap or 0, and what a span's logit has added.
 
     Returns:
@@ -89,10 +89,10 @@ def torch_shares(
         later = torch.arange(len(key)) > rows.position[some, None]
         read = _logits(asked @ key.t(), numbers).masked_fill(later, -torch.inf)
         spans = means[rows.unread.table[at, : rows.unread.counts[at]].long()].double()
-        unread = _logits(asked @ spans[:, :size].t(), numbers) + numbers[2]
+        unread = _logits(asked @ spans[:, 0].t(), numbers) + numbers[2]
         total = torch.cat([read, unread], dim=1).logsumexp(1, keepdim=True)
         keep[some] = (read - total).exp().sum(1)
-        tail[some] = ((unread - total).exp() @ spans[:, size:]).float()
+        tail[some] = ((unread - total).exp() @ spans[:, 1]).float()
     return keep, tail
 
 

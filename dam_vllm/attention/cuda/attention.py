@@ -13,13 +13,13 @@ import torch
 from dam_vllm.attention.cuda.bundle import Bundle, Part, PlanMemory
 from dam_vllm.attention.cuda.counts import DeviceCounts
 from dam_vllm.attention.cuda.layer import DeviceLayer, HeadSet, LayerRun, Paged, layer_runs
-from dam_vllm.attention.cuda.means import SpanMeans
 from dam_vllm.attention.cuda.query_blocks import DeviceQueryBlocks, query_block_slots
 from dam_vllm.attention.cuda.scratch import Scratch
 from dam_vllm.attention.cuda.token_bits import TokenBits
 from dam_vllm.attention.cuda.tuning import processors
 from dam_vllm.attention.interface import Step
 from dam_vllm.attention.layout import KVLayout
+from dam_vllm.attention.span_means import SpanMeans
 from dam_vllm.masks.mask_set import HeadMode, MaskSet
 from dam_vllm.masks.page_tables import dense_until, query_block_size
 from dam_vllm.masks.rounding import ceil_div

@@ -16,7 +16,6 @@ from dam_vllm.attention.cuda.choosing import choose_on_device
 from dam_vllm.attention.cuda.counts import DeviceCounts, Tally
 from dam_vllm.attention.cuda.dynamic import DeviceChoosing, DeviceDynamic
 from dam_vllm.attention.cuda.layer_tails import LayerTails
-from dam_vllm.attention.cuda.means import SpanMeans
 from dam_vllm.attention.cuda.paged import Softmax, attend_paged
 from dam_vllm.attention.cuda.places import Homes, Places
 from dam_vllm.attention.cuda.plan import DevicePlan, plan_heads
@@ -25,6 +24,7 @@ from dam_vllm.attention.cuda.rotation import DeviceRotation
 from dam_vllm.attention.cuda.scratch import Scratch
 from dam_vllm.attention.cuda.tail import Read, Tail, TailHeads
 from dam_vllm.attention.cuda.token_bits import TokenBits
+from dam_vllm.attention.span_means import SpanMeans
 from dam_vllm.masks.page_tables import PageTables
 
 

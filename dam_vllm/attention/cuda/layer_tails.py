@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import torch
 
 from dam_vllm.attention.cuda.bundle import Part
-from dam_vllm.attention.cuda.means import SpanMeans, write_means
+from dam_vllm.attention.cuda.means import write_means
 from dam_vllm.attention.cuda.places import Homes
 from dam_vllm.attention.cuda.tail import Read, Tail
+from dam_vllm.attention.span_means import SpanMeans
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,13 @@ import triton.language as tl
 
 from dam_vllm.attention.cuda.bundle import Part
 from dam_vllm.attention.cuda.choices import Choices
-from dam_vllm.attention.cuda.means import SpanMeans
 from dam_vllm.attention.cuda.merge import LOG2E
 from dam_vllm.attention.cuda.paged import INTERPRETED, Softmax, capped, product
 from dam_vllm.attention.cuda.places import Homes
 from dam_vllm.attention.cuda.plan import MOVING, page_arguments, static_pages
 from dam_vllm.attention.cuda.query_blocks import query_block_at
 from dam_vllm.attention.cuda.tuning import NARROW_HEAD
+from dam_vllm.attention.span_means import SpanMeans
 from dam_vllm.masks.page_tables import PageSelector
 from dam_vllm.masks.tails import span_pages
 

@@ -147,7 +147,7 @@ class Model:
             return self.empty_cache(shard)
         if layer not in attention.caches:
             cache = attention.caches[layer] = self.empty_cache(shard)
-            attention.part(layer)._tails.means.of(cache, self.form.dtype).fill_(torch.nan)
+            attention.part(layer)._tails._means(cache, self.form.dtype).fill_(torch.nan)
         return attention.caches[layer]
 
     def expected(self, requests, dense_below=0):

@@ -8,8 +8,7 @@ import torch
 
 from dam_vllm.attention.cpu import llvm
 from dam_vllm.attention.cpu.kernel import UnreadSpans
-from dam_vllm.attention.cpu.span_means import EndedSpans, SpanMeans
-from dam_vllm.attention.layout import KVLayout
+from dam_vllm.attention.cpu.span_means import EndedSpans
 from dam_vllm.masks.mask_set import HeadMode
 from dam_vllm.masks.sharding import Shard
 from dam_vllm.masks.tails import span_pages
@@ -199,7 +198,7 @@ def test_what_has_no_tail_pays_nothing(rng, tailed):
     part, query = attention.part(0), torch.zeros(step.tokens, masks.heads, FLAT.size)
     cache = model.empty_cache(Shard(0, 4))
     part.run(part.plan_dense(step), "2", query, cache, torch.empty_like(query))
-    assert not part._tails.means._held
+    assert not part._tails.means._beside
     part = attention_of(without_tails(masks), 16, form=FLAT).part(0)
     plan = part.plan(step)
     assert plan.ended is None
@@ -229,14 +228,3 @@ def test_spans_that_end(rng, page):
 def test_sequences_are_numbered_among_their_heads():
     unread = UnreadSpans(torch.tensor([3, 5, 9, 11]), torch.empty(0), torch.empty(0))
     assert unread.among([1, 3], 3).sequences.tolist() == [0, 2, 3, 5]
-
-
-def test_means_lie_beside_their_cache():
-    means, cache = SpanMeans(KVLayout(True)), torch.zeros(6, 2, 16, 48)
-    held = means.of(cache, torch.float32)
-    assert held.shape == (12, 48)
-    assert means.of(cache, torch.float32) is held
-    assert means.of(cache.clone(), torch.float32) is not held
-    # Where memory is taken again for another cache.
-    assert means.of(cache[:5], torch.float32).shape == (10, 48)
-    assert means.of(cache[:5], torch.bfloat16).dtype == torch.bfloat16

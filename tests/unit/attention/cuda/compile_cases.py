@@ -15,13 +15,14 @@ from dam_vllm.attention.cuda import paged, tail, tuning
 from dam_vllm.attention.cuda.bundle import Part
 from dam_vllm.attention.cuda.choices import Choices
 from dam_vllm.attention.cuda.counts import DeviceCounts
-from dam_vllm.attention.cuda.means import SpanMeans, write_means
+from dam_vllm.attention.cuda.means import write_means
 from dam_vllm.attention.cuda.places import Homes, Places
 from dam_vllm.attention.cuda.plan import DevicePlan, plan_heads
 from dam_vllm.attention.cuda.query_blocks import DeviceQueryBlocks, query_block_slots
 from dam_vllm.attention.cuda.rotation import DeviceRotation, quantise
 from dam_vllm.attention.cuda.store import HeadStore
 from dam_vllm.attention.cuda.token_bits import TokenBits
+from dam_vllm.attention.span_means import SpanMeans
 from dam_vllm.masks.page_tables import PageSelector, PageTables, query_block_size
 from tests.unit.attention.cuda.compiling import choose_pages_of, compile_launches, resources
 

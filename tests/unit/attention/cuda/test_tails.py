@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from dam_vllm.attention.cuda.means import SpanMeans
+from dam_vllm.attention.span_means import SpanMeans
 from dam_vllm.masks.tails import span_pages
 from tests.unit.attention.cuda.launches import Launches
 from tests.unit.attention.cuda.layer_steps import (
