@@ -263,7 +263,7 @@ def _cells(entry: dict[str, Any]) -> list[str]:
     modes = {mode: entry["modes"].count(mode) for mode in entry["modes"]}
     told = [f"{count} {mode}" for mode, count in modes.items()]
     if entry["tails"]:
-        told.append(f"{len(entry['tails'])} with a tail")
+        told.append(f"{len(entry['tails'])} tailed")
     return [
         "\n".join(told),
         f"{_mean(entry['density_heads'])} / {_mean(entry['density_kv'])}",

@@ -1,13 +1,22 @@
 """Which choices are measured, and which of them is taken."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from dam_vllm.calibration.errors import CalibrationError
 from dam_vllm.calibration.fit.curve import Point
-from dam_vllm.calibration.fit.proof import Curve, frontier, propose, ranked, search, sweep
+from dam_vllm.calibration.fit.proof import (
+    Curve,
+    Prover,
+    frontier,
+    propose,
+    ranked,
+    search,
+    sweep,
+)
 
 
 def point(loss, density, cost=None):
@@ -19,6 +28,24 @@ def point(loss, density, cost=None):
 HOPEFUL = [point(0.0, 1.0), point(0.1, 0.4), point(0.2, 0.2), point(0.9, 0.05)]
 WARY = [point(0.0, 1.0), point(0.1, 0.6), point(1.0, 0.3), point(2.0, 0.1)]
 CURVES = [Curve("free", 0.0, HOPEFUL), Curve("free", 1.0, WARY)]
+
+
+class Kept(dict):
+    """Proofs by key."""
+
+    proof, save_proof = dict.get, dict.__setitem__
+
+
+def test_a_choice_is_measured_once_and_its_tails_are_part_of_it():
+    prover, asked, store = Prover.__new__(Prover), [], Kept()
+    prover._inputs, prover._texts = SimpleNamespace(store=store, advance=None), []
+    prover.measure = lambda masks: asked.append(masks) or {"plain": {"kl": 0.1, "top1": 0.9}}
+    alone = point(0.5, 0.2)
+    tailed = replace(alone, tails=~alone.tails)
+    for each, count in ((alone, 1), (tailed, 2), (alone, 2)):
+        proven = prover.prove(each, lambda point: point)
+        assert (proven.loss, proven.top1) == (0.1, 0.9)
+        assert len(asked) == count
 
 
 def measuring(truth, asked=None):

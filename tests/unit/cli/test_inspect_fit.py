@@ -165,6 +165,18 @@ def test_who_follows_whom_is_told_and_drawn(random_masks, tmp_path):
     assert [each["modes"].count("reuse") for each in layers] == [1, 2, 1]
 
 
+def test_tails_are_told(random_masks, tmp_path):
+    masks = random_masks(layers=3, heads=8, kv_heads=4, tails=True)
+    masks.tails[1] = [0, 1, 1, 0]
+    file = tmp_path / "masks.safetensors"
+    save_mask_set(masks, file)
+    assert "2 tailed" in run(file).output
+    layers = json.loads(run(file, "--json").output)["layers"]
+    assert [each["tails"] for each in layers] == [row.nonzero()[0].tolist() for row in masks.tails]
+    save_mask_set(dataclasses.replace(masks, tails=None), file)
+    assert "tail" not in run(file).output
+
+
 NAME = "/models/[v2]/x[/b]:key:"
 
 

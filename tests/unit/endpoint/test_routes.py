@@ -24,8 +24,9 @@ KEY = "Bearer secret"
 @pytest.fixture
 def masks(random_masks):
     made = random_masks(
-        layers=3, heads=4, kv_heads=2, pcl=40, share=0.05, dense=True, dynamic=True, reuse=True
-    )
+        layers=3, heads=4, kv_heads=2, pcl=40, share=0.05, dense=True, dynamic=True, reuse=True,
+        tails=True,
+    )  # fmt: skip
     made.header.layer_types[1] = "sliding"
     made.header.model = "/home/somebody/models/tiny"
     made.header.parameters["data"] = "/home/somebody/texts"
@@ -73,6 +74,7 @@ def test_what_is_served_is_told_without_folders(client, masks):
             assert each["mode"] == mode.name.lower()
             assert (each["anchor"] is not None) == (mode == HeadMode.REUSE)
             assert (each["budget"] is None) == (mode in (HeadMode.STATIC, HeadMode.DENSE))
+            assert each["tail"] == bool(masks.tails[layer, head])
 
 
 def test_density_is_what_the_engine_tells(client):
