@@ -108,8 +108,12 @@ def text(tmp_path):
 def test_a_model_is_measured_under_every_estimate(tmp_path, random_masks, text):
     model, tokenizer = build("gqa"), save_tokenizer(tmp_path)
     prepare(model)
-    masks = random_masks(layers=3, dynamic=True, reuse=True, tails=True, head_size=SIZE)
+    masks = random_masks(
+        layers=3, share=0.002, dynamic=True, reuse=True, tails=True, head_size=SIZE
+    )
     masks.tails[0], masks.tails[1:] = 1, 0
+    # So little that all heads leave spans unread.
+    masks.dynamic.floors[:], masks.dynamic.caps[:] = 0, 32
     masks.header.parameters["fit"] = {"page": 32}
     case = mass.Case(text, 200, 2, 1, list(Estimate), 24)
     advanced = []

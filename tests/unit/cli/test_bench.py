@@ -117,7 +117,7 @@ def test_gpu_cases(monkeypatch, phase, count):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr("dam_vllm.bench.fa3.load", lambda folder: missing())
     found = kernel_benchmarks.kernel(KernelOptions(phase=phase))
-    assert found.total == count * 5 * 4
+    assert found.total == count * 5 * 5
     assert "SDPA is the baseline: not there" in found.notes
 
 
