@@ -59,7 +59,8 @@ part smoke "$GPU" "$PYTHON" deploy/gpu/smoke.py "$OUT/smoke.json" "${KERNEL[@]}"
   --batches 1 --kv-heads 8 --densities 0.1,1.0 --rounds 5
 part kernels "$GPU" "${UNIT[@]}" tests/unit/attention/cuda
 part benches "$GPU" "${UNIT[@]}" tests/unit/bench
-part backend "$VLLM" "${UNIT[@]}" tests/engine/test_cuda_backend.py tests/engine/test_cuda_launches.py tests/engine/test_cuda_flags.py
+part backend "$VLLM" "${UNIT[@]}" tests/engine/test_cuda_backend.py \
+  tests/engine/test_cuda_tails.py tests/engine/test_cuda_launches.py tests/engine/test_cuda_flags.py
 part sanitizer "$SANITIZER" compute-sanitizer --error-exitcode 9 "${UNIT[@]}" \
   tests/unit/attention/cuda/test_paged.py -k "page and mixed"
 part tune "$GPU" $(dam bench tune) --json "$OUT/tune.json"
