@@ -2,9 +2,8 @@
 
 A *span* is SPAN tokens of whole pages at a fixed place. One that ends before a query's own page and
 of which the query reads nothing counts as one token, its mean key and mean value, as often as it
-has tokens: its score has the logarithm of that number added. That is
-a lower bound of what the span weighs (Jensen); numerator and denominator of unread tokens from
-summaries: arXiv 2604.05438.
+has tokens: its score has the logarithm of that number added, a lower bound of what the span weighs
+(Jensen). Numerator and denominator of unread tokens from summaries: arXiv 2604.05438.
 """
 
 from typing import TypeVar
