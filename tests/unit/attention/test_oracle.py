@@ -85,3 +85,20 @@ def test_a_tail_is_spans_means_as_often_as_they_have_tokens(rng, softcap):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     plain = masked_attention(query, key, value, mask, 0.3, softcap)
     assert (found[:, 2:] - plain[:, 2:]).abs().max() > 0.01
+
+
+def test_a_tail_knows_nothing_of_later_tokens(rng):
+    torch.manual_seed(int(rng.integers(2**31)))
+    page, tokens, new = 16, 500, 300
+    query, key, value = torch.randn(new, 2, 8), torch.randn(tokens, 1, 8), torch.randn(tokens, 1, 8)
+    position = torch.arange(tokens - new, tokens)
+    mask = (torch.arange(tokens) // page == (position // page)[:, None]).expand(2, -1, -1)
+    mask = mask & (torch.arange(tokens) <= position[:, None])
+    found = masked_attention(query, key, value, mask, 0.3, tails=[0], page=page)
+    for row in rng.choice(new, 9):
+        stop = int(position[row]) + 1
+        alone = masked_attention(
+            query[row : row + 1], key[:stop], value[:stop], mask[:, row : row + 1, :stop], 0.3,
+            tails=[0], page=page,
+        )  # fmt: skip
+        torch.testing.assert_close(found[row : row + 1], alone, rtol=1e-4, atol=1e-5)

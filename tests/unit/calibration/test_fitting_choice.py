@@ -96,6 +96,10 @@ def test_readers_take_tails_too():
     assert taken.tails.tolist() == [[False, True]]
     assert taken.loss == pytest.approx(2e-4)
     assert taken.cost == pytest.approx(0.31)
+    loose = pick(curve(found), 0.6, None)
+    assert loose.chosen.tolist() == [[0, REUSE]]
+    assert not loose.tails.any()
+    assert loose.cost == pytest.approx(0.3)
 
 
 def test_what_has_a_tail_keeps_all_its_pages():

@@ -186,6 +186,14 @@ def test_means_of_steps_that_read_everything(rng, tailed):
     assert not part.ends_spans(model.step([(0, 80, 383), (1, 1, 1)]))
 
 
+def test_steps_shorter_than_a_span(rng, tailed):
+    model = Model(rng, tailed(), 16, [50, 127], FLAT)
+    requests = [(0, 50, 50), (1, 127, 127)]
+    found = model.run(attention_of(model.masks, 16, form=FLAT), requests)
+    for each, expected in zip(found, model.expected(requests), strict=True):
+        assert share_close(each, expected) > 0.985
+
+
 def test_what_has_no_tail_pays_nothing(rng, tailed):
     masks = tailed()
     masks.tails[2] = 0
