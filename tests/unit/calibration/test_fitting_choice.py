@@ -83,23 +83,25 @@ def test_a_head_takes_a_tail_where_that_is_cheaper_than_reading_more():
 
 
 def test_readers_take_tails_too():
-    densities, nothing = np.array([[[0.3], [0.9]]]), np.array([[[[1e-4], [1e-4]]]])
-    read_risks = np.array([[[[[np.inf]], [[0.5]]]], [[[[np.inf]], [[1e-4]]]]])[:, None]
-    read_risks = read_risks.reshape(2, 1, 1, 2, 1, 1)
-    read = np.array([[[[1.0]], [[0.3]]]])
+    """The one first that gains more."""
+    densities, nothing = np.array([[[0.3], [0.9], [0.9]]]), np.full((1, 1, 3, 1), 1e-4)
+    nothing[..., 1:, :] = 9.0
+    read_risks = np.full((2, 1, 1, 3, 1, 1), np.inf)
+    read_risks[..., 1:, 0, 0] = np.array([[0.5, 0.05], [1e-4, 1e-4]])[:, None, None]
+    read = np.array([[[[1.0]], [[0.3]], [[0.3]]]])
     found = Options(
         np.stack([nothing] * 2), densities, np.stack([densities, densities + 0.02]), [0],
-        np.array([[[NONE], [0]]]), read_risks, read, np.stack([read, read + 0.02]),
+        np.array([[[NONE], [0], [0]]]), read_risks, read, np.stack([read, read + 0.02]),
     )  # fmt: skip
-    taken = pick(curve(found), 1e-3, None)
-    assert taken.chosen.tolist() == [[0, REUSE]]
-    assert taken.tails.tolist() == [[False, True]]
-    assert taken.loss == pytest.approx(2e-4)
-    assert taken.cost == pytest.approx(0.31)
-    loose = pick(curve(found), 0.6, None)
-    assert loose.chosen.tolist() == [[0, REUSE]]
-    assert not loose.tails.any()
-    assert loose.cost == pytest.approx(0.3)
+    for error, tails in (
+        (1e-3, [False, True, True]),
+        (0.1, [False, True, False]),
+        (0.6, [False] * 3),
+    ):
+        taken = pick(curve(found), error, None)
+        assert taken.chosen.tolist() == [[0, REUSE, REUSE]]
+        assert taken.tails.tolist() == [tails]
+        assert taken.cost == pytest.approx(0.3 + 0.02 * sum(tails) / 3)
 
 
 def test_what_has_a_tail_keeps_all_its_pages():
