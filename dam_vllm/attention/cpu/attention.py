@@ -220,7 +220,7 @@ class CPUAttention:
         heads, weights = self._choosing.heads[layer], plan.choosing.weights
         where = plan.where.take(self._rows[layer], heads)
         blocks = plan.choosing.asking.blocks
-        tails = self._tails.among(layer, heads)
+        tails = self._tails.choosing[layer]
         made = plan_pages(selected[None], where, blocks, self.selector.page, tails)
         table, lens, starts = made.block_table[0], made.seq_lens[0], made.query_start_loc
         if self.counts is not None and weights is not None:

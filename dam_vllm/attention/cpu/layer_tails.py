@@ -26,6 +26,7 @@ class LayerTails:
     Attributes:
         heads: int64 by layer name, local KV heads; of layers that have any.
         fixed: bool [layers, heads], those whose pages are known without queries.
+        choosing: by layer name bool [1, choosing heads], which of the others, in their order.
         page: tokens a page.
         layout: of the caches.
         means: of the spans in them.
@@ -33,6 +34,7 @@ class LayerTails:
 
     heads: Mapping[str, torch.Tensor]
     fixed: BoolArray
+    choosing: Mapping[str, BoolArray]
     page: int
     layout: KVLayout
     means: SpanMeans
@@ -44,15 +46,12 @@ class LayerTails:
         fixed = np.zeros((selector.layers, selector.heads), dtype=bool)
         for row, layer in enumerate(layers.values()):
             fixed[row, [head for head in layer.tails if head in layer.fixed]] = True
-        return cls(heads, fixed, selector.page, layout, SpanMeans())
+        choosing = {name: np.isin(each.choosing, each.tails)[None] for name, each in layers.items()}
+        return cls(heads, fixed, choosing, selector.page, layout, SpanMeans())
 
     def ended(self, step: Step) -> EndedSpans | None:
         """Spans whose means a step writes."""
         return EndedSpans.of(step, self.page) if self.heads else None
-
-    def among(self, layer: str, heads: torch.Tensor) -> BoolArray:
-        """Which of a layer's heads have a tail, bool [1, heads]."""
-        return np.isin(heads.numpy(), self.heads.get(layer, ()))[None]
 
     def write(
         self, ended: EndedSpans, where: VirtualPages, cache: torch.Tensor, dtype: torch.dtype

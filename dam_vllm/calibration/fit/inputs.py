@@ -13,6 +13,7 @@ from dam_vllm.calibration.fit.store import FitStore
 from dam_vllm.calibration.progress import Work
 from dam_vllm.calibration.settings import FitConfig
 from dam_vllm.masks.model_shape import ModelShape
+from dam_vllm.masks.tails import span_pages
 
 # A pass that measures costs as much as some plain ones; for the progress bar only.
 WEIGHTS = {"reply": 2, "basis": 1, "loss": 4, "readers": 4, "proof": 2, "check": 3, "probe": 1}
@@ -62,8 +63,9 @@ class FitInputs:
         """
         shape, page = self.shape, self.config.page
         rows = page * shape.heads // shape.kv_heads
-        # Masses times values; then weights and scores of each token.
-        floats = rows * (tokens // page + 1) * (head_size + 3 * page)
+        pages = tokens // page + 1
+        # Masses times values of pages and of spans; then weights and scores of each token.
+        floats = rows * (pages * (head_size + 3 * page) + pages // span_pages(page) * head_size)
         most = self.memory // (4 * floats)
         if most < 1:
             raise CalibrationError(

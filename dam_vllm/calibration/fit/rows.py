@@ -19,7 +19,7 @@ class Rows:
         output: float32 [query_blocks, pages, rows, head_size], mass times values.
         full: float32 [query_blocks, rows, head_size], full attention.
         tail_mass: float32 [query_blocks, spans, rows], what spans count in a tail.
-        means: float32 [spans, head_size], mean values of spans.
+        tail_output: float32 [query_blocks, spans, rows, head_size], that times mean values.
         own: int64 [query_blocks], pages of their first queries.
         page: tokens a page.
     """
@@ -28,7 +28,7 @@ class Rows:
     output: torch.Tensor
     full: torch.Tensor
     tail_mass: torch.Tensor
-    means: torch.Tensor
+    tail_output: torch.Tensor
     own: torch.Tensor
     page: int
 
@@ -41,22 +41,19 @@ class Rows:
         Returns:
             float64 [2, candidates], without a tail and with one.
         """
-        query_blocks, pages, rows, size = self.output.shape
         chosen = selected.transpose(0, 1).to(self.mass.dtype)
-        mass = chosen @ self.mass
-        output = (chosen @ self.output.view(query_blocks, pages, rows * size)).view(
-            query_blocks, -1, rows, size
-        )
-        alone = self._error(output, mass)
         unread = unread_spans(selected, self.own, self.page).transpose(0, 1)
-        unread = unread[..., : len(self.means)].to(mass.dtype)
-        tail = unread[..., None] * self.tail_mass[:, None]
-        output += tail.transpose(2, 3) @ self.means
-        return torch.stack([alone, self._error(output, mass + tail.sum(dim=2))])
+        unread = unread[..., : self.tail_mass.shape[1]].to(self.mass.dtype)
+        mass, output = chosen @ self.mass, chosen @ self.output.flatten(2)
+        alone = self._error(output, mass)
+        mass += unread @ self.tail_mass
+        output += unread @ self.tail_output.flatten(2)
+        return torch.stack([alone, self._error(output, mass)])
 
     def _error(self, output: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
-        """Of unnormalised outputs [query_blocks, candidates, rows, ...]: float64 [candidates]."""
-        error = output / mass.clamp_min(TINY)[..., None] - self.full[:, None]
+        """Of unnormalised outputs [query_blocks, candidates, rows * head_size]: [candidates]."""
+        apart = output.unflatten(2, self.full.shape[1:])
+        error = apart / mass.clamp_min(TINY)[..., None] - self.full[:, None]
         return error.square().sum(dim=-1).double().sum(dim=(0, 2))
 
 
@@ -125,7 +122,8 @@ def split_rows(states: LayerStates, head: int, position: torch.Tensor, page: int
     query = states.query[states.query_heads(head), position].float().permute(1, 2, 0, 3)
     tail = capped(query.flatten(1, 2) @ keys.t() * states.scale, states.softcap) - largest
     tail_mass = (tail.exp_() * (span_pages(page) * page)).transpose(1, 2)
-    return Rows(mass, output, full, tail_mass, means, own, page)
+    tail_output = tail_mass[..., None] * means[:, None]
+    return Rows(mass, output, full, tail_mass, tail_output, own, page)
 
 
 def span_means(

@@ -48,10 +48,10 @@ def test_they_are_spread_over_cost_where_there_are_many():
 
 
 def test_query_blocks_at_once_follow_the_memory():
-    """A row of a page: mass times values, and weights and scores of its tokens."""
+    """A row of a page: mass times values, and weights and scores of its tokens; and of spans."""
     shape = SimpleNamespace(heads=8, kv_heads=2)
     config = FitConfig(target_density=0.1, page=16)
-    one = 16 * 4 * 65 * (32 + 3 * 16) * 4
+    one = 16 * 4 * (65 * (32 + 3 * 16) + 8 * 32) * 4
     for memory, expected in ((one, 1), (3 * one - 1, 2), (10 * one, 10)):
         inputs = FitInputs(None, shape, config, [], None, None, memory)
         assert inputs.query_blocks_at_once(1024, 32) == expected

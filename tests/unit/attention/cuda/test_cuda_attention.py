@@ -181,21 +181,10 @@ def test_rotation_takes_the_place_of_a_copy(rng, masks, device, requests, kernel
 
 
 LATER = (((65, 1), (200, 50), (7, 7)), ((300, 1),), ((40, 1),) * 5, ((7, 7), (9, 3), (60, 31)))
+MODULES = (counting, flash, means, merge, paged, plan, rotation, score, select, shares, tail)
 KERNELS = {
     (module, name): kernel
-    for module in (
-        counting,
-        flash,
-        means,
-        merge,
-        paged,
-        plan,
-        rotation,
-        score,
-        select,
-        shares,
-        tail,
-    )
+    for module in MODULES
     for name, kernel in vars(module).items()
     if hasattr(kernel, "arg_names")
 }
