@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import dam_vllm
-from dam_vllm.masks.file import FORMAT, MaskFileError, load_mask_set, save_mask_set
+from dam_vllm.masks.file import EARLIER, FORMAT, MaskFileError, load_mask_set, save_mask_set
 from tests.mask_files import Parts, full_mask_set
 
 SHIPPED = Path(dam_vllm.__file__).parent / "demo" / "model" / "dam" / "masks.safetensors"
@@ -114,8 +114,9 @@ def test_other_safetensors_file_is_no_mask_file(path):
         load_mask_set(path)
 
 
-def test_files_of_earlier_versions_are_told(random_masks, path):
-    rewritten(random_masks(), path, lambda parts: parts.metadata.update(format="dam-masks/2"))
+@pytest.mark.parametrize("earlier", EARLIER)
+def test_files_of_earlier_versions_are_told(random_masks, path, earlier):
+    rewritten(random_masks(), path, lambda parts: parts.metadata.update(format=earlier))
     with pytest.raises(MaskFileError, match=r"earlier version.*calibrate again"):
         load_mask_set(path)
 
